@@ -1,0 +1,1 @@
+"""What each device and link of a cluster can do."""

@@ -1,0 +1,57 @@
+"""Errors that a user can cause and cure.
+
+::
+
+    HybridparError              what happened, with the values, and the remedy; exit code 2, no traceback
+    |-- ConfigError             an override or a config value is unknown or out of range
+    |-- ModelError              a model cannot be built or traced into a chain
+    |-- ProfileError            a profile is malformed, or belongs to another model
+    |-- ClusterError            a cluster description is malformed or lacks a link
+    |-- PlanError               a plan is impossible, or a plan file is malformed (the field is named)
+    |   `-- MemoryLimitError    a plan needs more memory than a device has
+    |-- ProgramError            a program would hang, or its actions do not fit together
+    |-- DataError               a data set is missing or malformed
+    `-- LaunchError             the job was started in a way that cannot work (world size, backend)
+
+Everything else that is raised is a bug of ours or a fault of the machine: exit code 1, with its traceback.
+"""
+
+
+class HybridparError(Exception):
+    """Base of all errors that a user can cause and cure."""
+
+
+class ConfigError(HybridparError):
+    """An override or a config value is unknown or out of range."""
+
+
+class ModelError(HybridparError):
+    """A model cannot be built or traced into a chain."""
+
+
+class ProfileError(HybridparError):
+    """A profile is malformed, or belongs to another model."""
+
+
+class ClusterError(HybridparError):
+    """A cluster description is malformed or lacks a link."""
+
+
+class PlanError(HybridparError):
+    """A plan is impossible, or a plan file is malformed."""
+
+
+class MemoryLimitError(PlanError):
+    """A plan needs more memory than a device has."""
+
+
+class ProgramError(HybridparError):
+    """A program would hang, or its actions do not fit together."""
+
+
+class DataError(HybridparError):
+    """A data set is missing or malformed."""
+
+
+class LaunchError(HybridparError):
+    """The job was started in a way that cannot work."""

@@ -1,0 +1,169 @@
+"""The chain: a model as a list of layers with one tensor crossing between neighbours.
+
+This module describes; it imports no torch, so that planning runs from a saved chain alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from hybridpar.errors import ModelError
+from hybridpar.schema import read_json, to_data
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a layer, by its full name in the model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The linear map of a layer that can be sharded by columns or rows."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a layer's forward keeps for its backward, apart from its input, its output and its parameters.
+
+    Counted by distinct storage. ``elements`` have the training's floating dtype, ``bytes`` a dtype of their own
+    (indices, masks). The total for b samples is affine in b.
+    """
+
+    elements_per_sample: int = 0
+    bytes_per_sample: int = 0
+    elements: int = 0
+    bytes: int = 0
+
+    def total_bytes(self, samples: int, itemsize: int) -> int:
+        """Bytes kept for a micro-batch of ``samples`` with ``itemsize`` bytes per floating element."""
+        elements = self.elements_per_sample * samples + self.elements
+        return elements * itemsize + self.bytes_per_sample * samples + self.bytes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What lies between two neighbouring points of the model where exactly one tensor crosses.
+
+    Shapes leave out dim 0, which is samples.
+    """
+
+    name: str
+    kind: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    flops_per_sample: int
+    """Floating point operations of the forward per sample (a multiply-add counts two)."""
+    parameters: tuple[Parameter, ...] = ()
+    buffer_bytes: int = 0
+    saved: Saved = Saved()
+    saves_input: bool = False
+    """The backward needs the layer's input."""
+    saves_output: bool = False
+    """The backward needs the layer's output."""
+    aliases_input: bool = False
+    """The output is a view of the input (flatten, identity)."""
+    linear: Linear | None = None
+    """Set when the layer is a single linear map over dim 1."""
+    channelwise: bool = False
+    """Each feature of dim 1 is worked on by itself, so the layer runs on a slice of features unchanged."""
+    random: Literal["none", "keyed", "unkeyed"] = "none"
+    batch_norm: bool = False
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameter elements."""
+        return sum(p.count for p in self.parameters)
+
+    @property
+    def in_elements(self) -> int:
+        """Elements of the input per sample."""
+        return math.prod(self.in_shape)
+
+    @property
+    def out_elements(self) -> int:
+        """Elements of the output per sample."""
+        return math.prod(self.out_shape)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A model's layers in order. ``tied`` lists parameters that several layers share: (name, layer indices)."""
+
+    model: str
+    layers: tuple[Layer, ...]
+    tied: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    input_dtype: Literal["float", "int"] = "float"
+    """Integer inputs (token ids) have 8 bytes per element and need no gradient."""
+    schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA_VERSION:
+            raise ModelError(f"chain schema {self.schema} is not {SCHEMA_VERSION}; trace the model again")
+        if not self.layers:
+            raise ModelError(f"model {self.model} has no layers")
+        for a, b in zip(self.layers, self.layers[1:], strict=False):
+            if a.out_shape != b.in_shape:
+                raise ModelError(f"layer {a.name} gives {a.out_shape} but {b.name} takes {b.in_shape}")
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one input sample."""
+        return self.layers[0].in_shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output for one sample."""
+        return self.layers[-1].out_shape
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of distinct parameter elements."""
+        return sum({p.name: p.count for layer in self.layers for p in layer.parameters}.values())
+
+    @cached_property
+    def tail_start(self) -> int:
+        """The first layer from which on every layer is a linear map or channelwise, and some is linear.
+
+        ``len(layers)`` where the model ends in no such run.
+        """
+        start = len(self.layers)
+        while start > 0 and (self.layers[start - 1].linear or self.layers[start - 1].channelwise):
+            start -= 1
+        if not any(layer.linear for layer in self.layers[start:]):
+            return len(self.layers)
+        return start
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash over everything the chain says; a profile or plan made for another chain is noticed by it."""
+        text = json.dumps(to_data(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write the chain as JSON."""
+        path.write_text(json.dumps(to_data(self), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Chain:
+        """Read a chain from JSON; raises ModelError naming the field."""
+        return read_json(Chain, path, ModelError)
