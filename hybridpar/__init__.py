@@ -1,0 +1,25 @@
+"""Plan and run hybrid-parallel training of PyTorch models.
+
+The package itself imports nothing heavy; the Python API below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_API = {
+    "plan": "hybridpar.api",
+    "Job": "hybridpar.api",
+    "launch": "hybridpar.api",
+}
+
+__all__ = ["Job", "__version__", "launch", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(importlib.import_module(_API[name]), name)
+    raise AttributeError(f"module 'hybridpar' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""From chain, profile and cluster to a plan, and from a plan to a program. Imports no torch."""

@@ -1,0 +1,212 @@
+"""Blocks: the runs of layers that a rank computes without any communication inside.
+
+A segment is cut into blocks where something crosses the wire: at gradient buckets where it is replicated, at sums
+and gathers where it is sharded. The program names blocks, and the executor runs them without knowing kinds of stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hybridpar.model.chain import Chain, Layer
+from hybridpar.planning.layout import Interval, Layout, Piece, chunks, split
+from hybridpar.planning.plan import Kind, Plan, Segment, Stage
+
+State = Literal["full", "sharded", "partial"]
+"""Of a value on the shards of a tail: every shard has all features, its slice, or a summand of all features."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The slice of one layer that one shard computes, as intervals of dim 1 of the layer's input and output."""
+
+    inputs: Interval
+    outputs: Interval
+    mode: Literal["column", "row", "slice"]
+    """How a linear layer is cut; ``slice`` for a channelwise layer."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """One segment's place in the pipeline, counted over all stages."""
+
+    index: int
+    kind: Kind
+    stage: int
+    segment: int
+    layers: Interval
+    ranks: tuple[int, ...]
+    weights: tuple[float, ...]
+    micro_batch: int
+    in_flight: int | None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks are shards; otherwise they are replicas."""
+        return self.kind == "tail" and len(self.ranks) > 1
+
+    @property
+    def replicated(self) -> bool:
+        """Whether several ranks hold the same parameters."""
+        return self.kind != "tail" and len(self.ranks) > 1
+
+    @property
+    def name(self) -> str:
+        """``front``, ``middle.0``, ..., ``tail``."""
+        return f"middle.{self.segment}" if self.kind == "middle" else self.kind
+
+    def micro_batches(self, samples: int) -> tuple[tuple[Interval, ...], ...]:
+        """Intervals of work numbers: one tuple per chunk, one entry per rank (the same for all shards)."""
+        if self.kind == "tail":
+            return tuple((chunk[0],) * len(self.ranks) for chunk in chunks(samples, self.micro_batch, (1.0,)))
+        return chunks(samples, self.micro_batch, self.weights)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of layers of one position that is computed in one go.
+
+    ``enters`` and ``leaves`` say how the input and the output lie on the shards; a replica's are always full.
+    ``spans`` has one entry per shard and layer; empty where nothing is sharded.
+    """
+
+    index: int
+    position: int
+    layers: Interval
+    enters: State = "full"
+    leaves: State = "full"
+    spans: tuple[tuple[Span, ...], ...] = ()
+
+    def fraction(self, chain: Chain, shard: int, layer: int) -> float:
+        """Share of a layer's work that a shard does."""
+        if not self.spans:
+            return 1.0
+        span, described = self.spans[shard][layer - self.layers[0]], chain.layers[layer]
+        if span.mode == "column":
+            return (span.outputs[1] - span.outputs[0]) / described.out_shape[0]
+        return (span.inputs[1] - span.inputs[0]) / described.in_shape[0]
+
+    def features(self, chain: Chain, shard: int, side: Literal["in", "out"]) -> Interval:
+        """Interval of dim 1 that the shard's input or output covers."""
+        layer = chain.layers[self.layers[0] if side == "in" else self.layers[1] - 1]
+        width = (layer.in_shape if side == "in" else layer.out_shape)[0]
+        state = self.enters if side == "in" else self.leaves
+        if not self.spans or state != "sharded":
+            return 0, width
+        return self.spans[shard][0].inputs if side == "in" else self.spans[shard][-1].outputs
+
+
+def positions(plan: Plan) -> tuple[Position, ...]:
+    """Return the plan's segments in pipeline order."""
+    flat = [(i, j, stage, seg) for i, stage in enumerate(plan.stages) for j, seg in enumerate(stage.segments)]
+    return tuple(
+        Position(n, stage.kind, i, j, seg.layers, seg.ranks, seg.weights, stage.micro_batch, stage.in_flight)
+        for n, (i, j, stage, seg) in enumerate(flat)
+    )
+
+
+def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
+    """Cut every position of the plan into blocks, in chain order."""
+    result: list[Block] = []
+    for position in positions(plan):
+        stage = plan.stages[position.stage]
+        if position.sharded:
+            cut = _sharded_blocks(stage, stage.segments[0], chain)
+        elif position.replicated:
+            cut = [Block(0, 0, layers) for layers in _buckets(position.layers, chain, plan)]
+        else:
+            cut = [Block(0, 0, position.layers)]
+        result += [replace(b, index=len(result) + i, position=position.index) for i, b in enumerate(cut)]
+    return tuple(result)
+
+
+def block_layouts(
+    block: Block, position: Position, chain: Chain, samples: int, side: Literal["in", "out"]
+) -> tuple[Layout, Layout]:
+    """Return the layouts of a block's input or output for a step of ``samples``: of the value and of its gradient.
+
+    The gradient of a full input is partial where each shard computed it from its own columns only; the gradient of
+    an output is wanted complete.
+    """
+    pieces = []
+    for micro_batch, intervals in enumerate(position.micro_batches(samples)):
+        for i, (rank, interval) in enumerate(zip(position.ranks, intervals, strict=True)):
+            features = block.features(chain, i, side)
+            if interval[1] > interval[0] and features[1] > features[0]:
+                pieces.append(Piece(rank, micro_batch, interval, features))
+    state = block.enters if side == "in" else block.leaves
+    value = Layout(tuple(pieces), partial=state == "partial")
+    summed = side == "in" and position.sharded and state == "full"
+    return value, Layout(value.pieces, partial=summed)
+
+
+def _buckets(layers: Interval, chain: Chain, plan: Plan) -> list[Interval]:
+    """Cut from the back, because the last layers' gradients are ready first."""
+    cuts, size = [layers[1]], 0
+    for i in range(layers[1] - 1, layers[0], -1):
+        size += chain.layers[i].parameter_count * plan.itemsize
+        if size >= plan.bucket_bytes and any(x.parameters for x in chain.layers[layers[0] : i]):
+            cuts.append(i)
+            size = 0
+    cuts.append(layers[0])
+    return [(a, b) for b, a in zip(cuts, cuts[1:], strict=False)][::-1]
+
+
+def _sharded_blocks(stage: Stage, segment: Segment, chain: Chain) -> list[Block]:
+    """Walk the tail's layers and cut where the state of the value has to change.
+
+    A row-sharded linear leaves summands: they are summed for a column-sharded successor (all-reduce), and summed
+    and split for a row-sharded one or for the loss (reduce-scatter). A column-sharded linear that meets slices has
+    them gathered first.
+    """
+    first, last = segment.layers
+    modes = iter(stage.sharding)
+    mode_of = {i: next(modes) for i in range(first, last) if chain.layers[i].linear}
+    coming = list(stage.sharding)
+    state: State = "full" if coming[0] == "column" else "sharded"
+    features = _feature_intervals(chain.layers[first].in_shape[0], segment, state)
+    cut: list[Block] = []
+    start, enters, spans = first, state, [[] for _ in segment.ranks]  # type: tuple[int, State, list[list[Span]]]
+
+    def close(stop: int, leaves: State) -> None:
+        nonlocal start, spans
+        if stop > start:
+            cut.append(Block(0, 0, (start, stop), enters, leaves, tuple(tuple(s) for s in spans)))
+            start, spans = stop, [[] for _ in segment.ranks]
+
+    for i in range(first, last):
+        layer = chain.layers[i]
+        if mode_of.get(i) == "column" and state == "sharded":
+            close(i, "sharded")
+            enters = state = "full"
+            features = _feature_intervals(layer.in_shape[0], segment, state)
+        outputs = _outputs(layer, mode_of.get(i), features, segment)
+        for shard, own in enumerate(spans):
+            own.append(Span(features[shard], outputs[shard], mode_of.get(i, "slice")))
+        features = outputs
+        if i in mode_of:
+            coming.pop(0)
+        if mode_of.get(i) == "column":
+            state = "sharded"
+        elif mode_of.get(i) == "row":
+            close(i + 1, "partial")
+            enters = state = "full" if coming and coming[0] == "column" else "sharded"
+            features = _feature_intervals(layer.out_shape[0], segment, state)
+    close(last, state)
+    return cut
+
+
+def _feature_intervals(width: int, segment: Segment, state: State) -> list[Interval]:
+    if state == "sharded":
+        return list(split(width, segment.weights))
+    return [(0, width)] * len(segment.ranks)
+
+
+def _outputs(layer: Layer, mode: str | None, features: list[Interval], segment: Segment) -> list[Interval]:
+    if mode == "column":
+        return list(split(layer.out_shape[0], segment.weights))
+    if mode == "row":
+        return [(0, layer.out_shape[0])] * len(features)
+    ratio = layer.out_shape[0] // layer.in_shape[0]
+    return [(a * ratio, b * ratio) for a, b in features]

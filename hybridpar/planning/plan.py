@@ -1,0 +1,285 @@
+"""The plan: which layers run where, with what kind of parallelism and which micro-batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hybridpar.errors import PlanError
+from hybridpar.model.chain import Chain
+from hybridpar.planning.layout import Interval, chunks, length
+from hybridpar.schema import from_data, read_json, to_data
+
+SCHEMA_VERSION = 1
+ITEMSIZE = {"float32": 4, "float64": 8}
+"""Bytes per element of the training precisions."""
+
+Kind = Literal["front", "middle", "tail"]
+Precision = Literal["float32", "float64"]
+OrderRule = Literal["fill_drain", "one_forward_one_backward"]
+KINDS: tuple[Kind, ...] = ("front", "middle", "tail")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of neighbouring layers on some ranks.
+
+    In the front and the middle the ranks are replicas and ``shares`` their relative numbers of samples; in the tail
+    they are shards and ``shares`` their relative numbers of features. None means equal.
+    """
+
+    layers: Interval
+    """Half-open interval of layer indices."""
+    ranks: tuple[int, ...]
+    shares: tuple[float, ...] | None = None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The shares, written out."""
+        return self.shares or (1.0,) * len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of neighbouring layers with one kind of parallelism and one micro-batch size."""
+
+    kind: Kind
+    micro_batch: int
+    """Samples in one forward call on one rank."""
+    segments: tuple[Segment, ...]
+    """One in the front and the tail, one per pipeline position in the middle."""
+    sharding: tuple[Literal["column", "row"], ...] = ()
+    """Of a tail with several ranks: one entry per linear layer."""
+    in_flight: int | None = None
+    """Most samples between forward and backward at any time; None: what the order rule gives."""
+
+    @property
+    def layers(self) -> Interval:
+        """Half-open interval of layer indices."""
+        return self.segments[0].layers[0], self.segments[-1].layers[1]
+
+    @property
+    def degree(self) -> int:
+        """Replicas of the front, segments of the middle, shards of the tail."""
+        return len(self.segments) if self.kind == "middle" else len(self.segments[0].ranks)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks that hold a part of the stage, ascending."""
+        return tuple(sorted({r for s in self.segments for r in s.ranks}))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the training asks of every step, as far as it changes the program or its cost."""
+
+    clipping: bool = False
+    """The update waits for one global gradient norm."""
+    sharding: Literal["none", "zero1"] = "none"
+    """Optimizer state of the front: replicated, or sharded by DeepSpeed ZeRO-1."""
+    optimizer_states: int = 1
+    """Tensors of a parameter's size that the optimizer keeps (SGD with momentum 1, AdamW 2)."""
+
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """Seconds of one step that the busiest rank of a stage computes for it."""
+
+    kind: Kind
+    forward_s: float
+    backward_s: float
+    update_s: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the simulation of the plan's program says."""
+
+    step_s: float
+    samples_per_s: float
+    bubble: float
+    """Share of the ranks' time in which they neither compute nor update."""
+    wire_bytes: int
+    """Bytes that leave any rank in one step."""
+    memory_bytes: tuple[int, ...]
+    """Peak per rank."""
+    stages: tuple[StagePrediction, ...]
+    source: Literal["measured", "estimated"]
+    """Of the profile behind it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what runs where. Compiled into a program, simulated and executed."""
+
+    model: str
+    chain: str
+    """Fingerprint of the chain."""
+    world: int
+    global_batch: int
+    """Samples per optimizer step."""
+    precision: Precision
+    stages: tuple[Stage, ...]
+    order: OrderRule = "one_forward_one_backward"
+    bucket_bytes: int = 8 * 2**20
+    """Gradients of a replicated segment are reduced in runs of layers of at least this size."""
+    recipe: Recipe = field(default_factory=Recipe)
+    prediction: Prediction | None = None
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per floating element."""
+        return ITEMSIZE[self.precision]
+
+    def stage(self, kind: Kind) -> Stage | None:
+        """Return the stage of a kind, or None where it is empty."""
+        return next((s for s in self.stages if s.kind == kind), None)
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        path.write_text(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        import json  # noqa: PLC0415
+
+        return json.dumps(to_data(self), indent=2)
+
+    @staticmethod
+    def load(path: Path, chain: Chain) -> Plan:
+        """Read and validate a plan; raises PlanError naming the field."""
+        plan = read_json(Plan, path, PlanError)
+        validate(plan, chain)
+        return plan
+
+    @staticmethod
+    def from_data(data: object, chain: Chain) -> Plan:
+        """Build and validate a plan from plain data; raises PlanError naming the field."""
+        plan = from_data(Plan, data, "plan", PlanError)
+        validate(plan, chain)
+        return plan
+
+
+def validate(plan: Plan, chain: Chain) -> None:
+    """Raise PlanError, naming the field, its value and the remedy, unless the plan can run the chain."""
+    _require(plan.schema == SCHEMA_VERSION, "schema", plan.schema, f"must be {SCHEMA_VERSION}; plan again")
+    _require(
+        plan.chain == chain.fingerprint,
+        "chain",
+        plan.chain,
+        f"belongs to another model or input size than {chain.model} ({chain.fingerprint}); plan again",
+    )
+    _require(plan.global_batch >= 1, "global_batch", plan.global_batch, "must be at least 1")
+    _require(plan.world >= 1, "world", plan.world, "must be at least 1")
+    _require(plan.bucket_bytes >= 1, "bucket_bytes", plan.bucket_bytes, "must be at least 1")
+    _require(bool(plan.stages), "stages", plan.stages, "must not be empty")
+    kinds = [s.kind for s in plan.stages]
+    _require(kinds == sorted(set(kinds), key=KINDS.index), "stages", kinds, "must be front, middle, tail in order")
+    at = 0
+    for stage in plan.stages:
+        _validate_stage(plan, stage, chain)
+        for i, segment in enumerate(stage.segments):
+            where = f"{stage.kind}.segments[{i}].layers"
+            contiguous = segment.layers[0] == at and segment.layers[1] > at
+            _require(contiguous, where, segment.layers, f"must start at layer {at} and hold at least one layer")
+            at = segment.layers[1]
+    _require(at == len(chain.layers), "stages", at, f"must end at layer {len(chain.layers)}, the model's last")
+    unused = set(range(plan.world)) - {r for s in plan.stages for r in s.ranks}
+    _require(not unused, "stages", sorted(unused), "are ranks without any stage; place a stage there, or lower the world")
+    _validate_ties(plan, chain)
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise PlanError(f"plan.{name}: {value} {remedy}")
+
+
+def _validate_stage(plan: Plan, stage: Stage, chain: Chain) -> None:
+    name = stage.kind
+    _require(bool(stage.segments), f"{name}.segments", stage.segments, "must not be empty")
+    if name != "middle":
+        _require(len(stage.segments) == 1, f"{name}.segments", len(stage.segments), "must be one segment")
+    for i, segment in enumerate(stage.segments):
+        where = f"{name}.segments[{i}]" if name == "middle" else name
+        ranks = segment.ranks
+        _require(bool(ranks), f"{where}.ranks", ranks, "must not be empty")
+        _require(len(set(ranks)) == len(ranks), f"{where}.ranks", list(ranks), "names a rank twice")
+        inside = all(0 <= r < plan.world for r in ranks)
+        _require(inside, f"{where}.ranks", list(ranks), f"must lie in 0..{plan.world - 1}")
+        if segment.shares is not None:
+            fits = len(segment.shares) == len(ranks) and all(s > 0 for s in segment.shares)
+            _require(fits, f"{where}.shares", segment.shares, f"must be {len(ranks)} positive numbers, one per rank")
+        _validate_micro_batch(plan, stage, segment, where)
+    if stage.in_flight is not None:
+        _require(stage.in_flight >= 1, f"{name}.in_flight", stage.in_flight, "must be at least 1 sample")
+    if name == "tail":
+        _validate_tail(stage, chain)
+    else:
+        _require(not stage.sharding, f"{name}.sharding", stage.sharding, "belongs to the tail only")
+
+
+def _validate_micro_batch(plan: Plan, stage: Stage, segment: Segment, where: str) -> None:
+    size = stage.micro_batch
+    _require(size >= 1, f"{stage.kind}.micro_batch", size, "must be at least 1 sample")
+    if stage.kind == "tail":
+        share = plan.global_batch
+    else:
+        share = max(length(i) for i in chunks(plan.global_batch, plan.global_batch, segment.weights)[0])
+        share = -(-plan.global_batch // len(segment.ranks)) if segment.shares is None else share
+    _require(
+        size <= share,
+        f"{where}.micro_batch",
+        size,
+        f"is above the {share} samples of one rank's share of the global batch {plan.global_batch}",
+    )
+
+
+def _validate_tail(stage: Stage, chain: Chain) -> None:
+    first, last = stage.layers
+    shards = len(stage.segments[0].ranks)
+    if shards == 1:
+        _require(not stage.sharding, "tail.sharding", stage.sharding, "needs a tail of several ranks")
+        return
+    _require(
+        first >= chain.tail_start,
+        "tail.layers",
+        stage.layers,
+        f"must start at layer {chain.tail_start} or later, from where on {chain.model} can be tensor-parallel",
+    )
+    linears = [layer for layer in chain.layers[first:last] if layer.linear]
+    _require(
+        len(stage.sharding) == len(linears),
+        "tail.sharding",
+        stage.sharding,
+        f"must have {len(linears)} entries, column or row for each linear layer",
+    )
+    for layer in linears:
+        assert layer.linear is not None
+        width = min(layer.linear.out_features, layer.linear.in_features)
+        _require(shards <= width, "tail.ranks", shards, f"shards are more than the {width} features of layer {layer.name}")
+    if stage.sharding[0] == "row":
+        width = chain.layers[first].in_shape[0]
+        _require(shards <= width, "tail.ranks", shards, f"shards are more than the {width} features that enter the tail")
+
+
+def _validate_ties(plan: Plan, chain: Chain) -> None:
+    def place(layer: int) -> tuple[int, int]:
+        return next(
+            (i, j)
+            for i, stage in enumerate(plan.stages)
+            for j, segment in enumerate(stage.segments)
+            if segment.layers[0] <= layer < segment.layers[1]
+        )
+
+    check: Callable[[tuple[int, ...]], bool] = lambda layers: len({place(i) for i in layers}) == 1  # noqa: E731
+    for parameter, layers in chain.tied:
+        names = ", ".join(chain.layers[i].name for i in layers)
+        _require(
+            check(layers),
+            "stages",
+            f"layers {names}",
+            f"share parameter {parameter} and must lie in one segment; move the cut",
+        )
