@@ -1,0 +1,394 @@
+"""The GPU monitor against a stub NVML that the real binding loads, and without any driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from hybridpar.errors import ConfigError, HybridparError, LaunchError
+from hybridpar.monitor import sampler
+from hybridpar.monitor.log import Log
+from hybridpar.monitor.process import next_tick
+from hybridpar.monitor.record import Gap, Sample, read, summarise, to_line
+from hybridpar.monitor.sampler import start
+from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES
+
+ROOT = Path(__file__).parents[2]
+UUIDS = ("GPU-00000000-aaaa", "GPU-11111111-bbbb", "GPU-22222222-cccc")
+WAIT_S = 30.0
+
+
+@pytest.fixture(scope="session")
+def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler to build the stub NVML with")
+    folder = tmp_path_factory.mktemp("nvml")
+    source = Path(__file__).with_name("nvml_stub.c")
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-o",
+        folder / "libnvidia-ml.so.1",
+        source,
+    ]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture
+def report(stub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Processes started from now on find the stub; it writes its counts to the file returned."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(stub_folder))
+    path = tmp_path / "stub.json"
+    monkeypatch.setenv("NVML_STUB_REPORT", str(path))
+    return path
+
+
+@pytest.fixture
+def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is none, found before one that the machine may have."""
+    (tmp_path / "libnvidia-ml.so.1").write_text("")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def samples(path: Path) -> list[Sample]:
+    return [r for r in read(path) if isinstance(r, Sample)] if path.exists() else []
+
+
+def gaps(path: Path) -> list[str]:
+    return [r.reason for r in read(path) if isinstance(r, Gap)]
+
+
+def record(path: Path, ticks: int, uuids: tuple[str, ...] | None = None) -> list[list[Sample]]:
+    """Sample through the stub for some ticks; returns the samples of each."""
+    width = 3 if uuids is None else len(uuids)
+    with start(path, interval_s=0.12, uuids=uuids, mode="required") as monitor:
+        wait_for(lambda: len(samples(path)) >= ticks * width)
+        assert monitor.reason is None
+    found = samples(path)
+    return [found[i : i + width] for i in range(0, len(found), width)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_stub_values_arrive_with_their_sources(report: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "monitor.jsonl"
+    ticks = record(path, ticks=4)
+    full = next(tick for tick in ticks if tick[0].occupancy is not None)
+    hopper, older, lost = full
+    assert (hopper.gpu, hopper.uuid) == (0, UUIDS[0])
+    assert hopper.utilisation == pytest.approx(0.9)
+    assert hopper.graphics_activity == pytest.approx(0.8)
+    assert hopper.sm_activity == pytest.approx(0.7)
+    assert hopper.occupancy == pytest.approx(0.2)
+    assert hopper.occupancy_while_busy == pytest.approx(0.25)
+    assert hopper.tensor_activity == pytest.approx(0.25)
+    assert hopper.dram_activity == pytest.approx(0.5)
+    assert (hopper.memory_used_bytes, hopper.memory_total_bytes) == (6_000_000_000, 80_000_000_000)
+    classic = dict.fromkeys(("utilisation", "memory_used_bytes", "memory_total_bytes"), "nvml")
+    counted = ("graphics_activity", "sm_activity", "occupancy", "tensor_activity", "dram_activity")
+    assert hopper.sources == classic | dict.fromkeys((*counted, "occupancy_while_busy"), "gpm")
+    assert (older.utilisation, older.memory_used_bytes, older.sources) == (0.4, 1_000_000_000, classic)
+    assert all(getattr(older, name) is None for name in (*counted, "occupancy_while_busy"))
+    assert lost == Sample(time_s=hopper.time_s, host=hopper.host, gpu=2, uuid=UUIDS[2])
+    assert [reason.split()[0] for reason in gaps(path)] == [UUIDS[1], UUIDS[2]]
+    counts = json.loads(report.read_text())
+    assert counts["allocated"] == counts["freed"] == 2
+    assert counts["windows"] > 0
+    assert counts["shortest_s"] >= 0.12
+
+
+@pytest.mark.usefixtures("report")
+def test_uuids_choose_the_gpus_and_their_order(tmp_path: Path) -> None:
+    tick = record(tmp_path / "m.jsonl", 1, uuids=(UUIDS[1], "GPU-unknown", UUIDS[0]))[0]
+    assert [(s.gpu, s.uuid) for s in tick] == [(1, UUIDS[1]), (None, "GPU-unknown"), (0, UUIDS[0])]
+    assert tick[1].utilisation is None
+    assert any("GPU-unknown" in reason for reason in gaps(tmp_path / "m.jsonl"))
+
+
+@pytest.mark.usefixtures("report")
+def test_a_slice_is_read_through_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVML_STUB", "no_rates")
+    ticks = record(tmp_path / "m.jsonl", 4, uuids=("MIG-00000000-dddd",))
+    known = next(tick[0] for tick in ticks if tick[0].occupancy is not None)
+    assert (known.gpu, known.uuid) == (0, "MIG-00000000-dddd")
+    assert known.utilisation == pytest.approx(0.8)
+    assert known.sources["utilisation"] == "gpm"
+
+
+@pytest.mark.parametrize(
+    ("variation", "unknown"),
+    [
+        ("odd", {"tensor_activity", "dram_activity"}),
+        ("idle", {"occupancy_while_busy"}),
+        ("no_sample", {"occupancy", "graphics_activity", "occupancy_while_busy", "tensor_activity"}),
+        ("no_metrics", {"occupancy", "graphics_activity", "occupancy_while_busy", "tensor_activity"}),
+    ],
+)
+def test_what_a_call_refuses_is_none(
+    variation: str, unknown: set[str], report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVML_STUB", variation)
+    found = [tick[0] for tick in record(tmp_path / "m.jsonl", 3, uuids=UUIDS[:1])]
+    best = max(found, key=lambda s: len(s.sources))
+    assert all(getattr(best, name) is None for name in unknown)
+    assert not unknown & set(best.sources)
+    assert best.utilisation == pytest.approx(0.9)
+    assert (best.occupancy is None) == ("occupancy" in unknown)
+    counts = json.loads(report.read_text())
+    assert counts["allocated"] == counts["freed"] == 2
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_without_driver_training_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "monitor.jsonl"
+    with start(path) as monitor:
+        assert monitor.reason == "no NVIDIA driver: NVML library not found"
+        assert monitor.pid is None
+    monitor.close()
+    assert gaps(path) == [monitor.reason]
+    assert summarise(path) is None
+
+
+@pytest.mark.parametrize(("variation", "part"), [("no_module", "kernel module"), ("no_gpu", "no GPU")])
+@pytest.mark.usefixtures("report")
+def test_a_driver_without_gpus_says_so(
+    variation: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVML_STUB", variation)
+    monitor = start(tmp_path / "m.jsonl")
+    assert part in (monitor.reason or "")
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_required_raises_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="NVML library not found"):
+        start(tmp_path / "m.jsonl", mode="required")
+    with pytest.raises(LaunchError, match="uses no GPU"):
+        start(tmp_path / "m.jsonl", uuids=(), mode="required")
+
+
+def test_off_starts_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    monitor = start(path, mode="off")
+    assert (monitor.pid, path.exists()) == (None, False)
+    assert "off" in (monitor.reason or "")
+
+
+def test_values_out_of_range_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with pytest.raises(ConfigError, match=r"monitor\.interval_s: 0\.01"):
+        start(path, interval_s=0.01)
+    with pytest.raises(ConfigError, match=r"monitor\.max_bytes: 10"):
+        start(path, max_bytes=10)
+    with pytest.raises(ConfigError, match=r"monitor\.mode: 'on'"):
+        start(path, mode="on")  # type: ignore[arg-type]
+
+
+def test_a_path_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot start" in (start(tmp_path / "file" / "m.jsonl").reason or "")
+    assert "cannot write" in (start(tmp_path).reason or "")
+
+
+@pytest.mark.usefixtures("report")
+def test_a_driver_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVML_STUB", "hang")
+    monkeypatch.setattr(sampler, "START_TIMEOUT_S", 0.5)
+    assert "did not answer" in (start(tmp_path / "m.jsonl").reason or "")
+
+
+@pytest.mark.usefixtures("report")
+def test_a_sampler_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVML_STUB", "crash")
+    with start(tmp_path / "m.jsonl", interval_s=0.12) as monitor:
+        assert "exit status -6" in wait_for(lambda: monitor.reason)
+    assert "exit status -6" in (monitor.reason or "")
+
+
+def test_a_sampler_that_cannot_import_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pynvml.py").write_text("raise ImportError('no such binding')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "ImportError: no such binding" in (start(tmp_path / "m.jsonl").reason or "")
+
+
+def test_the_sampler_ends_with_its_parent_though_a_fork_holds_the_pipe(report: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, time\nfrom pathlib import Path\nfrom hybridpar.monitor.sampler import start\n"
+        f"m = start(Path({str(tmp_path / 'm.jsonl')!r}), interval_s=0.12)\n"
+        "worker = os.fork()\n"
+        "if worker: print(m.pid, worker, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        pid, worker = map(int, parent.stdout.readline().split())
+        try:
+            assert is_alive(pid)
+            parent.send_signal(signal.SIGKILL)
+            wait_for(lambda: not is_alive(pid))
+            assert is_alive(worker)
+        finally:
+            os.kill(worker, signal.SIGKILL)
+    counts = json.loads(report.read_text())
+    assert counts["allocated"] == counts["freed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("passed", "stride", "tick"), [(0, 1, 1), (3, 1, 4), (0, 4, 4), (4, 4, 8), (7, 4, 8), (11, 4, 12)]
+)
+def test_ticks_keep_to_the_grid(passed: int, stride: int, tick: int) -> None:
+    assert next_tick(passed, stride) == tick
+
+
+def test_neither_side_imports_torch() -> None:
+    modules = "hybridpar.monitor.sampler, hybridpar.monitor.process, hybridpar.monitor.record"
+    script = (
+        f"import sys, {modules}\nprint(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy')))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]"
+
+
+def sample(time_s: float, gpu: int = 0, **values: Any) -> Sample:
+    return Sample(time_s=time_s, host="node0", gpu=gpu, uuid=f"GPU-{gpu}", **values)
+
+
+def test_a_full_file_is_thinned_and_keeps_the_fullest_moment(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    log = Log(path, max_bytes=8000)
+    assert log.write([Gap(0.0, "node0", "told once")])
+    for tick in range(200):
+        assert log.write([sample(tick, memory_used_bytes=999 if tick == 4 else 10)])
+        assert path.stat().st_size <= 8000
+    log.close()
+    times = [s.time_s for s in samples(path)]
+    assert log.stride >= 8
+    assert 4.0 in times
+    assert times[-1] == 199.0
+    assert times == sorted(times)
+    assert min(t for t in times if t != 4.0) < 50
+    assert gaps(path) == ["told once"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_without_room_for_one_tick_refuses_it(tmp_path: Path) -> None:
+    log = Log(tmp_path / "m.jsonl", max_bytes=100)
+    assert not log.write([sample(1.0)])
+    log.close()
+
+
+@pytest.mark.usefixtures("report")
+def test_the_sampler_keeps_to_the_bound_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    bound = 65536
+    line = to_line(sample(1.0))
+    path.write_text("".join(to_line(sample(float(t))) for t in range((bound - 1) // len(line) - 1)))
+    before = len(samples(path))
+    with start(path, interval_s=0.12, max_bytes=bound) as monitor:
+        wait_for(lambda: any(s.uuid == UUIDS[0] for s in samples(path)))
+        assert monitor.reason is None
+    assert path.stat().st_size <= bound
+    assert len(samples(path)) < before
+
+
+@pytest.mark.usefixtures("report")
+def test_a_line_cut_short_is_passed_over_and_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(to_line(sample(1.0)) + to_line(sample(2.0))[:40])
+    assert samples(path) == [sample(1.0)]
+    log = Log(path, max_bytes=10_000)
+    log.write([sample(3.0)])
+    log.close()
+    assert samples(path) == [sample(1.0), sample(3.0)]
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("nonsense", "m.jsonl:1 is not JSON"),
+        ("[1]", "kind"),
+        ('{"kind": "gap", "schema": 99}', "schema 99 is not 1"),
+        ('{"kind": "gap", "schema": 1, "time_s": 1, "host": "a"}', "reason: missing"),
+    ],
+)
+def test_a_malformed_line_is_named(line: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(line + "\n")
+    with pytest.raises(HybridparError, match=part):
+        list(read(tmp_path / "m.jsonl"))
+
+
+def test_summary_by_hand(tmp_path: Path) -> None:
+    """GPU 0 is busy 0.8 and 0.2 of two windows, at occupancies 0.4 and 0.05: (0.4 + 0.05) / (0.8 + 0.2)."""
+    gpm = {"occupancy": "gpm", "utilisation": "nvml"}
+    lines = [
+        sample(
+            10.0, 0, utilisation=0.9, graphics_activity=0.8, occupancy=0.4, occupancy_while_busy=0.5, sources=gpm
+        ),
+        sample(
+            10.0, 1, utilisation=0.1, memory_used_bytes=70, memory_total_bytes=100, sources={"utilisation": "gpm"}
+        ),
+        sample(20.0, 0, utilisation=0.5, graphics_activity=0.2, occupancy=0.05, occupancy_while_busy=0.25),
+        sample(20.0, 1, memory_used_bytes=50, memory_total_bytes=100, sources={"utilisation": "nvml"}),
+        Gap(20.0, "node0", "why"),
+        Gap(21.0, "node0", "why"),
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(map(to_line, lines)))
+    summary = summarise(path, tmp_path / "missing.jsonl")
+    assert summary is not None
+    assert (summary.start_s, summary.end_s, summary.gaps) == (10.0, 20.0, ("why",))
+    total, (first, second) = summary.total, summary.gpus
+    assert (total.samples, first.total.samples, second.total.samples) == (4, 2, 2)
+    assert total.mean_utilisation == pytest.approx((0.9 + 0.1 + 0.5) / 3)
+    assert first.total.mean_utilisation == pytest.approx(0.7)
+    assert first.total.mean_occupancy == pytest.approx(0.225)
+    assert first.total.mean_occupancy_while_busy == pytest.approx(0.45)
+    assert first.total.peak_memory_bytes is None
+    assert (first.memory_total_bytes, first.sources) == (None, gpm)
+    assert second.total.mean_occupancy is None
+    assert (second.total.peak_memory_bytes, second.memory_total_bytes) == (70, 100)
+    assert second.sources == {"utilisation": "gpm+nvml"}
+    assert (total.peak_memory_bytes, total.mean_tensor_activity) == (70, None)
+    later = summarise(path, since_s=15.0)
+    assert later is not None
+    assert later.total.mean_utilisation == pytest.approx(0.5)
+    assert summarise(path, until_s=5.0) is None
+    assert summarise(tmp_path / "missing.jsonl") is None
+
+
+@pytest.mark.parametrize("mode", ["auto", "off", "required"])
+def test_config_group_says_what_the_code_does(mode: str) -> None:
+    config = yaml.safe_load((ROOT / "conf" / "monitor" / f"{mode}.yaml").read_text())
+    assert config == {"mode": mode, "interval_s": DEFAULT_INTERVAL_S, "max_bytes": DEFAULT_MAX_BYTES}
