@@ -40,7 +40,8 @@ def main() -> None:
         with contextlib.suppress(OSError, ValueError):
             log.write([_gap(reason)])
         _answer(reason)
-    log.close()
+    with contextlib.suppress(OSError):
+        log.close()
 
 
 def _serve(log: Log, settings: Settings) -> str | None:

@@ -37,17 +37,8 @@ def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C compiler to build the stub NVML with")
     folder = tmp_path_factory.mktemp("nvml")
     source = Path(__file__).with_name("nvml_stub.c")
-    command = [
-        compiler,
-        "-shared",
-        "-fPIC",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-o",
-        folder / "libnvidia-ml.so.1",
-        source,
-    ]
+    flags = ("-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
+    command = [compiler, *flags, "-o", str(folder / "libnvidia-ml.so.1"), str(source)]
     subprocess.run(command, check=True)
     return folder
 
@@ -352,7 +343,7 @@ def test_a_malformed_line_is_named(line: str, part: str, tmp_path: Path) -> None
 def test_summary_by_hand(tmp_path: Path) -> None:
     """GPU 0 is busy 0.8 and 0.2 of two windows, at occupancies 0.4 and 0.05: (0.4 + 0.05) / (0.8 + 0.2)."""
     gpm = {"occupancy": "gpm", "utilisation": "nvml"}
-    lines = [
+    lines: list[Sample | Gap] = [
         sample(
             10.0, 0, utilisation=0.9, graphics_activity=0.8, occupancy=0.4, occupancy_while_busy=0.5, sources=gpm
         ),
