@@ -1,0 +1,163 @@
+"""A model whose weights are made later, one by one, by whoever owns them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hybridpar.errors import HybridparError, ModelError
+from hybridpar.model.copies import blank, named_tensors
+from hybridpar.model.tape import CallRecorder, NotReplayableError, OperationRecorder, Tape
+
+_META_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError)
+"""What a builder that needs real values raises on the meta device."""
+
+
+class Source(Protocol):
+    """A model's structure, and the initial value of each of its parameters and buffers."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; its tensors may be on the meta device."""
+        ...
+
+    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Make the initial value of one parameter or buffer, on the CPU.
+
+        ``name`` is its full name in ``module``; a tied parameter has the same value under each of its names.
+        A floating value is cast to ``dtype``, an integer one keeps its own. The value is a function of the name
+        and the seed, the same in every process. Leaves torch's generators as they were. Raises ModelError.
+        """
+        ...
+
+
+class Deferred:
+    """A model that was built on the meta device, with a tape of how its tensors were filled."""
+
+    def __init__(self, builder: Callable[[], nn.Module]) -> None:
+        self._tape = Tape()
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("meta"),
+            CallRecorder(self._tape),
+            OperationRecorder(self._tape),
+        ):
+            built = builder()
+        named = named_tensors(built)
+        self._views = {name: self._tape.view(tensor) for name, tensor in named.items()}
+        self._tape.own(self._views)
+        on_meta = all(tensor.is_meta for tensor in named.values())
+        self._module = built if on_meta else blank(built, "meta")
+
+    @property
+    def module(self) -> nn.Module:
+        """The model with every parameter and buffer on the meta device."""
+        return self._module
+
+    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Make one parameter or buffer by replaying only what touches it; see ``Source``."""
+        _check_name(name, self._views)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                value = self._tape.replay(self._views[name], seed)
+            except NotReplayableError as e:
+                raise ModelError(
+                    f"the initial value of {name} comes from outside its builder (a file, an array), so that it "
+                    "cannot be made by its owner alone; build the model with its weights and pass the built model"
+                ) from e
+        return _cast(value, dtype)
+
+
+class Rebuilt:
+    """A model whose builder needs real values: every process builds all of it on the CPU under the seed.
+
+    Costs memory and time for the whole model in every process. The values are the same everywhere as long as the
+    builder draws from torch's generator only.
+    """
+
+    def __init__(self, builder: Callable[[], nn.Module]) -> None:
+        self._builder = builder
+        self._seed = 0
+        self._values = self._build(self._seed)
+        self._module = blank(self._built, "meta")
+
+    @property
+    def module(self) -> nn.Module:
+        """The model with every parameter and buffer on the meta device."""
+        return self._module
+
+    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Copy one parameter or buffer out of the model that was built under ``seed``; see ``Source``."""
+        _check_name(name, self._values)
+        if seed != self._seed:
+            self._values = self._build(seed)
+            self._seed = seed
+        return _cast(self._values[name].detach().clone(), dtype)
+
+    def _build(self, seed: int) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            self._built = self._builder()
+        return named_tensors(self._built)
+
+
+class Ready:
+    """A model that has its weights already; the seed changes nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._module = model
+        self._values = named_tensors(model)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as it was given."""
+        return self._module
+
+    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Copy one of the model's parameters or buffers; see ``Source``."""
+        del seed
+        _check_name(name, self._values)
+        return _cast(self._values[name].detach().cpu().clone(), dtype)
+
+
+def defer(builder: Callable[[], nn.Module]) -> Source:
+    """Build a model's structure without memory for its weights; its values are made later, one by one.
+
+    The builder runs on the meta device. One that fails there (it reads values while it builds) runs on the CPU
+    instead, in every process and for the whole model. Raises ModelError where it fails there too.
+    """
+    try:
+        return Deferred(builder)
+    except _META_FAILURES:
+        pass
+    try:
+        return Rebuilt(builder)
+    except HybridparError:
+        raise
+    except Exception as e:
+        raise ModelError(f"the model's builder failed: {type(e).__name__}: {e}") from e
+
+
+def ready(model: nn.Module) -> Source:
+    """Take a model that was built with its weights. Raises ModelError where a weight is on the meta device."""
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is on the meta device and has no values; pass the builder instead of the model"
+            )
+    return Ready(model)
+
+
+def _check_name(name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ModelError(f"the model has no parameter or buffer {name}{hint}")
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value

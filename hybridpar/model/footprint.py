@@ -1,0 +1,193 @@
+"""What a layer's forward makes, keeps and computes, measured on tensors without memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from hybridpar.errors import ModelError
+from hybridpar.model.chain import Saved
+from hybridpar.model.copies import blank, tensors
+from hybridpar.model.keyed import KeyedDropout, Keys
+
+BATCHES = (2, 3)
+"""Two sample counts that tell the samples' dimension and everything affine."""
+META_FAILURES = (RuntimeError, NotImplementedError, TypeError)
+"""What code that reads values raises on the meta device."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one layer needs; see the fields of the same name in ``chain.Layer``."""
+
+    out_shape: tuple[int, ...]
+    flops_per_sample: int
+    saved: Saved
+    saves_input: bool
+    saves_output: bool
+    aliases_input: bool
+    draws: bool
+    """Random numbers were drawn that depend on no key."""
+    differentiable: bool
+    """The output has a gradient."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    out: torch.Tensor
+    flops: int
+    draws: bool
+    elements: int
+    own_bytes: int
+    saves_input: bool
+    saves_output: bool
+    aliases_input: bool
+
+
+class _Meter(TorchDispatchMode):
+    """Counts floating point operations and notices random draws."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.draws = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        out = func(*args, **(kwargs or {}))
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
+        elif not _is_view(func):
+            results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.flops += sum(t.numel() for t in results if t.is_floating_point())
+        return out
+
+
+def measure(
+    module: nn.Module,
+    in_shape: tuple[int, ...],
+    in_dtype: torch.dtype,
+    requires_grad: bool,
+    training_dtype: torch.dtype,
+    name: str,
+) -> Footprint:
+    """Run a layer forward at two batch sizes, in training mode, and see what it keeps for its backward.
+
+    ``in_shape`` leaves out dim 0. Works on a copy on the meta device, or on zeros on the CPU where the layer reads
+    values. Storages are counted once; those of parameters and buffers are left out. Raises ModelError where the
+    layer fails, mixes up dim 0, or keeps an amount that is not affine in the samples.
+    """
+
+    def attempt(device: str) -> list[_Run]:
+        copy = blank(module, device).train()
+        runs = []
+        with torch.random.fork_rng(devices=[]), torch.device(device), torch.enable_grad():
+            for samples in BATCHES:
+                set_keys(copy, Keys(0, 0, torch.arange(samples)))
+                x = torch.zeros(samples, *in_shape, dtype=in_dtype, requires_grad=requires_grad)
+                runs.append(_run(copy, x, training_dtype))
+        return runs
+
+    first, second = _on_any_device(attempt, name)
+    small, large = BATCHES
+    if first.out.shape[0] != small or second.out.shape[0] != large or first.out.shape[1:] != second.out.shape[1:]:
+        raise ModelError(
+            f"layer {name} turns {small} and {large} samples into {tuple(first.out.shape)} and "
+            f"{tuple(second.out.shape)}; dim 0 of its output must be the samples"
+        )
+    slope_elements, slope_bytes = second.elements - first.elements, second.own_bytes - first.own_bytes
+    saved = Saved(
+        elements_per_sample=slope_elements,
+        bytes_per_sample=slope_bytes,
+        elements=first.elements - small * slope_elements,
+        bytes=first.own_bytes - small * slope_bytes,
+    )
+    if min(saved.elements_per_sample, saved.bytes_per_sample, saved.elements, saved.bytes) < 0:
+        raise ModelError(
+            f"layer {name} keeps {first.elements} and {second.elements} elements for {small} and {large} samples, "
+            "which is not a constant plus an amount per sample; keep computations between samples out of the model"
+        )
+    return Footprint(
+        out_shape=tuple(first.out.shape[1:]),
+        flops_per_sample=second.flops - first.flops,
+        saved=saved,
+        saves_input=first.saves_input,
+        saves_output=first.saves_output,
+        aliases_input=first.aliases_input,
+        draws=first.draws,
+        differentiable=first.out.requires_grad,
+    )
+
+
+def set_keys(module: nn.Module, keys: Keys) -> None:
+    """Give ``keys`` to every keyed dropout in ``module``, for its next forward."""
+    for part in module.modules():
+        if isinstance(part, KeyedDropout):
+            part.keys = keys
+
+
+def _on_any_device(attempt: Callable[[str], list[_Run]], name: str) -> list[_Run]:
+    try:
+        return attempt("meta")
+    except META_FAILURES:
+        pass
+    try:
+        return attempt("cpu")
+    except Exception as e:
+        raise ModelError(f"layer {name} fails in a forward call: {type(e).__name__}: {e}") from e
+
+
+def _run(module: nn.Module, x: torch.Tensor, training_dtype: torch.dtype) -> _Run:
+    kept: dict[int, torch.Tensor] = {}
+    meter = _Meter()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(storage_id(tensor), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), meter:
+        out = module(x)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"the output is a {type(out).__name__}, not a tensor")
+    ends = {storage_id(x), storage_id(out)}
+    apart = ends | {storage_id(t) for t in tensors(module)}
+    inside = [t for key, t in kept.items() if key not in apart]
+    return _Run(
+        out=out,
+        flops=meter.flops,
+        draws=meter.draws,
+        elements=sum(_elements(t) for t in inside if t.dtype == training_dtype),
+        own_bytes=sum(t.untyped_storage().nbytes() for t in inside if t.dtype != training_dtype),
+        saves_input=storage_id(x) in kept,
+        saves_output=storage_id(out) in kept,
+        aliases_input=storage_id(out) == storage_id(x),
+    )
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identity of the tensor's storage among those that are alive."""
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - meta storages have no address to tell them apart
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    return math.ceil(tensor.untyped_storage().nbytes() / tensor.element_size())
+
+
+def _is_view(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation computes nothing: a view or an empty tensor."""
+    returns = func._schema.returns  # noqa: SLF001 - the only description of an operation
+    if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+        return True
+    return func.overloadpacket in {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty}

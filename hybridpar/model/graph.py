@@ -1,0 +1,187 @@
+"""From a module to an fx graph that can be cut: traced, free of in-place operations, with keyed dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from hybridpar.errors import ModelError
+from hybridpar.model.copies import share
+from hybridpar.model.keyed import KeyedDropout
+
+
+class _Tracer(fx.Tracer):
+    """Traces into everything but torch's own modules and those that turned out to be untraceable."""
+
+    def __init__(self, opaque: set[str]) -> None:
+        super().__init__()
+        self._opaque = opaque
+        self.failed: str | None = None
+        """The innermost module in which tracing failed."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a call of ``m`` stays one node."""
+        return module_qualified_name in self._opaque or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace one call and note where it fails."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+
+def capture(module: nn.Module, name: str) -> fx.GraphModule:
+    """Trace ``module`` in training mode into a graph whose values are all out of place.
+
+    The result holds the very tensors of ``module``, which itself is not changed. Dropout is replaced by
+    KeyedDropout, numbered in the order of the calls. A submodule that fx cannot trace stays one node. Control flow
+    over ``self.training`` in the model's own code is fixed as in training. Raises ModelError.
+    """
+    root = share(module).train()
+    graph = _trace(root, name)
+    captured = fx.GraphModule(root, graph)
+    for node in list(graph.nodes):
+        _to_out_of_place(captured, node)
+    _key_dropout(captured)
+    for part in captured.modules():
+        if getattr(part, "inplace", False) is True:
+            vars(part)["inplace"] = False
+    graph.lint()
+    captured.recompile()
+    return captured
+
+
+def input_node(captured: fx.GraphModule, name: str) -> fx.Node:
+    """Find the one input that a chain takes, and drop those that nobody uses.
+
+    Raises ModelError where the model uses another number of inputs.
+    """
+    inputs = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    used: list[fx.Node] = [n for n in inputs if n.users]
+    if len(used) != 1:
+        names = ", ".join(n.name for n in used) or "none"
+        raise ModelError(
+            f"{name} uses {len(used)} inputs ({names}), but a chain takes exactly one tensor; "
+            "wrap the model in a module whose forward takes one tensor"
+        )
+    for unused in set(inputs) - set(used):
+        captured.graph.erase_node(unused)
+    captured.recompile()
+    return used[0]
+
+
+def module_of(captured: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Give the submodule that ``node`` calls, if it calls one."""
+    return captured.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _trace(root: nn.Module, name: str) -> fx.Graph:
+    opaque: set[str] = set()
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            return tracer.trace(root)
+        except Exception as e:
+            if tracer.failed is None or tracer.failed in opaque:
+                where = f"{name} ({type(root).__name__}.forward)"
+                raise ModelError(
+                    f"cannot trace {where}: {type(e).__name__}: {e}; move the control flow that depends on a "
+                    "tensor's values into a submodule of its own, wrap the function with torch.fx.wrap, or write "
+                    "the model as nn.Sequential"
+                ) from e
+            opaque |= set(_alike(root, tracer.failed))
+
+
+def _alike(root: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the modules that will fail as the one at ``path`` did: those of its own class."""
+    kind = type(root.get_submodule(path))
+    yield path
+    if kind.__module__.startswith("torch.nn"):
+        return
+    for other, part in root.named_modules():
+        if type(part) is kind and other:
+            yield other
+
+
+def _to_out_of_place(captured: fx.GraphModule, node: fx.Node) -> None:
+    """Turn an in-place operation into one that gives a new value; later uses of the old value take the new one.
+
+    A cut may lie before the operation, and then its operand belongs to somebody else.
+    """
+    if not _drop_in_place(captured, node):
+        return
+    operand = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    if isinstance(operand, fx.Node):
+        operand.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and node < user)
+
+
+def _drop_in_place(captured: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return getattr(module_of(captured, node), "inplace", False) is True
+    if node.op == "call_method":
+        method = str(node.target)
+        if method.endswith("_") and not method.endswith("__") and hasattr(torch.Tensor, method[:-1]):
+            node.target = method[:-1]
+            return True
+        return False
+    if node.op != "call_function" or not callable(node.target):
+        return False
+    function = getattr(node.target, "__name__", "")
+    for home in (torch, F):
+        if function.endswith("_") and getattr(home, function, None) is node.target:
+            node.target = getattr(home, function[:-1])
+            return True
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    return False
+
+
+def _key_dropout(captured: fx.GraphModule) -> None:
+    """Put a KeyedDropout of its own in the place of every dropout call, also inside modules that stay one node."""
+    count = 0
+    for node in list(captured.graph.nodes):
+        found = _dropout_of(captured, node)
+        if found is not None:
+            p, operand = found
+            path = _free_path(captured, node, count)
+            captured.add_submodule(path, KeyedDropout(p, count))
+            node.op, node.target, node.args, node.kwargs = "call_module", path, (operand,), {}
+            count += 1
+            continue
+        part = module_of(captured, node)
+        for path, child in list(part.named_modules()) if part is not None else ():
+            if type(child) is nn.Dropout and part is not None:
+                part.set_submodule(path, KeyedDropout(child.p, count))
+                count += 1
+
+
+def _free_path(captured: fx.GraphModule, node: fx.Node, count: int) -> str:
+    """Choose where the dropout of ``node`` goes: its own module's place, unless other calls share that."""
+    path = str(node.target) if node.op == "call_module" else node.name
+    calls = sum(n.op == "call_module" and n.target == path for n in captured.graph.nodes)
+    free = calls == 1 if node.op == "call_module" else not hasattr(captured, path)
+    return path if free else f"{path}_call{count}"
+
+
+def _dropout_of(captured: fx.GraphModule, node: fx.Node) -> tuple[float, Any] | None:
+    """Give the probability and the operand, where ``node`` is a dropout that acts in training."""
+    part = module_of(captured, node)
+    if part is not None:
+        return (part.p, (*node.args, *node.kwargs.values())[0]) if type(part) is nn.Dropout else None
+    if node.op != "call_function" or node.target not in {F.dropout, torch.dropout}:
+        return None
+    names = ("input", "p", "training" if node.target is F.dropout else "train", "inplace")
+    values = {"p": 0.5, names[2]: True, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if values[names[2]] is not True or not isinstance(values["p"], int | float):
+        return None
+    return float(values["p"]), values["input"]

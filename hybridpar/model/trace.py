@@ -1,0 +1,335 @@
+"""From a module to a chain: single-tensor cut points, one executable module per layer, and what each one needs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from hybridpar.errors import ModelError
+from hybridpar.model.chain import Chain, Layer, Linear, Parameter
+from hybridpar.model.copies import blank, named_tensors
+from hybridpar.model.footprint import BATCHES, META_FAILURES, Footprint, measure, set_keys
+from hybridpar.model.graph import capture, input_node, module_of
+from hybridpar.model.keyed import KeyedDropout, Keys
+
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Hardswish,
+    nn.Identity,
+    KeyedDropout,
+)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_ELEMENTWISE_FUNCTIONS = {"relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "hardswish"}
+_POOL_FUNCTIONS = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+_SHAPE_READS = {"size", "getattr", "getitem"}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A chain with one executable module per layer."""
+
+    chain: Chain
+    modules: tuple[nn.Module, ...]
+    """Each takes one tensor (samples, *in_shape) and gives one (samples, *out_shape); in training mode."""
+    names: tuple[dict[str, str], ...]
+    """For each layer: local name of a parameter or buffer -> its full name in the model. A tied parameter goes by
+    its first name everywhere. Buffers that a state dict leaves out are named too."""
+
+
+def trace(
+    module: nn.Module, in_shape: Sequence[int], name: str, input_dtype: Literal["float", "int"] = "float"
+) -> Traced:
+    """Cut ``module`` into a chain of layers wherever exactly one tensor crosses, and measure each layer.
+
+    ``in_shape`` is the shape of one input sample. The module may be on any device, also on meta: its weights are
+    neither changed nor copied, and the layers hold the very same parameters. Dropout becomes keyed, in-place
+    activations become out of place. Layers are measured in training mode.
+
+    Raises ModelError where the model cannot be traced, takes several inputs, gives no single tensor, or loses the
+    samples of dim 0.
+    """
+    captured = capture(module, name)
+    start = input_node(captured, name)
+    floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    dtype = floating if input_dtype == "float" else torch.int64
+    runs = _cut_nodes(captured, start, tuple(in_shape), dtype, name)
+    layer_names = _layer_names(captured, runs)
+    starts = [start, *(nodes[-1] for nodes in runs)]
+    parts = [_layer_module(captured, *given) for given in zip(runs, starts, layer_names, strict=False)]
+    names = _full_names(module, parts, layer_names)
+    layers: list[Layer] = []
+    differentiable = False
+    for index, (part, nodes) in enumerate(zip(parts, runs, strict=True)):
+        shape = layers[-1].out_shape if layers else tuple(in_shape)
+        in_dtype = floating if layers else dtype
+        footprint = measure(part, shape, in_dtype, differentiable, floating, layer_names[index])
+        differentiable = footprint.differentiable
+        layers.append(_describe(part, nodes, layer_names[index], shape, footprint, names[index]))
+    chain = Chain(model=name, layers=tuple(layers), tied=_tied(layers), input_dtype=input_dtype)
+    return Traced(chain, tuple(parts), tuple(names))
+
+
+class _Shapes(fx.Interpreter):
+    """Notes shape and dtype of every node's value."""
+
+    def __init__(self, captured: fx.GraphModule) -> None:
+        super().__init__(captured)
+        self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and note its value."""
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n.name] = (tuple(value.shape), value.dtype)
+        return value
+
+
+def _run_shapes(
+    captured: fx.GraphModule, in_shape: tuple[int, ...], dtype: torch.dtype, samples: int, device: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    copy = blank(captured, device).train()
+    if not isinstance(copy, fx.GraphModule):
+        raise TypeError("a copy of a graph is a graph")
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
+        set_keys(copy, Keys(0, 0, torch.arange(samples)))
+        shapes = _Shapes(copy)
+        shapes.run(torch.zeros(samples, *in_shape, dtype=dtype))
+    return shapes.shapes
+
+
+def _sample_nodes(captured: fx.GraphModule, in_shape: tuple[int, ...], dtype: torch.dtype, name: str) -> set[str]:
+    """Names of the nodes whose value is a floating tensor with samples in dim 0, found at two batch sizes."""
+    last: Exception | None = None
+    for device in ("meta", "cpu"):
+        try:
+            small, large = (_run_shapes(captured, in_shape, dtype, samples, device) for samples in BATCHES)
+        except META_FAILURES as e:
+            last = e
+            continue
+        return {
+            node
+            for node, (shape, kind) in small.items()
+            if kind.is_floating_point
+            and shape[:1] == BATCHES[:1]
+            and node in large
+            and large[node][0] == (BATCHES[1], *shape[1:])
+        }
+    raise ModelError(
+        f"{name} fails for a sample of shape {in_shape}: {last}; set model.in_shape to what the model takes"
+    ) from last
+
+
+def _cut_nodes(
+    captured: fx.GraphModule, start: fx.Node, in_shape: tuple[int, ...], dtype: torch.dtype, name: str
+) -> list[list[fx.Node]]:
+    """Cut the nodes in order into runs; after each run its last node's value is the only one still needed."""
+    valid = _sample_nodes(captured, in_shape, dtype, name)
+    nodes = [n for n in captured.graph.nodes if n.op not in {"placeholder", "get_attr", "output"}]
+    output = next(n for n in captured.graph.nodes if n.op == "output")
+    result = output.args[0]
+    if not isinstance(result, fx.Node) or result.name not in valid or result is start:
+        raise ModelError(
+            f"the output of {name} is not one floating tensor with the samples in dim 0; "
+            "wrap the model so that its forward gives one such tensor in training mode (no auxiliary outputs)"
+        )
+    nodes = nodes[: nodes.index(result) + 1]
+    place = {node: i for i, node in enumerate(nodes)}
+    place[output] = len(nodes)
+    last_use = {n: max((place.get(u, -1) for u in n.users), default=-1) for n in [start, *nodes]}
+    runs: list[list[fx.Node]] = [[]]
+    live = {start}
+    for i, node in enumerate(nodes):
+        runs[-1].append(node)
+        live = {n for n in live | {node} if last_use[n] > i}
+        if live == {node} and node.name in valid and node is not result:
+            runs.append([])
+    return runs
+
+
+def _layer_module(captured: fx.GraphModule, nodes: list[fx.Node], previous: fx.Node, layer_name: str) -> nn.Module:
+    """Make the module that runs ``nodes`` on the value of ``previous``."""
+    only = module_of(captured, nodes[0]) if len(nodes) == 1 else None
+    if only is not None and nodes[0].args == (previous,) and not nodes[0].kwargs:
+        return only
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {previous: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            if node.op != "get_attr":
+                raise ModelError(
+                    f"layer {layer_name} needs {node.name} from outside of it; this is a fault of hybridpar"
+                )
+            copies[node] = graph.node_copy(node)
+        return copies[node]
+
+    for node in nodes:
+        for needed in node.all_input_nodes:
+            copied(needed)
+        copies[node] = graph.node_copy(node, copied)
+    graph.output(copies[nodes[-1]])
+    return fx.GraphModule(captured, graph, class_name=re.sub(r"\W+", "_", f"Layer_{layer_name}"))
+
+
+def _layer_names(captured: fx.GraphModule, runs: list[list[fx.Node]]) -> list[str]:
+    """Name each layer after its module.
+
+    A layer of several nodes goes by the module of which it is the greater part, else by its first and last node.
+    """
+    everywhere = Counter(prefix for node in captured.graph.nodes for prefix in _prefixes(_scope(node)))
+    names = []
+    for nodes in runs:
+        ends = [str(n.target) if n.op == "call_module" else n.name for n in (nodes[0], nodes[-1])]
+        if len(nodes) == 1:
+            names.append(ends[0])
+            continue
+        scopes = [_scope(n) for n in nodes]
+        low, high = min(scopes), max(scopes)
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
+        prefix = tuple(a for a, _ in equal)
+        own = sum(scope[: len(prefix)] == prefix for scope in scopes)
+        names.append(".".join(prefix) if prefix and own > everywhere[prefix] / 2 else "..".join(ends))
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        seen[name] += 1
+        if seen[name] > 1:
+            names[index] = f"{name}#{seen[name]}"
+    return names
+
+
+def _scope(node: fx.Node) -> tuple[str, ...]:
+    """Path of the module that a node calls, or in whose forward it stands."""
+    if node.op == "call_module":
+        return tuple(str(node.target).split("."))
+    if node.op in {"placeholder", "get_attr", "output"}:
+        return ()
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return tuple(path.split(".")) if path else ()
+
+
+def _prefixes(scope: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [scope[:n] for n in range(1, len(scope) + 1)]
+
+
+def _full_names(model: nn.Module, parts: list[nn.Module], layer_names: list[str]) -> list[dict[str, str]]:
+    """For each layer: the local name of a tensor -> the first name that it has in the model."""
+    full: dict[int, str] = {}
+    for name, tensor in named_tensors(model).items():
+        full.setdefault(id(tensor), name)
+    result = []
+    for part, layer_name in zip(parts, layer_names, strict=True):
+        local = named_tensors(part)
+        lost = [name for name, tensor in local.items() if id(tensor) not in full and tensor.is_meta]
+        if lost:
+            raise ModelError(
+                f"layer {layer_name} uses the tensor {lost[0]}, which is neither a parameter nor a buffer of the "
+                "model and has no values; register it with register_buffer"
+            )
+        result.append({name: full[id(tensor)] for name, tensor in local.items() if id(tensor) in full})
+    return result
+
+
+def _describe(
+    part: nn.Module,
+    nodes: list[fx.Node],
+    name: str,
+    in_shape: tuple[int, ...],
+    footprint: Footprint,
+    full_names: dict[str, str],
+) -> Layer:
+    local = dict(part.named_parameters())
+    keyed = any(isinstance(m, KeyedDropout) and m.p > 0 for m in part.modules())
+    functions = {_function_name(n) for n in nodes}
+    flat = type(part) is nn.Linear and len(in_shape) == 1
+    return Layer(
+        name=name,
+        kind=_kind(part, nodes),
+        in_shape=in_shape,
+        out_shape=footprint.out_shape,
+        flops_per_sample=footprint.flops_per_sample,
+        parameters=tuple(Parameter(full_names[n], tuple(p.shape)) for n, p in local.items()),
+        buffer_bytes=sum(b.numel() * b.element_size() for b in part.buffers()),
+        saved=footprint.saved,
+        saves_input=footprint.saves_input,
+        saves_output=footprint.saves_output,
+        aliases_input=footprint.aliases_input,
+        linear=Linear(part.in_features, part.out_features, part.bias is not None)
+        if flat and isinstance(part, nn.Linear)
+        else None,
+        channelwise=_is_channelwise(part, nodes, in_shape, footprint.out_shape),
+        random="unkeyed" if footprint.draws else "keyed" if keyed else "none",
+        batch_norm="batch_norm" in functions
+        or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in part.modules()),  # noqa: SLF001 - its base
+    )
+
+
+def _kind(part: nn.Module, nodes: list[fx.Node]) -> str:
+    if len(nodes) > 1:
+        return "Block"
+    if nodes[0].op == "call_module":
+        return "Dropout" if isinstance(part, KeyedDropout) else type(part).__name__
+    return _function_name(nodes[0])
+
+
+def _function_name(node: fx.Node) -> str:
+    """Name of the torch function or method that a node calls; empty for a module or somebody else's function."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    name = str(getattr(node.target, "__name__", node.target))
+    home = str(getattr(node.target, "__module__", None) or "torch")
+    return name if home.split(".", maxsplit=1)[0] in {"torch", "_operator", "builtins"} else f"{home}.{name}"
+
+
+def _is_channelwise(
+    part: nn.Module, nodes: list[fx.Node], in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+) -> bool:
+    """Whether each feature of dim 1 is worked on by itself, and a flattened output keeps them in order."""
+    if len(nodes) > 1:
+        return _is_flattening(nodes) and out_shape == (math.prod(in_shape),)
+    images = len(in_shape) == 3
+    if nodes[0].op == "call_module":
+        if isinstance(part, nn.Flatten):
+            return bool(part.start_dim == 1)
+        kind: Any = type(part)
+        return kind in _ELEMENTWISE or (kind in _POOLS and images)
+    function = _function_name(nodes[0])
+    if function == "flatten":
+        start_dim: Any = (*nodes[0].args[1:2], nodes[0].kwargs.get("start_dim"))[0]
+        return bool(start_dim == 1)
+    return function in _ELEMENTWISE_FUNCTIONS or (function in _POOL_FUNCTIONS and images)
+
+
+def _is_flattening(nodes: list[fx.Node]) -> bool:
+    """Whether the nodes are ``x.view(x.size(0), -1)`` or its like, which takes any number of features."""
+    *reads, last = nodes
+    sizes: Any = last.args[1] if len(last.args) == 2 else last.args[1:]
+    if last.op != "call_method" or last.target not in {"view", "reshape"} or not isinstance(sizes, tuple | list):
+        return False
+    to_rows = len(sizes) == 2 and isinstance(sizes[0], fx.Node) and isinstance(sizes[1], int) and sizes[1] == -1
+    return to_rows and all(_function_name(n) in _SHAPE_READS for n in reads)
+
+
+def _tied(layers: list[Layer]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    users: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        for parameter in layer.parameters:
+            users.setdefault(parameter.name, []).append(index)
+    return tuple((name, tuple(indices)) for name, indices in users.items() if len(indices) > 1)

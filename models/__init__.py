@@ -1,0 +1,1 @@
+"""Builders of models that the configuration names as ``module:function``."""
