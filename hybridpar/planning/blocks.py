@@ -1,12 +1,13 @@
 """Blocks: the runs of layers that a rank computes without any communication inside.
 
-A segment is cut into blocks where something crosses the wire: at gradient buckets where it is replicated, at sums
-and gathers where it is sharded. The program names blocks, and the executor runs them without knowing kinds of stage.
+A segment is cut into blocks where something crosses the wire: at gradient buckets where it is replicated, at
+sums and gathers where it is sharded. The executor runs blocks without knowing kinds of stage.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from hybridpar.model.chain import Chain, Layer
@@ -150,7 +151,7 @@ def _buckets(layers: Interval, chain: Chain, plan: Plan) -> list[Interval]:
             cuts.append(i)
             size = 0
     cuts.append(layers[0])
-    return [(a, b) for b, a in zip(cuts, cuts[1:], strict=False)][::-1]
+    return [(a, b) for b, a in pairwise(cuts)][::-1]
 
 
 def _sharded_blocks(stage: Stage, segment: Segment, chain: Chain) -> list[Block]:

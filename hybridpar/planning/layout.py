@@ -98,8 +98,8 @@ def exchange(source: Layout, target: Layout) -> tuple[Transfer, ...]:
     """Return the transfers that build every piece of ``target`` from ``source``.
 
     A target piece takes each part from one holder (itself if it is one, else the holders take turns); of a partial
-    source it takes the summand of every holder, its own first and then by rank, so that the order of summation is
-    fixed.
+    source it takes the summand of every holder, its own first and then in the order of the pieces, so that the order of
+    summation is fixed.
     """
     holders: dict[tuple[int, Interval, Interval], list[int]] = defaultdict(list)
     for piece in source.pieces:
@@ -113,7 +113,7 @@ def exchange(source: Layout, target: Layout) -> tuple[Transfer, ...]:
             common = intersect(samples, piece.samples), intersect(features, piece.features)
             if length(common[0]) <= 0 or length(common[1]) <= 0:
                 continue
-            ranks = sorted(holders[micro_batch, samples, features], key=lambda r: (r != piece.rank, r))
+            ranks = sorted(holders[micro_batch, samples, features], key=lambda r: r != piece.rank)
             if not source.partial:
                 ranks = ranks[:1] if ranks[0] == piece.rank else [ranks[turn % len(ranks)]]
             whole = len(ranks) == 1 and common == (samples, features) == (piece.samples, piece.features)

@@ -1,4 +1,4 @@
-"""The plan: which layers run where, with what kind of parallelism and which micro-batch size."""
+"""The plan: which layers run where, with what kind of parallelism and micro-batch size."""
 
 from __future__ import annotations
 
@@ -188,7 +188,12 @@ def validate(plan: Plan, chain: Chain) -> None:
             at = segment.layers[1]
     _require(at == len(chain.layers), "stages", at, f"must end at layer {len(chain.layers)}, the model's last")
     unused = set(range(plan.world)) - {r for s in plan.stages for r in s.ranks}
-    _require(not unused, "stages", sorted(unused), "are ranks without any stage; place a stage there, or lower the world")
+    _require(
+        not unused,
+        "stages",
+        sorted(unused),
+        "are ranks without any stage; place a stage there, or lower the world",
+    )
     _validate_ties(plan, chain)
 
 
@@ -211,7 +216,9 @@ def _validate_stage(plan: Plan, stage: Stage, chain: Chain) -> None:
         _require(inside, f"{where}.ranks", list(ranks), f"must lie in 0..{plan.world - 1}")
         if segment.shares is not None:
             fits = len(segment.shares) == len(ranks) and all(s > 0 for s in segment.shares)
-            _require(fits, f"{where}.shares", segment.shares, f"must be {len(ranks)} positive numbers, one per rank")
+            _require(
+                fits, f"{where}.shares", segment.shares, f"must be {len(ranks)} positive numbers, one per rank"
+            )
         _validate_micro_batch(plan, stage, segment, where)
     if stage.in_flight is not None:
         _require(stage.in_flight >= 1, f"{name}.in_flight", stage.in_flight, "must be at least 1 sample")
@@ -259,10 +266,17 @@ def _validate_tail(stage: Stage, chain: Chain) -> None:
     for layer in linears:
         assert layer.linear is not None
         width = min(layer.linear.out_features, layer.linear.in_features)
-        _require(shards <= width, "tail.ranks", shards, f"shards are more than the {width} features of layer {layer.name}")
+        _require(
+            shards <= width,
+            "tail.ranks",
+            shards,
+            f"shards are more than the {width} features of layer {layer.name}",
+        )
     if stage.sharding[0] == "row":
         width = chain.layers[first].in_shape[0]
-        _require(shards <= width, "tail.ranks", shards, f"shards are more than the {width} features that enter the tail")
+        _require(
+            shards <= width, "tail.ranks", shards, f"shards are more than the {width} features that enter the tail"
+        )
 
 
 def _validate_ties(plan: Plan, chain: Chain) -> None:

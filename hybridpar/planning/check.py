@@ -1,0 +1,272 @@
+"""The deadlock check: would this program finish on the strictest machine?
+
+That machine buffers nothing, keeps one queue per communicator (per pair of ranks for sends) and makes no progress
+beyond a start: an operation completes only once every participant has started it and everything that any of them
+started earlier in the same queue is complete. A program that passes here finishes on any backend. The check also
+follows the data: every action's inputs must be there when it runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Hashable
+
+from hybridpar.errors import ProgramError
+from hybridpar.planning.blocks import Position
+from hybridpar.planning.boundary import boundaries
+from hybridpar.planning.compile import communicators, is_zero, parameter_count
+from hybridpar.planning.layout import length
+from hybridpar.planning.program import Action, Operation, Program
+
+Token = tuple[str, int, int]
+"""A value that a rank holds: what, block (or position), micro-batch."""
+
+
+def check(program: Program) -> None:
+    """Raise ProgramError if the program could hang or an action would run without its inputs.
+
+    The message names the rank, the action and what it waits for.
+    """
+    _check_membership(program)
+    _check_pairs(program)
+    _check_queues(program)
+    for rank in range(program.plan.world):
+        _RankData(program, rank).check()
+
+
+def queue_of(operation: Operation) -> Hashable:
+    """Return the queue an operation waits in: its communicator, or one way between two ranks."""
+    return (operation.communicator, operation.ranks) if operation.kind == "send" else operation.communicator
+
+
+def _check_membership(program: Program) -> None:
+    known = dict(communicators(program.plan))
+    for operation in program.operations:
+        members = known.get(operation.communicator)
+        if members is None or not set(operation.ranks) <= set(members):
+            raise ProgramError(f"operation {operation} uses a communicator that its ranks are not members of")
+
+
+def _check_pairs(program: Program) -> None:
+    """Every participant starts and waits exactly once, in this order; nobody else does."""
+    for rank, actions in enumerate(program.actions):
+        starts: Counter[int] = Counter()
+        waits: Counter[int] = Counter()
+        for action in actions:
+            if action.operation is None:
+                continue
+            operation = program.operations[action.operation]
+            if rank not in operation.ranks:
+                raise ProgramError(f"rank {rank} takes part in '{program.describe(action)}', which is not its own")
+            if action.kind == "start":
+                starts[action.operation] += 1
+            else:
+                waits[action.operation] += 1
+                if waits[action.operation] > starts[action.operation]:
+                    raise ProgramError(f"rank {rank} would '{program.describe(action)}' before it starts it")
+        for operation in program.operations:
+            wanted = int(rank in operation.ranks and len(operation.ranks) > 1)
+            if starts[operation.index] != wanted or waits[operation.index] != wanted:
+                name = program.describe(Action("start", operation=operation.index))
+                raise ProgramError(
+                    f"rank {rank}: '{name}' is started {starts[operation.index]} and waited for "
+                    f"{waits[operation.index]} times instead of {wanted}"
+                )
+
+
+def _check_queues(program: Program) -> None:
+    """Run all ranks in turn on the strictest machine until they finish or none can go on."""
+    at = [0] * program.plan.world
+    queues: dict[tuple[int, Hashable], deque[int]] = defaultdict(deque)
+    complete: set[int] = set()
+
+    def settle(operation: Operation) -> bool:
+        """Complete the operation if it leads the queues of all its participants."""
+        keys = [(rank, queue_of(operation)) for rank in operation.ranks]
+        if any(not queues[key] or queues[key][0] != operation.index for key in keys):
+            return False
+        for key in keys:
+            queues[key].popleft()
+        complete.add(operation.index)
+        for key in keys:
+            if queues[key]:
+                settle(program.operations[queues[key][0]])
+        return True
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(program.actions):
+            while at[rank] < len(actions):
+                action = actions[at[rank]]
+                if action.kind == "wait" and action.operation not in complete:
+                    break
+                if action.kind == "start" and action.operation is not None:
+                    operation = program.operations[action.operation]
+                    queues[rank, queue_of(operation)].append(operation.index)
+                    settle(operation)
+                at[rank] += 1
+                moved = True
+    stuck = [rank for rank, actions in enumerate(program.actions) if at[rank] < len(actions)]
+    if stuck:
+        raise ProgramError("the program hangs: " + "; ".join(_stuck_line(program, r, at[r]) for r in stuck))
+
+
+def _stuck_line(program: Program, rank: int, at: int) -> str:
+    return f"rank {rank} waits forever in '{program.describe(program.actions[rank][at])}' (action {at})"
+
+
+class _RankData:
+    """Follows which values a rank holds: every action needs tokens and gives tokens."""
+
+    def __init__(self, program: Program, rank: int) -> None:
+        self.program, self.rank = program, rank
+        self.last = len(program.blocks) - 1
+        self.train = program.mode == "train"
+        self.held: Counter[Token] = Counter()
+        self.expected: Counter[Token] = Counter()
+        crossing = boundaries(program.positions, program.blocks, program.chain, program.samples)
+        for i, boundary in enumerate(crossing):
+            for content, transfers in (("activation", boundary.activation), ("gradient", boundary.gradient)):
+                for t in transfers:
+                    if t.target == rank:
+                        token = (content, i, t.target_micro_batch)
+                        self.expected[token] = 1 if boundary.summed(content) else self.expected[token] + 1
+
+    def check(self) -> None:
+        """Raise ProgramError at the first action that lacks an input, or if work of the step is left out."""
+        for action in self.program.actions[self.rank]:
+            for token, count in self._needs(action).items():
+                if self.held[token] < count:
+                    name = self.program.describe(action)
+                    raise ProgramError(f"rank {self.rank} would '{name}' without {_token_name(token)}")
+            self.held.update(self._gives(action))
+        for token, count in self._work().items():
+            if self.held[token] != count:
+                raise ProgramError(
+                    f"rank {self.rank} does {_token_name(token)} {self.held[token]} times instead of {count}"
+                )
+
+    def _own(self, position: Position) -> list[int]:
+        """Micro-batches of the position in which this rank has samples."""
+        if self.rank not in position.ranks:
+            return []
+        own, all_intervals = position.ranks.index(self.rank), self.program.micro_batches[position.index]
+        return [m for m, intervals in enumerate(all_intervals) if length(intervals[own]) > 0]
+
+    def _work(self) -> dict[Token, int]:
+        """What the rank has to do in the step."""
+        tokens: dict[Token, int] = {}
+        for block in self.program.blocks:
+            for m in self._own(self.program.positions[block.position]):
+                tokens["output", block.index, m] = 1
+                if self.train:
+                    tokens["input gradient", block.index, m] = 1
+                if block.index == self.last:
+                    tokens["loss", self.last, m] = 1
+        if self.train:
+            tokens |= {("update", p.index, 0): 1 for p in self.program.positions if self.rank in p.ranks}
+        return tokens
+
+    def _gradients(self, position: Position) -> dict[Token, int]:
+        """The complete gradients of a position: of all its micro-batches, summed over its replicas."""
+        tokens: dict[Token, int] = {}
+        for block in self.program.blocks:
+            if block.position != position.index or self.rank not in position.ranks:
+                continue
+            tokens |= {("input gradient", block.index, m): 1 for m in self._own(position)}
+            reduced = position.replicated and not is_zero(self.program.plan, position)
+            if reduced and parameter_count(self.program.chain, block.layers):
+                tokens["bucket", block.index, 0] = 1
+        return tokens
+
+    def _needs(self, action: Action) -> dict[Token, int]:
+        block, m = action.block or 0, action.micro_batch or 0
+        alone = self.program.plan.world == 1
+        if action.kind == "forward":
+            token: Token = ("loaded", 0, 0) if block == 0 else ("activation", block - 1, m)
+            return {token: self.expected.get(token, 1)}
+        if action.kind == "score":
+            return {("output", block, m): 1, ("label", 0, 0): int(not alone)}
+        if action.kind == "loss":
+            sharded = self.program.positions[-1].sharded
+            return {("scores", block, m): 1, ("statistics", block, m): int(sharded)}
+        if action.kind == "backward":
+            token = ("loss", block, m) if block == self.last else ("gradient", block, m)
+            return {("output", block, m): 1, token: self.expected.get(token, 1)}
+        if action.kind == "copy" and action.transfer is not None:
+            return {_source(action.content, block, action.transfer.source_micro_batch): 1}
+        if action.kind == "start" and action.operation is not None:
+            return self._needs_of_start(self.program.operations[action.operation])
+        if action.kind in {"norm", "update"}:
+            return self._needs_of_update(action, alone=alone)
+        return {}
+
+    def _needs_of_start(self, operation: Operation) -> dict[Token, int]:
+        block, m = operation.block or 0, operation.micro_batch or 0
+        if operation.transfer is not None:
+            if operation.transfer.target == self.rank:
+                return {}
+            return {_source(operation.content, block, operation.transfer.source_micro_batch): 1}
+        if operation.content == "sum":
+            return {_source("gradient" if operation.backward else "activation", block, m): 1}
+        if operation.content == "statistics":
+            return {("scores", block, m): 1}
+        if operation.content == "label":
+            return {("loaded", 0, 0): int(self.rank in self.program.positions[0].ranks)}
+        if operation.content == "bucket":
+            position = self.program.positions[self.program.blocks[block].position]
+            return {("input gradient", block, own): 1 for own in self._own(position)}
+        if operation.content == "zero":
+            return self._gradients(self.program.positions[block])
+        if operation.content == "norm":
+            return {("norm", 0, 0): 1}
+        return {("loss", self.last, own): 1 for own in self._own(self.program.positions[-1])}
+
+    def _needs_of_update(self, action: Action, *, alone: bool) -> dict[Token, int]:
+        if action.kind == "norm":
+            own = [self._gradients(p) for p in self.program.positions]
+            return {token: count for tokens in own for token, count in tokens.items()}
+        needs = self._gradients(self.program.positions[action.block or 0])
+        if self.program.plan.recipe.clipping:
+            needs["global norm" if not alone else "norm", 0, 0] = 1
+        return needs
+
+    def _gives(self, action: Action) -> list[Token]:
+        block, m = action.block or 0, action.micro_batch or 0
+        simple = {
+            "load": "loaded",
+            "forward": "output",
+            "score": "scores",
+            "loss": "loss",
+            "backward": "input gradient",
+            "norm": "norm",
+            "update": "update",
+        }
+        if action.kind in simple:
+            return [(simple[action.kind], block, m)]
+        if action.kind == "copy" and action.transfer is not None:
+            return [(str(action.content), block, action.transfer.target_micro_batch)]
+        if action.kind == "wait" and action.operation is not None:
+            return self._given_by(self.program.operations[action.operation])
+        return []
+
+    def _given_by(self, operation: Operation) -> list[Token]:
+        block, m = operation.block or 0, operation.micro_batch or 0
+        if operation.transfer is not None:
+            return [(operation.content, block, m)] if operation.transfer.target == self.rank else []
+        if operation.content == "sum":
+            return [("gradient" if operation.backward else "activation", block, m)]
+        names = {"norm": "global norm", "zero": "update"}
+        return [(names.get(operation.content, operation.content), block, m)]
+
+
+def _source(content: str | None, boundary: int, micro_batch: int) -> Token:
+    """The value that crosses a boundary: an output forward, an input's gradient backward."""
+    if content == "activation":
+        return "output", boundary, micro_batch
+    return "input gradient", boundary + 1, micro_batch
+
+
+def _token_name(token: Token) -> str:
+    return f"{token[0]} of block {token[1]} micro-batch {token[2]}"

@@ -1,0 +1,396 @@
+"""Compilation: a plan and a number of samples become a program."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import lru_cache
+
+from hybridpar.model.chain import Chain
+from hybridpar.planning.blocks import Block, Position, blocks, positions
+from hybridpar.planning.boundary import boundaries
+from hybridpar.planning.layout import Interval, Transfer, length
+from hybridpar.planning.order import Flow, Task, sequence
+from hybridpar.planning.plan import Plan
+from hybridpar.planning.program import (
+    METRICS,
+    STATISTICS,
+    Action,
+    Content,
+    Mode,
+    Operation,
+    OperationKind,
+    Program,
+)
+
+LABEL_BYTES = NORM_BYTES = METRIC_BYTES = 8
+SEND_LAG = 2
+"""A send is waited for after this many further computations of its rank: late enough to overlap, early enough to
+free its buffer."""
+
+
+@lru_cache(maxsize=64)
+def compile(plan: Plan, chain: Chain, samples: int, mode: Mode) -> Program:  # noqa: A001
+    """Return the program of one step of ``samples`` samples.
+
+    ``samples`` may be below the plan's global batch (a last partial batch). Pure and cached.
+
+    Raises:
+        PlanError: an in-flight cap of the plan is too low.
+
+    """
+    return _Compiler(plan, chain, samples, mode).program()
+
+
+class _Compiler:
+    """Walks the global sequence once and hands every rank its actions."""
+
+    def __init__(self, plan: Plan, chain: Chain, samples: int, mode: Mode) -> None:
+        self.plan, self.chain, self.samples, self.mode = plan, chain, samples, mode
+        self.positions, self.blocks = positions(plan), blocks(plan, chain)
+        self.train = mode == "train"
+        self.operations: list[Operation] = []
+        self.actions: list[list[Action]] = [[] for _ in range(plan.world)]
+        self.world = tuple(range(plan.world))
+        self.started: set[tuple[int, int]] = set()
+        self.shared: dict[str, Operation] = {}
+        self.unsent: list[deque[list[int]]] = [deque([[]]) for _ in range(plan.world)]
+        self.arriving: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
+        self.unwaited: list[dict[int, None]] = [{} for _ in range(plan.world)]
+        self.boundaries = boundaries(self.positions, self.blocks, chain, samples)
+        self.leaving: dict[tuple[Content, int, int, int], list[Transfer]] = defaultdict(list)
+        for i, boundary in enumerate(self.boundaries):
+            for t in boundary.activation:
+                self.leaving["activation", i, t.source_micro_batch, t.source].append(t)
+            for t in boundary.gradient:
+                self.leaving["gradient", i, t.source_micro_batch, t.source].append(t)
+
+    def program(self) -> Program:
+        """Emit the whole step."""
+        flow = Flow(
+            self.plan.order,
+            self.samples,
+            self.positions,
+            self.blocks,
+            self.boundaries,
+            self.train,
+            self.train and self.plan.recipe.clipping,
+        )
+        tasks = sequence(flow)
+        self._count(tasks)
+        self._open()
+        for task in tasks:
+            getattr(self, f"_{task.kind}")(task)
+            if task.kind in {"forward", "backward"}:
+                for rank in task.ranks:
+                    self._settle_sends(rank)
+        self._close()
+        return Program(
+            self.plan,
+            self.chain,
+            self.samples,
+            self.mode,
+            self.positions,
+            self.blocks,
+            tuple(self.operations),
+            tuple(tuple(_post_receives_early(a, self.operations, r)) for r, a in enumerate(self.actions)),
+            communicators(self.plan),
+        )
+
+    def _count(self, tasks: tuple[Task, ...]) -> None:
+        """Count each rank's backward calls per block, and its losses."""
+        self.backwards: dict[tuple[int, int], int] = defaultdict(int)
+        self.losses: dict[int, int] = defaultdict(int)
+        for task in tasks:
+            for rank in task.ranks:
+                if task.kind == "backward":
+                    self.backwards[task.block, rank] += 1
+                elif task.kind == "loss":
+                    self.losses[rank] += 1
+
+    # Beginning and end of a step
+
+    def _open(self) -> None:
+        """Readers load; all labels of the step are gathered; ranks without a loss report at once."""
+        for rank in self.positions[0].ranks:
+            self._act(rank, Action("load"))
+        self.labels = self._collective("all_reduce", "label", "control", self.world, LABEL_BYTES * self.samples)
+        for rank in self.world:
+            self._start(rank, self.labels)
+        for rank in self.world:
+            if not self.losses[rank]:
+                self._report(rank)
+
+    def _close(self) -> None:
+        for rank in self.world:
+            for operation in list(self.unwaited[rank]):
+                self._wait(rank, operation)
+
+    def _report(self, rank: int) -> None:
+        size = METRIC_BYTES * len(METRICS)
+        self._start(
+            rank,
+            self._once("metrics", lambda: self._collective("all_reduce", "metrics", "control", self.world, size)),
+        )
+
+    # One method per kind of task
+
+    def _forward(self, task: Task) -> None:
+        for rank in task.ranks:
+            self._await(rank, "activation", task.block - 1, task.micro_batch)
+            self._act(rank, Action("forward", task.block, task.micro_batch))
+        if task.block < len(self.blocks) - 1:
+            self._deliver("activation", task.block, task)
+            return
+        for rank in task.ranks:
+            self._wait_once(rank, self.labels.index)
+            self._act(rank, Action("score", task.block, task.micro_batch))
+        if self.positions[-1].sharded:
+            interval = self.positions[-1].micro_batches(self.samples)[task.micro_batch][0]
+            size = STATISTICS[self.mode] * self.plan.itemsize * length(interval)
+            self._gather_statistics(task, size)
+
+    def _gather_statistics(self, task: Task, size: int) -> None:
+        gather = self._collective(
+            "all_gather", "statistics", "tail", task.ranks, size, task.block, task.micro_batch
+        )
+        for rank in task.ranks:
+            self._start(rank, gather)
+            self.arriving["statistics", task.block, task.micro_batch, rank].append(gather.index)
+
+    def _loss(self, task: Task) -> None:
+        for rank in task.ranks:
+            self._await(rank, "statistics", task.block, task.micro_batch)
+            self._act(rank, Action("loss", task.block, task.micro_batch))
+            self.losses[rank] -= 1
+            if not self.losses[rank]:
+                self._report(rank)
+
+    def _backward(self, task: Task) -> None:
+        for rank in task.ranks:
+            self._await(rank, "gradient", task.block, task.micro_batch)
+            self._act(rank, Action("backward", task.block, task.micro_batch))
+        if task.block > 0:
+            self._deliver("gradient", task.block - 1, task)
+        for rank in task.ranks:
+            self.backwards[task.block, rank] -= 1
+            if not self.backwards[task.block, rank]:
+                self._reduce(rank, self.blocks[task.block])
+
+    def _norm(self, task: Task) -> None:
+        (rank,) = task.ranks
+        for position in self.positions:
+            if rank in position.ranks:
+                self._await_gradients(rank, position)
+        self._act(rank, Action("norm"))
+        norm = self._once(
+            "norm", lambda: self._collective("all_reduce", "norm", "control", self.world, NORM_BYTES)
+        )
+        self._start(rank, norm)
+
+    def _update(self, task: Task) -> None:
+        (rank,), position = task.ranks, self.positions[task.block]
+        self._await_gradients(rank, position)
+        if self.plan.recipe.clipping:
+            self._wait_once(rank, self.shared["norm"].index)
+        if not is_zero(self.plan, position):
+            self._act(rank, Action("update", position.index))
+            return
+        size = self.plan.itemsize * parameter_count(self.chain, position.layers)
+        group = f"gradients:{position.name}"
+        zero = self._once(
+            f"zero {position.name}",
+            lambda: self._collective("sharded_update", "zero", group, position.ranks, size, position.index),
+        )
+        self._start(rank, zero)
+        self._wait(rank, zero.index)
+
+    # Gradients of replicated parameters
+
+    def _reduce(self, rank: int, block: Block) -> None:
+        """Start the sum of a block's gradients over the replicas, once per rank."""
+        position = self.positions[block.position]
+        count = parameter_count(self.chain, block.layers)
+        if not position.replicated or not count or is_zero(self.plan, position):
+            return
+        bucket = self._once(
+            f"bucket {block.index}",
+            lambda: self._collective(
+                "all_reduce",
+                "bucket",
+                f"gradients:{position.name}",
+                position.ranks,
+                count * self.plan.itemsize,
+                block.index,
+            ),
+        )
+        if (rank, bucket.index) not in self.started:
+            self._start(rank, bucket)
+            self.arriving["bucket", position.index, 0, rank].append(bucket.index)
+
+    def _await_gradients(self, rank: int, position: Position) -> None:
+        """Wait for the reduced gradients; a replica that had no samples joins the reductions here."""
+        for block in reversed(self.blocks):
+            if block.position == position.index:
+                self._reduce(rank, block)
+        self._await(rank, "bucket", position.index, 0)
+
+    # Communication
+
+    def _deliver(self, content: Content, boundary: int, task: Task) -> None:
+        """Send what a forward or backward of ``task`` produced over a boundary between blocks."""
+        backward = content == "gradient"
+        if self.boundaries[boundary].summed(content):
+            rank = task.ranks[0]
+            size = sum(self._bytes(boundary, t) for t in self.leaving[content, boundary, task.micro_batch, rank])
+            size //= len(task.ranks)
+            total = self._collective(
+                "all_reduce", "sum", "tail", task.ranks, size, boundary, task.micro_batch, backward=backward
+            )
+            for rank in task.ranks:
+                self._start(rank, total)
+                self.arriving[content, boundary, task.micro_batch, rank].append(total.index)
+            return
+        for rank in task.ranks:
+            for t in self.leaving[content, boundary, task.micro_batch, rank]:
+                self._pass_on(content, boundary, t, self._bytes(boundary, t))
+
+    def _bytes(self, boundary: int, t: Transfer) -> int:
+        """Bytes of a transfer of activations or gradients over a boundary."""
+        shape = self.chain.layers[self.blocks[boundary].layers[1]].in_shape
+        width = math.prod(shape[1:]) * length(t.features)
+        return length(t.samples) * width * self.plan.itemsize
+
+    def _pass_on(self, content: Content, boundary: int, t: Transfer, size: int) -> None:
+        if t.source == t.target:
+            self._act(t.source, Action("copy", boundary, t.target_micro_batch, content=content, transfer=t))
+            return
+        way = "up" if t.source < t.target else "down"
+        communicator = f"{'backward' if content == 'gradient' else 'forward'}.{way}"
+        send = self._operation(
+            "send", content, communicator, (t.source, t.target), size, boundary, t.target_micro_batch, t
+        )
+        for rank in send.ranks:
+            self._start(rank, send)
+        self.unsent[t.source][-1].append(send.index)
+        self.arriving[content, boundary, t.target_micro_batch, t.target].append(send.index)
+
+    def _collective(
+        self,
+        kind: OperationKind,
+        content: Content,
+        communicator: str,
+        ranks: tuple[int, ...],
+        size: int,
+        block: int | None = None,
+        micro_batch: int | None = None,
+        *,
+        backward: bool = False,
+    ) -> Operation:
+        return self._operation(
+            kind, content, communicator, ranks, size, block, micro_batch, None, backward=backward
+        )
+
+    def _operation(
+        self,
+        kind: OperationKind,
+        content: Content,
+        communicator: str,
+        ranks: tuple[int, ...],
+        size: int,
+        block: int | None,
+        micro_batch: int | None,
+        transfer: Transfer | None,
+        *,
+        backward: bool = False,
+    ) -> Operation:
+        index = len(self.operations)
+        self.operations.append(
+            Operation(index, kind, content, communicator, ranks, size, block, micro_batch, transfer, backward)
+        )
+        return self.operations[-1]
+
+    def _once(self, name: str, make: Callable[[], Operation]) -> Operation:
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    # Actions
+
+    def _act(self, rank: int, action: Action) -> None:
+        self.actions[rank].append(action)
+
+    def _start(self, rank: int, operation: Operation) -> None:
+        """Start an operation and owe its wait; what one rank has for itself needs neither."""
+        if len(operation.ranks) == 1:
+            return
+        self.started.add((rank, operation.index))
+        self.unwaited[rank][operation.index] = None
+        self._act(rank, Action("start", operation=operation.index, content=operation.content))
+
+    def _wait(self, rank: int, operation: int) -> None:
+        del self.unwaited[rank][operation]
+        self._act(rank, Action("wait", operation=operation, content=self.operations[operation].content))
+
+    def _wait_once(self, rank: int, operation: int) -> None:
+        if operation in self.unwaited[rank]:
+            self._wait(rank, operation)
+
+    def _await(self, rank: int, content: Content, block: int, micro_batch: int) -> None:
+        for operation in self.arriving.pop((content, block, micro_batch, rank), ()):
+            self._wait_once(rank, operation)
+
+    def _settle_sends(self, rank: int) -> None:
+        self.unsent[rank].append([])
+        if len(self.unsent[rank]) > SEND_LAG:
+            for operation in self.unsent[rank].popleft():
+                self._wait_once(rank, operation)
+
+
+def is_zero(plan: Plan, position: Position) -> bool:
+    """Whether DeepSpeed shards the optimizer state of this position."""
+    return plan.recipe.sharding == "zero1" and position.kind == "front" and position.replicated
+
+
+def parameter_count(chain: Chain, layers: Interval) -> int:
+    """Return the number of distinct parameter elements in a run of layers."""
+    own = {p.name: p.count for layer in chain.layers[layers[0] : layers[1]] for p in layer.parameters}
+    return sum(own.values())
+
+
+def communicators(plan: Plan) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return name and members of every communicator of a plan, in the order in which all ranks create them.
+
+    Exchanges have one communicator per pass and way (to a higher or a lower rank), so that between two ranks each
+    carries messages one way only and their order is the program's.
+    """
+    world = tuple(range(plan.world))
+    ways = [(f"{direction}.{way}", world) for direction in ("forward", "backward") for way in ("up", "down")]
+    result = [("control", world), *ways]
+    for position in positions(plan):
+        if position.sharded:
+            result.append(("tail", position.ranks))
+        elif position.replicated:
+            result.append((f"gradients:{position.name}", position.ranks))
+    return tuple(result)
+
+
+def _post_receives_early(actions: list[Action], operations: list[Operation], rank: int) -> list[Action]:
+    """Move the start of every receive before the computation that precedes it, so that the data can flow meanwhile.
+
+    All receives move by one computation, so their order per communicator stays.
+    """
+    result: list[Action] = []
+    before_last = 0
+    for action in actions:
+        if action.kind == "start" and action.operation is not None:
+            operation = operations[action.operation]
+            if operation.kind == "send" and operation.ranks[1] == rank:
+                result.insert(before_last, action)
+                before_last += 1
+                continue
+        if action.kind in {"forward", "backward"}:
+            before_last = len(result)
+        result.append(action)
+    return result

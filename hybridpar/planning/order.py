@@ -1,0 +1,299 @@
+"""The order of a step's computations: one global sequence, of which every rank executes its part.
+
+The sequence comes from a list schedule in abstract time. Costs there are counts (a position's share of a step's
+samples), never durations, so that the order of a plan is the same on every machine, and a faster device can only
+make a step faster. In-flight caps are dependencies: a chunk may enter a position once all but the last ``cap``
+samples up to its end have left it backwards.
+
+Every rank's order being the projection of one sequence, and communications starting in its order, the program
+cannot deadlock; :mod:`hybridpar.planning.check` verifies that independently.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hybridpar.errors import PlanError
+from hybridpar.planning.blocks import Block, Position
+from hybridpar.planning.boundary import Boundary
+from hybridpar.planning.layout import Transfer, length
+from hybridpar.planning.plan import OrderRule
+
+TICKS = 1 << 20
+"""Abstract time in which a rank runs one pass of one position over all its samples of a step."""
+
+TaskKind = Literal["forward", "loss", "backward", "norm", "update"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One computation, on one replica or on all shards at once. ``block`` is a position index for updates."""
+
+    kind: TaskKind
+    block: int
+    micro_batch: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What the order depends on, for one step of ``samples``."""
+
+    rule: OrderRule
+    samples: int
+    positions: tuple[Position, ...]
+    blocks: tuple[Block, ...]
+    boundaries: tuple[Boundary, ...]
+    train: bool
+    clipping: bool
+
+
+def default_caps(positions: tuple[Position, ...], samples: int) -> tuple[int, ...]:
+    """Return the in-flight caps of one-forward-one-backward: samples, one per position.
+
+    A position may run ahead of its own backward by the chunks that the positions behind it hold, its own chunk, and
+    once more the largest chunk from here on, which covers regroupings whose boundaries do not meet. With chunks of
+    equal size c this is the classical warm-up of one chunk per position behind, plus one.
+    """
+    sizes = [_chunk(p, samples) for p in positions]
+    return tuple(min(sum(sizes[i:]) + max(sizes[i:]), samples) for i in range(len(sizes)))
+
+
+def sequence(flow: Flow) -> tuple[Task, ...]:
+    """Return all computations of a step in their global order.
+
+    Raises:
+        PlanError: an in-flight cap is below what the coupled stages need; names the least cap that works.
+
+    """
+    graph = _Graph(flow, _caps(flow))
+    order = graph.schedule()
+    if order is None:
+        raise PlanError(_explain_stall(flow))
+    return order
+
+
+def _chunk(position: Position, samples: int) -> int:
+    intervals = position.micro_batches(samples)[0]
+    return max(i[1] for i in intervals) - min(i[0] for i in intervals)
+
+
+def _caps(flow: Flow) -> tuple[int, ...]:
+    if flow.rule == "fill_drain":
+        default = (flow.samples,) * len(flow.positions)
+    else:
+        default = default_caps(flow.positions, flow.samples)
+    return tuple(d if p.in_flight is None else p.in_flight for p, d in zip(flow.positions, default, strict=True))
+
+
+def _explain_stall(flow: Flow) -> str:
+    capped = [p for p in flow.positions if p.in_flight is not None]
+    for position in capped:
+        chunk = _chunk(position, flow.samples)
+        for cap in range(chunk, flow.samples + chunk, chunk):
+            raised = tuple(
+                replace(p, in_flight=max(cap, p.in_flight or 0)) if p.stage == position.stage else p
+                for p in flow.positions
+            )
+            trial = replace(flow, positions=raised)
+            if _Graph(trial, _caps(trial)).schedule() is not None:
+                return (
+                    f"plan.{position.kind}.in_flight: {position.in_flight} samples are fewer than the next stage "
+                    f"collects before it answers; the least that works is {cap}"
+                )
+    names = ", ".join(f"{p.name} {p.in_flight}" for p in capped)
+    return f"plan: the in-flight caps ({names}) block each other; raise or remove them"
+
+
+class _Graph:
+    """Tasks with their dependencies."""
+
+    def __init__(self, flow: Flow, caps: tuple[int, ...]) -> None:
+        self.flow = flow
+        self.tasks: list[Task] = []
+        self.cost: list[int] = []
+        self.key: list[tuple[int, ...]] = []
+        self.before: list[int] = []
+        self.after: list[list[int]] = []
+        self.at: dict[tuple[TaskKind, int, int, int], int] = {}
+        self.chunks = [p.micro_batches(flow.samples) for p in flow.positions]
+        self._add_passes()
+        self._add_exchanges()
+        if flow.train:
+            self._add_caps(caps)
+            self._add_updates()
+
+    def _add(self, task: Task, cost: int, key: tuple[int, ...]) -> None:
+        number = len(self.tasks)
+        self.tasks.append(task)
+        self.cost.append(cost)
+        self.key.append((*key, number))
+        self.before.append(0)
+        self.after.append([])
+        for rank in task.ranks:
+            self.at[task.kind, task.block, task.micro_batch, rank] = number
+
+    def _depend(self, later: int, earlier: int) -> None:
+        self.after[earlier].append(later)
+        self.before[later] += 1
+
+    def _pieces(self, position: Position) -> Iterable[tuple[int, tuple[int, ...], int, int]]:
+        """Yield (micro-batch, ranks, first sample, ticks) of every call of a position."""
+        total = [sum(length(c[i]) for c in self.chunks[position.index]) for i in range(len(position.ranks))]
+        for m, intervals in enumerate(self.chunks[position.index]):
+            if position.kind == "tail":
+                ticks = TICKS * length(intervals[0]) // self.flow.samples
+                yield m, position.ranks, intervals[0][0], max(ticks, 1)
+                continue
+            for rank, interval, share in zip(position.ranks, intervals, total, strict=True):
+                if length(interval) > 0:
+                    yield m, (rank,), interval[0], max(TICKS * length(interval) // share, 1)
+
+    def _add_passes(self) -> None:
+        flow, last = self.flow, len(self.flow.blocks) - 1
+        count = defaultdict(int)  # type: dict[int, int]
+        for block in flow.blocks:
+            count[block.position] += 1
+        for block in flow.blocks:
+            position = flow.positions[block.position]
+            for m, ranks, start, ticks in self._pieces(position):
+                ticks = max(ticks // count[position.index], 1)  # noqa: PLW2901
+                self._add(Task("forward", block.index, m, ranks), ticks, self._forward_key(block, start))
+                if block.index == last:
+                    self._add(Task("loss", block.index, m, ranks), 1, (1, start, 0))
+                if flow.train:
+                    self._add(Task("backward", block.index, m, ranks), ticks, (1, start, -block.index))
+        for m, ranks, _, _ in self._pieces(flow.positions[-1]):
+            self._depend(self.at["loss", last, m, ranks[0]], self.at["forward", last, m, ranks[0]])
+            if flow.train:
+                self._depend(self.at["backward", last, m, ranks[0]], self.at["loss", last, m, ranks[0]])
+
+    def _forward_key(self, block: Block, start: int) -> tuple[int, ...]:
+        if self.flow.rule == "fill_drain":
+            return (0, block.position, start, block.index)
+        return (2, -block.index, start, 0)
+
+    def _add_exchanges(self) -> None:
+        for i, boundary in enumerate(self.flow.boundaries):
+            self._link("forward", i, i + 1, boundary.activation)
+            if self.flow.train:
+                self._link("backward", i + 1, i, boundary.gradient)
+
+    def _link(self, kind: TaskKind, source: int, target: int, transfers: tuple[Transfer, ...]) -> None:
+        pairs = {
+            (
+                self.at[kind, target, t.target_micro_batch, t.target],
+                self.at[kind, source, t.source_micro_batch, t.source],
+            )
+            for t in transfers
+        }
+        for later, earlier in sorted(pairs):
+            self._depend(later, earlier)
+
+    def _add_caps(self, caps: tuple[int, ...]) -> None:
+        first_block = {}  # type: dict[int, int]
+        for b in self.flow.blocks:
+            first_block.setdefault(b.position, b.index)
+        for position, cap in zip(self.flow.positions, caps, strict=True):
+            block, chunk_list = first_block[position.index], self.chunks[position.index]
+            for i, rank in enumerate(position.ranks):
+                own = [m for m, intervals in enumerate(chunk_list) if length(intervals[i]) > 0]
+                for m in own:
+                    stop = max(interval[1] for interval in chunk_list[m])
+                    held = [e for e in own if min(iv[0] for iv in chunk_list[e]) < stop - cap]
+                    if held:
+                        later = self.at["forward", block, m, rank]
+                        self._depend(later, self.at["backward", block, held[-1], rank])
+
+    def _add_updates(self) -> None:
+        """Norms and updates wait for the last backward of every block, on all replicas."""
+        ends: dict[int, set[int]] = defaultdict(set)
+        for (kind, block, _, _), number in self.at.items():
+            if kind == "backward":
+                ends[self.flow.blocks[block].position].add(number)
+        norms = self._add_norms(ends) if self.flow.clipping else None
+        for position in self.flow.positions:
+            for rank in position.ranks:
+                self._add(Task("update", position.index, 0, (rank,)), 1, (4, -position.index, rank))
+                later = self.at["update", position.index, 0, rank]
+                for end in sorted(ends[position.index] if norms is None else norms):
+                    self._depend(later, end)
+
+    def _add_norms(self, ends: dict[int, set[int]]) -> list[int]:
+        norms = []
+        for rank in sorted({r for p in self.flow.positions for r in p.ranks}):
+            self._add(Task("norm", 0, 0, (rank,)), 1, (3, 0, rank))
+            norms.append(self.at["norm", 0, 0, rank])
+            own = [ends[p.index] for p in self.flow.positions if rank in p.ranks]
+            for end in sorted(set().union(*own)):
+                self._depend(norms[-1], end)
+        return norms
+
+    def schedule(self) -> tuple[Task, ...] | None:
+        """List-schedule in abstract time; None if some tasks can never start."""
+        return _ListSchedule(self.tasks, self.cost, self.key, list(self.before), self.after).run()
+
+
+class _ListSchedule:
+    """At every moment each free rank starts its best ready task; one that needs more ranks waits for them."""
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        cost: list[int],
+        key: list[tuple[int, ...]],
+        waiting: list[int],
+        after: list[list[int]],
+    ) -> None:
+        self.tasks, self.cost, self.key, self.waiting, self.after = tasks, cost, key, waiting, after
+        self.ready: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+        self.running: list[tuple[int, int]] = []
+        self.busy: set[int] = set()
+        self.started: list[Task] = []
+
+    def run(self) -> tuple[Task, ...] | None:
+        """Return the tasks in the order of their starts; None if some can never start."""
+        touched: set[int] = set()
+        for number, count in enumerate(self.waiting):
+            if count == 0:
+                touched |= self._offer(number)
+        self._start_best(touched, 0)
+        while self.running:
+            now = self.running[0][0]
+            touched = set()
+            while self.running and self.running[0][0] == now:
+                touched |= self._finish(heapq.heappop(self.running)[1])
+            self._start_best(touched, now)
+        return tuple(self.started) if len(self.started) == len(self.tasks) else None
+
+    def _offer(self, number: int) -> set[int]:
+        for rank in self.tasks[number].ranks:
+            heapq.heappush(self.ready[rank], (self.key[number], number))
+        return set(self.tasks[number].ranks)
+
+    def _finish(self, number: int) -> set[int]:
+        touched = set(self.tasks[number].ranks)
+        self.busy -= touched
+        for later in self.after[number]:
+            self.waiting[later] -= 1
+            if self.waiting[later] == 0:
+                touched |= self._offer(later)
+        return touched
+
+    def _start_best(self, ranks: set[int], now: int) -> None:
+        for rank in sorted(ranks):
+            if rank in self.busy or not self.ready[rank]:
+                continue
+            number = self.ready[rank][0][1]
+            members = self.tasks[number].ranks
+            if any(r in self.busy or not self.ready[r] or self.ready[r][0][1] != number for r in members):
+                continue
+            for r in members:
+                heapq.heappop(self.ready[r])
+            self.busy |= set(members)
+            self.started.append(self.tasks[number])
+            heapq.heappush(self.running, (now + self.cost[number], number))

@@ -1,0 +1,129 @@
+"""The program: for every rank, the ordered list of actions of one step.
+
+It is data: printed, checked, simulated, drawn and executed. Every communication is an operation in it, with
+communicator, participants and bytes, started and waited for by actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from hybridpar.model.chain import Chain
+from hybridpar.planning.blocks import Block, Position
+from hybridpar.planning.layout import Interval, Transfer
+from hybridpar.planning.plan import Plan
+
+Mode = Literal["train", "evaluate"]
+
+OperationKind = Literal["send", "all_reduce", "all_gather", "sharded_update"]
+
+Content = Literal[
+    "activation", "gradient", "label", "sum", "bucket", "statistics", "weight", "norm", "metrics", "zero"
+]
+"""What an operation moves.
+
+activation, gradient, label: a transfer of an exchange. sum: summands of a tail's value, forward or backward.
+bucket: gradients of a block's parameters. statistics: the per-sample figures of a sharded cross-entropy. weight: the
+step's global weight. norm: squared gradient norm. metrics: loss and hits. zero: an update whose communication
+DeepSpeed does (gradients reduced to shards, parameters gathered).
+"""
+
+ActionKind = Literal["load", "forward", "score", "loss", "backward", "copy", "start", "wait", "norm", "update"]
+
+STATISTICS = {"train": 3, "evaluate": 3 + 2 * 5}
+"""Figures per sample that shards of logits exchange: largest logit, sum of exponentials, target's logit; for
+evaluation also the five largest logits and their classes."""
+
+METRICS = ("loss_sum", "weight", "top1", "top5")
+"""What the metrics operation sums over all ranks, in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One communication between ranks.
+
+    ``block`` is the boundary's earlier block for transfers, the block for sums and buckets, the position's index
+    for ``zero``. ``bytes`` is the payload: of the message for a send, of each rank's contribution
+    for a collective.
+    """
+
+    index: int
+    kind: OperationKind
+    content: Content
+    communicator: str
+    ranks: tuple[int, ...]
+    """Of a send: (source, target)."""
+    bytes: int
+    block: int | None = None
+    micro_batch: int | None = None
+    transfer: Transfer | None = None
+    backward: bool = False
+    """A sum of input gradients rather than of outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing a rank does. ``block`` is a position index for updates; ``transfer`` belongs to copies."""
+
+    kind: ActionKind
+    block: int | None = None
+    micro_batch: int | None = None
+    operation: int | None = None
+    content: Content | None = None
+    transfer: Transfer | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """The actions of one step of ``samples`` for every rank, and what they refer to."""
+
+    plan: Plan
+    chain: Chain
+    samples: int
+    mode: Mode
+    positions: tuple[Position, ...]
+    blocks: tuple[Block, ...]
+    operations: tuple[Operation, ...]
+    actions: tuple[tuple[Action, ...], ...]
+    communicators: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and members, in the order in which every rank creates them."""
+
+    @cached_property
+    def micro_batches(self) -> tuple[tuple[tuple[Interval, ...], ...], ...]:
+        """Work-number intervals: [position][micro-batch][index in the position's ranks]."""
+        return tuple(p.micro_batches(self.samples) for p in self.positions)
+
+    def interval(self, block: int, micro_batch: int, rank: int) -> Interval:
+        """Return the work numbers of a rank's micro-batch in a block."""
+        position = self.positions[self.blocks[block].position]
+        return self.micro_batches[position.index][micro_batch][position.ranks.index(rank)]
+
+    def reads(self, rank: int) -> tuple[Interval, ...]:
+        """Return the work-number intervals whose inputs and labels the rank reads; empty for most ranks."""
+        first = self.positions[0]
+        if rank not in first.ranks:
+            return ()
+        own = first.ranks.index(rank)
+        return tuple(m[own] for m in self.micro_batches[0] if m[own][1] > m[own][0])
+
+    def describe(self, action: Action) -> str:
+        """Return a printable name: ``forward front.0 micro-batch 3``."""
+        if action.operation is not None:
+            operation = self.operations[action.operation]
+            where = "" if operation.block is None else f" at {self._place(operation.block)}"
+            part = "" if operation.micro_batch is None else f" micro-batch {operation.micro_batch}"
+            ranks = ">".join(map(str, operation.ranks)) if operation.kind == "send" else operation.communicator
+            return f"{action.kind} {operation.kind} of {operation.content}{where}{part} ({ranks})"
+        if action.kind == "update":
+            return f"update {self.positions[action.block or 0].name}"
+        if action.block is None:
+            return action.kind
+        part = "" if action.micro_batch is None else f" micro-batch {action.micro_batch}"
+        return f"{action.kind} {self._place(action.block)}{part}"
+
+    def _place(self, block: int) -> str:
+        position = self.positions[self.blocks[block].position]
+        first, last = self.blocks[block].layers
+        return f"{position.name} ({self.chain.layers[first].name}..{self.chain.layers[last - 1].name})"

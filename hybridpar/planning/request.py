@@ -1,0 +1,66 @@
+"""What the user asks of the planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hybridpar.errors import PlanError
+from hybridpar.planning.layout import Interval
+from hybridpar.planning.plan import Kind, OrderRule, Precision, Recipe
+
+Shape = Literal["auto", "three_stage", "data_parallel", "pipeline", "front_tail"]
+SHAPES: tuple[Shape, ...] = ("data_parallel", "pipeline", "front_tail", "three_stage")
+"""What ``auto`` chooses from."""
+
+STAGES_OF: dict[Shape, tuple[Kind, ...]] = {
+    "data_parallel": ("front",),
+    "pipeline": ("middle",),
+    "front_tail": ("front", "tail"),
+    "three_stage": ("front", "middle", "tail"),
+}
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Fields of a stage that the user fixes; None leaves the choice to the planner."""
+
+    layers: Interval | None = None
+    """Half-open interval of layer indices."""
+    degree: int | None = None
+    """Replicas of the front, segments of the middle, shards of the tail."""
+    ranks: tuple[int, ...] | None = None
+    """Of the middle: segment by segment, replicas of a segment next to each other."""
+    micro_batch: int | None = None
+    shares: tuple[float, ...] | None = None
+    """Relative samples per replica (front), relative features per shard (tail)."""
+    sharding: tuple[Literal["column", "row"], ...] | None = None
+    """Of the tail: one entry per linear layer."""
+    in_flight: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.degree is not None and self.degree < 1:
+            raise PlanError(f"degree: {self.degree} is below 1; a stage needs at least one rank")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise PlanError(f"micro_batch: {self.micro_batch} is below 1; give a number of samples")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A planning problem, apart from chain, profile and cluster."""
+
+    global_batch: int
+    shape: Shape = "auto"
+    precision: Precision = "float32"
+    recipe: Recipe = field(default_factory=Recipe)
+    pins: dict[Kind, Pin] = field(default_factory=dict)
+    order: OrderRule | None = None
+    bucket_bytes: int = 8 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1:
+            raise PlanError(f"train.global_batch: {self.global_batch} is below 1; give a number of samples")
+
+    def pin(self, kind: Kind) -> Pin:
+        """Return the pins of a stage."""
+        return self.pins.get(kind, Pin())

@@ -1,0 +1,70 @@
+"""Communicators: the program's operations on torch process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from hybridpar.planning.program import Operation
+
+
+class Pending(Protocol):
+    """A started operation."""
+
+    def wait(self) -> object:
+        """Block until the operation is complete (on CUDA: order the current stream behind it)."""
+        ...
+
+
+class Communicators(Protocol):
+    """Starts operations. Tensors are contiguous and stay alive until the wait."""
+
+    def send(self, operation: Operation, tensor: torch.Tensor) -> Pending:
+        """Start sending ``tensor`` to ``operation.ranks[1]``."""
+        ...
+
+    def receive(self, operation: Operation, tensor: torch.Tensor) -> Pending:
+        """Start receiving from ``operation.ranks[0]`` into ``tensor``."""
+        ...
+
+    def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> Pending:
+        """Start summing ``tensor`` in place over ``operation.ranks``."""
+        ...
+
+    def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> Pending:
+        """Start collecting every rank's ``tensor`` into ``outputs``, in the order of ``operation.ranks``."""
+        ...
+
+
+class ProcessGroups:
+    """Communicators over process groups that exist already.
+
+    ``groups`` maps a communicator's name to its process group and its members in the group's order; groups that
+    this rank is no member of may be missing.
+    """
+
+    def __init__(self, groups: Mapping[str, tuple[dist.ProcessGroup, tuple[int, ...]]]) -> None:
+        self._groups = dict(groups)
+
+    def send(self, operation: Operation, tensor: torch.Tensor) -> Pending:
+        """Start sending ``tensor`` to ``operation.ranks[1]``."""
+        group, members = self._groups[operation.communicator]
+        return group.send([tensor], members.index(operation.ranks[1]), 0)
+
+    def receive(self, operation: Operation, tensor: torch.Tensor) -> Pending:
+        """Start receiving from ``operation.ranks[0]`` into ``tensor``."""
+        group, members = self._groups[operation.communicator]
+        return group.recv([tensor], members.index(operation.ranks[0]), 0)
+
+    def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> Pending:
+        """Start summing ``tensor`` in place over the communicator."""
+        group, _ = self._groups[operation.communicator]
+        return group.allreduce([tensor])
+
+    def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> Pending:
+        """Start collecting every member's ``tensor`` into ``outputs``."""
+        group, _ = self._groups[operation.communicator]
+        return group.allgather([outputs], [tensor])

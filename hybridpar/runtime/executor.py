@@ -1,0 +1,397 @@
+"""The executor: runs one rank's actions of a program. It knows actions, not kinds of stage."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from hybridpar.errors import DataError, HybridparError
+from hybridpar.model.keyed import Keys
+from hybridpar.planning.layout import Transfer
+from hybridpar.planning.program import METRICS, Action, Operation, Program
+from hybridpar.runtime.communicators import Communicators, Pending
+from hybridpar.runtime.loss import CrossEntropy, Outcome
+from hybridpar.runtime.modules import BlockModules
+from hybridpar.runtime.update import Updater
+
+Key = tuple[int, int]
+"""(block, micro-batch)."""
+Observer = Callable[[Program, Action, float, float], None]
+"""Called after every action with its start and end (``time.perf_counter`` seconds)."""
+
+
+class ActionError(RuntimeError):
+    """An action failed; names rank, stage, micro-batch and action. The cause is chained."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Sums over all samples of a step, the same on every rank."""
+
+    loss_sum: float
+    weight: float
+    top1: float
+    top5: float
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return self.loss_sum / self.weight
+
+
+@dataclass
+class _Step:
+    """The values a rank holds while it runs a step."""
+
+    program: Program
+    number: int
+    batch: torch.Tensor | None
+    labels: torch.Tensor
+    """(samples,) int64; other ranks' places hold 0 until all labels are gathered."""
+    metrics: torch.Tensor
+    outputs: dict[Key, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[Key, torch.Tensor] = field(default_factory=dict)
+    """Inputs that have arrived, whole or in part."""
+    saved: dict[Key, tuple[torch.Tensor, torch.autograd.graph.GradientEdge | None]] = field(default_factory=dict)
+    """Between forward and backward: the input as a leaf, and the output's place in the graph."""
+    gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
+    """Of outputs, whole or in part."""
+    input_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
+    figures: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
+    pending: dict[int, tuple[Pending, torch.Tensor]] = field(default_factory=dict)
+    norm: torch.Tensor | None = None
+
+
+class Executor:
+    """Runs programs of one plan on one rank.
+
+    ``blocks`` are the rank's own, by block index. ``updater`` holds gradients and optimizers. After
+    :meth:`run` all ranks have the same :class:`Metrics`.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        blocks: dict[int, BlockModules],
+        communicators: Communicators,
+        updater: Updater,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.rank, self.blocks, self.communicators, self.updater = rank, blocks, communicators, updater
+        self.seed, self.dtype, self.device = seed, dtype, device
+        self.observer: Observer | None = None
+
+    def run(
+        self,
+        program: Program,
+        step: int,
+        first_sample: int,
+        inputs: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> Metrics:
+        """Run one step.
+
+        ``inputs`` (own samples, ...) and ``labels`` (own samples,) belong to ``program.reads(rank)``, one interval
+        after the other; None on ranks that read nothing. ``first_sample`` is the sample id of work number 0.
+        Raises ActionError if an action fails.
+        """
+        state = self._begin(program, step, inputs, labels)
+        train = program.mode == "train"
+        self._last_use = _last_uses(program, self.rank)
+        self._first_sample = first_sample
+        context = contextlib.nullcontext() if train else torch.no_grad()
+        with context:
+            for number, action in enumerate(program.actions[self.rank]):
+                with self._named(program, action):
+                    self._act(state, action)
+                self._free(state, number)
+        return Metrics(*state.metrics.tolist())
+
+    def _begin(
+        self, program: Program, step: int, inputs: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> _Step:
+        for modules in self.blocks.values():
+            modules.train(program.mode == "train")
+        gathered = torch.zeros(program.samples, dtype=torch.int64)
+        if labels is not None and self._reports_labels(program):
+            at = 0
+            for start, stop in program.reads(self.rank):
+                gathered[start:stop] = labels[at : at + stop - start]
+                at += stop - start
+        classes = program.chain.out_shape[0]
+        if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise DataError(
+                f"labels from {int(labels.min())} to {int(labels.max())} do not fit the model's {classes} classes"
+            )
+        if program.mode == "train":
+            self.updater.zero()
+        metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=self.device)
+        batch = None if inputs is None else inputs.to(self.device)
+        if batch is not None and batch.is_floating_point():
+            batch = batch.to(self.dtype)
+        return _Step(program, step, batch, gathered.to(self.device), metrics)
+
+    def _reports_labels(self, program: Program) -> bool:
+        """Where all shards of a tail read the same samples, only the first one reports them."""
+        first = program.positions[0]
+        return not first.sharded or first.ranks[0] == self.rank
+
+    @contextlib.contextmanager
+    def _named(self, program: Program, action: Action) -> Iterator[None]:
+        started = time.perf_counter() if self.observer else 0.0
+        try:
+            yield
+        except HybridparError:
+            raise
+        except Exception as e:
+            raise ActionError(f"rank {self.rank} failed in '{program.describe(action)}': {e}") from e
+        if self.observer:
+            self.observer(program, action, started, time.perf_counter())
+
+    def _act(self, state: _Step, action: Action) -> None:
+        if action.operation is not None:
+            operation = state.program.operations[action.operation]
+            if action.kind == "start":
+                self._start(state, operation)
+            else:
+                self._wait(state, operation)
+        elif action.kind == "load":
+            if state.batch is None:
+                raise DataError(f"rank {self.rank} reads samples of this step but got no batch")
+        elif action.kind == "norm":
+            state.norm = self.updater.squared_norm()
+        elif action.kind == "update":
+            self.updater.update(action.block or 0, state.norm)
+        elif action.kind == "copy" and action.transfer is not None:
+            self._copy(state, str(action.content), action.block or 0, action.transfer)
+        else:
+            key = (action.block or 0, action.micro_batch or 0)
+            getattr(self, f"_{action.kind}")(state, key)
+
+    # Computation
+
+    def _forward(self, state: _Step, key: Key) -> None:
+        block, micro_batch = key
+        start, stop = state.program.interval(block, micro_batch, self.rank)
+        x = self._batch_slice(state, micro_batch) if block == 0 else state.inputs.pop(key)
+        ids = torch.arange(start, stop, device=self.device) + self._first_sample
+        train = state.program.mode == "train"
+        if train and block > 0:
+            x = x.detach().requires_grad_()
+        y = self.blocks[block](x, Keys(self.seed, state.number, ids))
+        if train:
+            edge = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
+            state.saved[key] = x, edge
+        state.outputs[key] = y.detach()
+
+    def _batch_slice(self, state: _Step, micro_batch: int) -> torch.Tensor:
+        assert state.batch is not None
+        at = 0
+        start, stop = state.program.interval(0, micro_batch, self.rank)
+        for a, b in state.program.reads(self.rank):
+            if (a, b) == (start, stop):
+                return state.batch[at : at + stop - start]
+            at += b - a
+        raise AssertionError("a micro-batch of the first block is one of the rank's intervals")
+
+    def _score(self, state: _Step, key: Key) -> None:
+        labels = self._labels(state, key)
+        state.figures[key] = [
+            self._loss_of(state).score(state.outputs[key], labels, train=state.program.mode == "train")
+        ]
+
+    def _loss(self, state: _Step, key: Key) -> None:
+        train = state.program.mode == "train"
+        outcome = self._loss_of(state).combine(
+            state.outputs.pop(key),
+            self._labels(state, key),
+            state.figures.pop(key),
+            float(state.program.samples),
+            train=train,
+        )
+        if outcome.gradient is not None:
+            state.gradients[key] = outcome.gradient
+        self._report(state, key, outcome)
+
+    def _loss_of(self, state: _Step) -> CrossEntropy:
+        last, block = state.program.positions[-1], state.program.blocks[-1]
+        return CrossEntropy(block.features(state.program.chain, last.ranks.index(self.rank), "out")[0])
+
+    def _labels(self, state: _Step, key: Key) -> torch.Tensor:
+        start, stop = state.program.interval(*key, self.rank)
+        return state.labels[start:stop]
+
+    def _report(self, state: _Step, key: Key, outcome: Outcome) -> None:
+        """Add to the metrics, once per sample: of all shards only the first one reports."""
+        last = state.program.positions[-1]
+        if last.sharded and last.ranks[0] != self.rank:
+            return
+        start, stop = state.program.interval(*key, self.rank)
+        weight = outcome.loss_sum.new_tensor(stop - start)
+        state.metrics += torch.stack([outcome.loss_sum, weight, outcome.top1, outcome.top5])
+
+    def _backward(self, state: _Step, key: Key) -> None:
+        x, edge = state.saved.pop(key)
+        gradient = state.gradients.pop(key)
+        if edge is not None:
+            torch.autograd.backward((edge,), (gradient,))
+        if key[0] > 0:
+            assert x.grad is not None
+            state.input_gradients[key] = x.grad.contiguous()
+
+    # Exchange
+
+    def _source(self, state: _Step, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
+        """Return the part of an output or input gradient that a transfer moves."""
+        if content == "activation":
+            key, value = (boundary, transfer.source_micro_batch), state.outputs
+            features = self._features(state, boundary, "out")
+        else:
+            key, value = (boundary + 1, transfer.source_micro_batch), state.input_gradients
+            features = self._features(state, boundary + 1, "in")
+        return self._part(state, value[key], key, features, transfer)
+
+    def _target(self, state: _Step, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
+        """Return the part of an input or output gradient that a transfer fills; makes the buffer if need be."""
+        if content == "activation":
+            key, values = (boundary + 1, transfer.target_micro_batch), state.inputs
+            features = self._features(state, boundary + 1, "in")
+        else:
+            key, values = (boundary, transfer.target_micro_batch), state.gradients
+            features = self._features(state, boundary, "out")
+        if key not in values:
+            start, stop = state.program.interval(*key, self.rank)
+            trailing = state.program.chain.layers[state.program.blocks[boundary + 1].layers[0]].in_shape[1:]
+            shape = (stop - start, features[1] - features[0], *trailing)
+            values[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._part(state, values[key], key, features, transfer)
+
+    def _features(self, state: _Step, block: int, side: str) -> tuple[int, int]:
+        described = state.program.blocks[block]
+        shard = state.program.positions[described.position].ranks.index(self.rank)
+        return described.features(state.program.chain, shard, "in" if side == "in" else "out")
+
+    def _part(
+        self, state: _Step, value: torch.Tensor, key: Key, features: tuple[int, int], t: Transfer
+    ) -> torch.Tensor:
+        start = state.program.interval(*key, self.rank)[0]
+        rows = value[t.samples[0] - start : t.samples[1] - start]
+        if t.features == features:
+            return rows
+        return rows[:, t.features[0] - features[0] : t.features[1] - features[0]]
+
+    def _copy(self, state: _Step, content: str, boundary: int, transfer: Transfer) -> None:
+        if transfer.whole:
+            if content == "activation":
+                source, target = state.outputs, (boundary + 1, transfer.target_micro_batch)
+                state.inputs[target] = source[boundary, transfer.source_micro_batch]
+            else:
+                target = (boundary, transfer.target_micro_batch)
+                state.gradients[target] = state.input_gradients[boundary + 1, transfer.source_micro_batch]
+            return
+        part = self._source(state, content, boundary, transfer)
+        _place(self._target(state, content, boundary, transfer), part, add=transfer.add)
+
+    # Operations
+
+    def _start(self, state: _Step, operation: Operation) -> None:
+        if operation.kind == "send":
+            self._start_transfer(state, operation)
+        elif operation.kind == "all_gather":
+            key = (operation.block or 0, operation.micro_batch or 0)
+            own = state.figures[key][0]
+            outputs = [torch.empty_like(own) for _ in operation.ranks]
+            pending = self.communicators.all_gather(operation, outputs, own)
+            state.figures[key] = outputs
+            state.pending[operation.index] = pending, own
+        elif operation.kind == "sharded_update":
+            self.updater.sharded_update(operation.block or 0)
+        else:
+            tensor = self._reduced(state, operation)
+            state.pending[operation.index] = self.communicators.all_reduce(operation, tensor), tensor
+
+    def _start_transfer(self, state: _Step, operation: Operation) -> None:
+        transfer, block = operation.transfer, operation.block or 0
+        assert transfer is not None
+        if operation.ranks[0] == self.rank:
+            tensor = self._source(state, operation.content, block, transfer).contiguous()
+            pending = self.communicators.send(operation, tensor)
+        else:
+            tensor = self._target(state, operation.content, block, transfer)
+            if transfer.add or not tensor.is_contiguous():
+                tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            pending = self.communicators.receive(operation, tensor)
+        state.pending[operation.index] = pending, tensor
+
+    def _reduced(self, state: _Step, operation: Operation) -> torch.Tensor:
+        """Return the tensor that an all-reduce sums in place."""
+        block = operation.block or 0
+        if operation.content == "label":
+            return state.labels
+        if operation.content == "metrics":
+            return state.metrics
+        if operation.content == "norm":
+            assert state.norm is not None
+            return state.norm
+        if operation.content == "bucket":
+            return self.updater.bucket(block)
+        key = (block + 1 if operation.backward else block, operation.micro_batch or 0)
+        return (state.input_gradients if operation.backward else state.outputs)[key]
+
+    def _wait(self, state: _Step, operation: Operation) -> None:
+        if operation.kind == "sharded_update":
+            return
+        pending, tensor = state.pending.pop(operation.index)
+        pending.wait()
+        block, micro_batch = operation.block or 0, operation.micro_batch or 0
+        if operation.content == "sum" and operation.backward:
+            state.gradients[block, micro_batch] = tensor
+        elif operation.content == "sum":
+            state.inputs[block + 1, micro_batch] = tensor
+        elif operation.transfer is not None and operation.transfer.target == self.rank:
+            target = self._target(state, operation.content, block, operation.transfer)
+            if tensor.data_ptr() != target.data_ptr():
+                _place(target, tensor, add=operation.transfer.add)
+
+    def _free(self, state: _Step, number: int) -> None:
+        for kind, key in self._last_use.get(number, ()):
+            (state.outputs if kind == "activation" else state.input_gradients).pop(key, None)
+
+
+def _place(target: torch.Tensor, part: torch.Tensor, *, add: bool) -> None:
+    if add:
+        target += part
+    else:
+        target.copy_(part)
+
+
+def _last_uses(program: Program, rank: int) -> dict[int, list[tuple[str, Key]]]:
+    """Map an action's number to the outputs and input gradients that no later action needs."""
+    last: dict[tuple[str, Key], int] = {}
+    for number, action in enumerate(program.actions[rank]):
+        if action.kind == "copy" and action.transfer is not None:
+            source, content, block = action.transfer.source_micro_batch, str(action.content), action.block or 0
+        elif action.kind == "start" and action.operation is not None:
+            operation = program.operations[action.operation]
+            block, content = operation.block or 0, operation.content
+            if operation.transfer is not None and operation.ranks[0] == rank:
+                source = operation.transfer.source_micro_batch
+            elif content == "sum":
+                source, content = operation.micro_batch or 0, "gradient" if operation.backward else "activation"
+            else:
+                continue
+        else:
+            continue
+        last[str(content), (block + (content == "gradient"), source)] = number
+    result: dict[int, list[tuple[str, Key]]] = defaultdict(list)
+    for value, number in last.items():
+        result[number].append(value)
+    return result

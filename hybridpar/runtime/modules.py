@@ -1,0 +1,136 @@
+"""The modules of one rank: the layers of its blocks, with only the parameters it owns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hybridpar.model.deferred import Source
+from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.trace import Traced
+from hybridpar.planning.blocks import Block, Position, Span
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A parameter on this rank and its place in the whole model's parameter."""
+
+    name: str
+    """Full name in the model."""
+    tensor: nn.Parameter
+    dim: int | None = None
+    """The dim along which this is a slice; None: the whole parameter."""
+    start: int = 0
+
+
+class ShardedLinear(nn.Module):
+    """A slice of a linear layer.
+
+    By columns it takes all input features and gives a slice of the outputs. By rows it takes a slice of the input
+    features and gives summands of all outputs; the bias belongs to the first shard's summand.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (samples, in) to (samples, out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class BlockModules(nn.Module):
+    """The layers of one block on one rank, run one after the other."""
+
+    def __init__(self, block: Block, layers: list[nn.Module], owned: list[Owned]) -> None:
+        super().__init__()
+        self.block = block
+        self.layers = nn.ModuleList(layers)
+        self.owned = owned
+        self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
+
+    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """Run the layers on (samples, ...); ``keys`` belong to the samples."""
+        for dropout in self._dropouts:
+            dropout.keys = keys
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class ModuleFactory:
+    """Makes a rank's blocks from a traced model, one parameter at a time, so that no rank holds the whole model."""
+
+    def __init__(
+        self, traced: Traced, source: Source, seed: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._traced, self._source = traced, source
+        self._seed, self._dtype, self._device = seed, dtype, device
+        self._made: dict[str, nn.Parameter] = {}
+
+    def make(self, block: Block, position: Position, rank: int) -> BlockModules:
+        """Build a block's modules for one of its ranks."""
+        shard = position.ranks.index(rank)
+        layers, owned = [], []
+        for index in range(*block.layers):
+            span = block.spans[shard][index - block.layers[0]] if block.spans else None
+            if span is not None and span.mode != "slice":
+                layer, parameters = self._sharded(index, span, first=shard == 0)
+            else:
+                layer, parameters = self._whole(index)
+                self._place_dropouts(layer, span)
+            layers.append(layer)
+            owned += parameters
+        return BlockModules(block, layers, owned)
+
+    def _value(self, name: str) -> torch.Tensor:
+        return self._source.materialize(name, self._seed, self._dtype)
+
+    def _whole(self, index: int) -> tuple[nn.Module, list[Owned]]:
+        module, names = self._traced.modules[index], self._traced.names[index]
+        memo: dict[int, object] = {}
+        owned = []
+        for local, parameter in module.named_parameters():
+            name = names[local]
+            if name not in self._made:
+                value = self._value(name).to(self._device)
+                self._made[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                owned.append(Owned(name, self._made[name]))
+            memo[id(parameter)] = self._made[name]
+        for local, buffer in module.named_buffers():
+            memo[id(buffer)] = self._value(names[local]).to(self._device)
+        return copy.deepcopy(module, memo), owned
+
+    def _sharded(self, index: int, span: Span, *, first: bool) -> tuple[nn.Module, list[Owned]]:
+        names = self._traced.names[index]
+        dim, (start, stop) = (0, span.outputs) if span.mode == "column" else (1, span.inputs)
+        weight = self._value(names["weight"]).narrow(dim, start, stop - start).clone().to(self._device)
+        bias = None
+        if "bias" in names and span.mode == "column":
+            bias = self._value(names["bias"])[start:stop].clone().to(self._device)
+        elif "bias" in names and first:
+            bias = self._value(names["bias"]).to(self._device)
+        layer = ShardedLinear(weight, bias)
+        for local, parameter in layer.named_parameters():
+            parameter.requires_grad_(self._traced.modules[index].get_parameter(local).requires_grad)
+        owned = [Owned(names["weight"], layer.weight, dim, start)]
+        if layer.bias is not None:
+            owned.append(Owned(names["bias"], layer.bias, *((0, start) if span.mode == "column" else (None, 0))))
+        return layer, owned
+
+    def _place_dropouts(self, layer: nn.Module, span: Span | None) -> None:
+        for module in layer.modules():
+            if isinstance(module, KeyedDropout):
+                module.feature_offset = span.inputs[0] if span is not None else 0
+
+
+def owned_parameters(blocks: list[BlockModules]) -> Iterator[Owned]:
+    """Iterate over all parameters of some blocks, each once."""
+    for block in blocks:
+        yield from block.owned

@@ -1,0 +1,135 @@
+"""Reduce, then update: gradients in flat buckets, the global norm, and one optimizer per position.
+
+This is the seam behind which other ways to synchronise replicas can live: the executor only asks for a bucket to
+reduce and for an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hybridpar.planning.blocks import Position
+from hybridpar.runtime.modules import BlockModules
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class ShardedEngine(Protocol):
+    """Reduces gradients and updates parameters with sharded optimizer state in one collective call."""
+
+    def step(self) -> None:
+        """Reduce, update this rank's shard, gather the parameters."""
+        ...
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+        ...
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        ...
+
+
+class Updater:
+    """Gradients and optimizers of one rank.
+
+    ``positions`` are the rank's own. Replicated positions keep their gradients in one flat bucket per block, as
+    views, so that a reduction copies nothing. ``max_norm`` clips by the global norm as
+    ``torch.nn.utils.clip_grad_norm_`` does.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        positions: tuple[Position, ...],
+        blocks: dict[int, BlockModules],
+        optimizer: OptimizerFactory,
+        max_norm: float | None,
+        engines: dict[int, ShardedEngine] | None = None,
+    ) -> None:
+        self._rank, self._positions, self._max_norm = rank, positions, max_norm
+        self._engines = engines or {}
+        self._parameters: dict[int, list[nn.Parameter]] = {p.index: [] for p in positions}
+        self._buckets: dict[int, torch.Tensor] = {}
+        self._views: list[tuple[nn.Parameter, torch.Tensor]] = []
+        by_index = {p.index: p for p in positions}
+        for index, modules in sorted(blocks.items()):
+            position = by_index[modules.block.position]
+            parameters = [o.tensor for o in modules.owned if o.tensor.requires_grad]
+            self._parameters[position.index] += parameters
+            if position.replicated and position.index not in self._engines:
+                self._buckets[index] = self._flatten([o.tensor for o in modules.owned])
+        self.optimizers = {
+            index: optimizer(parameters)
+            for index, parameters in self._parameters.items()
+            if parameters and index not in self._engines
+        }
+
+    def _flatten(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        total = sum(p.numel() for p in parameters)
+        first = next(iter(parameters), None)
+        flat = torch.zeros(total) if first is None else first.new_zeros(total)
+        at = 0
+        for p in parameters:
+            if p.requires_grad:
+                self._views.append((p, flat[at : at + p.numel()].view_as(p)))
+            at += p.numel()
+        return flat
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        for engine in self._engines.values():
+            engine.zero()
+        for bucket in self._buckets.values():
+            bucket.zero_()
+        for parameter, view in self._views:
+            parameter.grad = view
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of all optimizers, in proportion to each group's ``rate_factor`` (default 1)."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("rate_factor", 1.0)
+        for engine in self._engines.values():
+            engine.set_rate(rate)
+
+    def bucket(self, block: int) -> torch.Tensor:
+        """Return the flat gradients of a block, to be summed over its replicas in place."""
+        return self._buckets[block]
+
+    def squared_norm(self) -> torch.Tensor:
+        """Return this rank's share of the squared global norm, float64 scalar: each parameter counts once."""
+        total: torch.Tensor | None = None
+        for position in self._positions:
+            if position.replicated and position.ranks[0] != self._rank:
+                continue
+            for parameter in self._parameters[position.index]:
+                if parameter.grad is not None:
+                    square = parameter.grad.double().square().sum()
+                    total = square if total is None else total + square
+        if total is not None:
+            return total
+        some = next((p for group in self._parameters.values() for p in group), torch.zeros(()))
+        return torch.zeros((), dtype=torch.float64, device=some.device)
+
+    def update(self, position: int, squared_norm: torch.Tensor | None) -> None:
+        """Clip by the global norm, if one is given, and step the optimizer of a position."""
+        optimizer = self.optimizers.get(position)
+        if optimizer is None:
+            return
+        if squared_norm is not None and self._max_norm is not None:
+            factor = (self._max_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
+            for parameter in self._parameters[position]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor.to(parameter.grad.dtype))
+        optimizer.step()
+
+    def sharded_update(self, position: int) -> None:
+        """Reduce and update a position whose optimizer state is sharded."""
+        self._engines[position].step()

@@ -1,0 +1,49 @@
+"""Ranks as threads of one process, with gloo communicators over an in-memory store."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from hybridpar.planning.compile import communicators
+from hybridpar.planning.plan import Plan
+from hybridpar.runtime.communicators import ProcessGroups
+
+T = TypeVar("T")
+_counter = itertools.count()
+
+
+def run_ranks(plan: Plan, body: Callable[[int, ProcessGroups], T], *, timeout_s: float = 60.0) -> list[T]:
+    """Run ``body(rank, communicators)`` on every rank of the plan at once; re-raises the first failure."""
+    store, number = dist.HashStore(), next(_counter)
+    results: dict[int, T] = {}
+    failures: list[BaseException] = []
+
+    def main(rank: int) -> None:
+        try:
+            groups = {}
+            for name, members in communicators(plan):
+                if rank in members and len(members) > 1:
+                    prefix = dist.PrefixStore(f"{number}/{name}", store)
+                    group = dist.ProcessGroupGloo(
+                        prefix, members.index(rank), len(members), timedelta(seconds=timeout_s)
+                    )
+                    groups[name] = (group, members)
+            results[rank] = body(rank, ProcessGroups(groups))
+        except BaseException as e:  # noqa: BLE001 - handed to the caller
+            failures.append(e)
+
+    threads = [threading.Thread(target=main, args=(r,), daemon=True) for r in range(plan.world)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(timeout_s * 2)
+    if failures:
+        raise failures[0]
+    assert len(results) == plan.world, "a rank did not finish"
+    return [results[r] for r in range(plan.world)]

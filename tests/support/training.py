@@ -1,0 +1,167 @@
+"""Training a small model under a plan and in a single process, for comparison."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hybridpar.model.deferred import Source, defer
+from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.trace import Traced, trace
+from hybridpar.planning.blocks import blocks, positions
+from hybridpar.planning.check import check
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.plan import Plan
+from hybridpar.runtime.communicators import ProcessGroups
+from hybridpar.runtime.executor import Executor, Metrics
+from hybridpar.runtime.modules import ModuleFactory, Owned
+from hybridpar.runtime.update import Updater
+
+SEED = 7
+RATE, MOMENTUM = 0.05, 0.9
+_building = threading.Lock()
+"""Initial values are drawn from torch's global generator, which the ranks' threads share."""
+
+
+@dataclass
+class Case:
+    """A model with random data."""
+
+    source: Source
+    traced: Traced
+    steps: int
+    samples: tuple[int, ...]
+    """Samples of every step."""
+    max_norm: float | None = None
+    dtype: torch.dtype = torch.float64
+    data: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        shape, classes = self.traced.chain.in_shape, self.traced.chain.out_shape[0]
+        for n in self.samples:
+            x = torch.randn(n, *shape, generator=generator, dtype=self.dtype)
+            self.data.append((x, torch.randint(classes, (n,), generator=generator)))
+
+
+def small_vgg(dropout: float = 0.0, classes: int = 7) -> nn.Module:
+    """Three convolutions with pooling and three linears, narrow, as torchvision's VGG has them."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(5, 6, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(54, 11),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(11, 9),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(9, classes),
+    )
+
+
+def make_case(
+    *, dropout: float = 0.0, steps: int = 10, samples: tuple[int, ...] | int = 13, max_norm: float | None = None
+) -> Case:
+    """Trace the small VGG on 2x6x6 inputs."""
+    source = defer(lambda: small_vgg(dropout))
+    traced = trace(source.module, (2, 6, 6), "small")
+    sizes = (samples,) * steps if isinstance(samples, int) else samples
+    return Case(source, traced, len(sizes), sizes, max_norm)
+
+
+@dataclass
+class Trained:
+    """What training left behind."""
+
+    losses: list[float]
+    parameters: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    """Of the last step, clipped if clipping is on."""
+
+
+def train_single(case: Case) -> Trained:
+    """Plain PyTorch: one forward and backward over the whole batch."""
+    modules = [m for m in _materialized(case)]
+    model = nn.Sequential(*modules)
+    dropouts = [m for m in model.modules() if isinstance(m, KeyedDropout)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    losses, first = [], 0
+    for step, (x, y) in enumerate(case.data):
+        for d in dropouts:
+            d.keys = Keys(SEED, step, torch.arange(len(x)) + first)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if case.max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), case.max_norm)
+        optimizer.step()
+        losses.append(loss.item())
+        first += len(x)
+    names = [n for per_layer in case.traced.names for n in per_layer.values()]
+    named = dict(zip(names, model.parameters(), strict=True))
+    gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+    return Trained(losses, {n: p.detach() for n, p in named.items()}, gradients)
+
+
+def _materialized(case: Case) -> list[nn.Module]:
+    plan_free = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
+    return [plan_free._whole(i)[0] for i in range(len(case.traced.modules))]
+
+
+def make_executor(case: Case, plan: Plan, rank: int, groups: ProcessGroups) -> Executor:
+    """Wire one rank's executor as the trainer does."""
+    chain = case.traced.chain
+    factory = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
+    places = positions(plan)
+    with _building:
+        own = {
+            b.index: factory.make(b, places[b.position], rank)
+            for b in blocks(plan, chain)
+            if rank in places[b.position].ranks
+        }
+    mine = tuple(p for p in places if rank in p.ranks)
+    updater = Updater(
+        rank, mine, own, lambda params: torch.optim.SGD(params, lr=RATE, momentum=MOMENTUM), case.max_norm
+    )
+    return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=torch.device("cpu"))
+
+
+def train_rank(case: Case, plan: Plan, rank: int, executor: Executor) -> list[Metrics]:
+    """Run all steps of the case on one rank."""
+    metrics, first = [], 0
+    for step, (x, y) in enumerate(case.data):
+        program = compile_program(plan, case.traced.chain, len(x), "train")
+        check(program)
+        parts = [torch.arange(a, b) for a, b in program.reads(rank)]
+        index = torch.cat(parts) if parts else None
+        inputs, labels = (x[index], y[index]) if index is not None else (None, None)
+        metrics.append(executor.run(program, step, first, inputs, labels))
+        first += len(x)
+    return metrics
+
+
+def assemble(per_rank: list[list[Owned]], take: str = "parameter") -> dict[str, torch.Tensor]:
+    """Put the slices of all ranks together into whole tensors."""
+    parts: dict[str, dict[int, tuple[int | None, torch.Tensor]]] = {}
+    for owned in per_rank:
+        for o in owned:
+            value = o.tensor.detach() if take == "parameter" else o.tensor.grad
+            assert value is not None
+            parts.setdefault(o.name, {})[o.start] = (o.dim, value)
+    result = {}
+    for name, slices in parts.items():
+        pieces = [slices[start][1] for start in sorted(slices)]
+        dim = slices[min(slices)][0]
+        result[name] = pieces[0] if dim is None else torch.cat(pieces, dim)
+    return result
