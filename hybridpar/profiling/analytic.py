@@ -1,0 +1,129 @@
+"""A profile without the device: a roofline over each layer's operations and bytes.
+
+Source of the model: S. Williams, A. Waterman, D. Patterson, "Roofline: an insightful visual performance model for
+multicore architectures", Communications of the ACM 52(4), 2009. The overhead added to it is what keeps small
+micro-batches from looking free. Profiles made here say ``source="estimated"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybridpar.cluster.topology import Device
+from hybridpar.errors import ProfileError
+from hybridpar.model.chain import Chain, Layer
+from hybridpar.profiling.record import LayerProfile, Profile
+
+MICRO_BATCHES = tuple(2**i for i in range(11))
+FRACTIONS = (1.0, 0.5, 0.25, 0.125)
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+# Bytes moved per byte of parameters in an SGD step with momentum, as torch.optim.SGD's foreach path runs it in
+# three passes: buf *= momentum (read, write), buf += grad and param -= lr * buf (two reads, one write each).
+SGD_MOMENTUM_TRANSFERS = 8
+
+# Bytes moved per byte of logits in softmax cross-entropy: log-softmax reads and writes, and so does its backward.
+CROSS_ENTROPY_TRANSFERS = 4
+
+# Bytes moved per byte of a parameter's gradient: written once, then added onto the gradient of the micro-batches
+# before (two reads, one write).
+GRADIENT_TRANSFERS = 4
+
+# Bytes moved per element to hash a keyed dropout mask: 23 reads and writes of 4 bytes, counted in model/keyed.py.
+KEYED_MASK_BYTES = 92
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one pass of one layer does."""
+
+    flops: float
+    moved_bytes: float
+    kernels: int
+
+    def time(self, device: Device, flops_per_s: float) -> float:
+        """Seconds: ``max(flops / rate, bytes / bandwidth) + kernels x overhead``."""
+        busy = max(self.flops / flops_per_s, self.moved_bytes / device.memory_bytes_per_s)
+        return busy + self.kernels * device.overhead_s
+
+
+def estimate(
+    chain: Chain,
+    device: Device,
+    dtype: str = "float32",
+    micro_batches: Sequence[int] = MICRO_BATCHES,
+    fractions: Sequence[float] = FRACTIONS,
+) -> Profile:
+    """Estimate the times of every layer of ``chain`` on ``device`` (seconds).
+
+    ``micro_batches`` are samples, ascending; ``fractions`` are shares of a linear layer's output features,
+    descending from 1. Raises ProfileError where the device has no rate for ``dtype`` or the dtype is unknown.
+    """
+    if dtype not in ITEM_BYTES:
+        raise ProfileError(f"dtype {dtype!r} is unknown; use {', '.join(ITEM_BYTES)}")
+    if dtype not in device.flops_per_s:
+        raise ProfileError(
+            f"device {device.name} has no rate for {dtype}, only for {', '.join(device.flops_per_s)}; "
+            f"give cluster.device.flops_per_s.{dtype}, or train in another dtype"
+        )
+    rate, item_bytes = device.flops_per_s[dtype], ITEM_BYTES[dtype]
+    layers = []
+    for i, layer in enumerate(chain.layers):
+        shares = tuple(fractions) if layer.linear else (1.0,)
+        forward = tuple(
+            tuple(_forward(layer, b, share, item_bytes).time(device, rate) for b in micro_batches)
+            for share in shares
+        )
+        backward = tuple(
+            tuple(_backward(layer, b, share, item_bytes, first=i == 0).time(device, rate) for b in micro_batches)
+            for share in shares
+        )
+        layers.append(LayerProfile(layer.name, forward, backward))
+    return Profile(
+        chain=chain.fingerprint,
+        source="estimated",
+        device=device.name,
+        dtype=dtype,
+        micro_batches=tuple(micro_batches),
+        fractions=tuple(fractions),
+        layers=tuple(layers),
+        update_s_per_byte=SGD_MOMENTUM_TRANSFERS / device.memory_bytes_per_s,
+        loss_s_per_element=CROSS_ENTROPY_TRANSFERS * item_bytes / device.memory_bytes_per_s,
+    )
+
+
+def _forward(layer: Layer, samples: int, share: float, item_bytes: int) -> _Work:
+    """Count a forward: the layer's operations; input and parameters read, output and saved values written.
+
+    No operation reads more than one parameter, so that a table from which rows are looked up is not read whole.
+    """
+    if layer.aliases_input:
+        return _Work(0.0, 0.0, 1)
+    outputs = samples * layer.out_elements * share
+    flops = samples * layer.flops_per_sample * share
+    parameters = min(layer.parameter_count * share, flops)
+    elements = samples * layer.in_elements + outputs + parameters
+    moved_bytes = elements * item_bytes + layer.saved.total_bytes(samples, item_bytes)
+    if layer.random == "keyed":
+        moved_bytes += outputs * KEYED_MASK_BYTES
+    return _Work(flops, moved_bytes, 1)
+
+
+def _backward(layer: Layer, samples: int, share: float, item_bytes: int, *, first: bool) -> _Work:
+    """Count a backward: as many operations as the forward for each gradient, the input's and the parameters'.
+
+    Reads the output's gradient, what the forward kept, and the parameters; writes the input's gradient, which the
+    first layer does not need, and adds onto the parameters'.
+    """
+    parameters = layer.parameter_count * share
+    gradients = int(parameters > 0) + int(not first)
+    if layer.aliases_input or not gradients:
+        return _Work(0.0, 0.0, 1)
+    inputs, outputs = samples * layer.in_elements, samples * layer.out_elements * share
+    elements = outputs * (1 + int(layer.saves_output)) + inputs * int(layer.saves_input)
+    elements += parameters * GRADIENT_TRANSFERS
+    if not first:
+        elements += inputs + parameters
+    moved_bytes = elements * item_bytes + layer.saved.total_bytes(samples, item_bytes)
+    return _Work(gradients * samples * layer.flops_per_sample * share, moved_bytes, gradients)
