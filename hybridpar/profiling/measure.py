@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -242,7 +242,9 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     try:
         if device.type == "cpu":
             torch.set_num_threads(1)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        on_gpu = device.type == "cuda"
+        current = torch.cuda.device(device) if on_gpu else nullcontext()
+        with current, torch.random.fork_rng(devices=[device] if on_gpu else []):
             yield
     finally:
         torch.set_num_threads(before)
