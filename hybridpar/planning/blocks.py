@@ -69,7 +69,9 @@ class Block:
     """A run of layers of one position that is computed in one go.
 
     ``enters`` and ``leaves`` say how the input and the output lie on the shards; a replica's are always full.
-    ``spans`` has one entry per shard and layer; empty where nothing is sharded.
+    ``spans`` has one entry per shard and layer; empty where nothing is sharded. A tail that ends in a row-sharded
+    linear has a last block without layers, which stands for the loss: it takes the summed logits, one slice of the
+    classes per shard. Its one span per shard is that slice.
     """
 
     index: int
@@ -88,13 +90,17 @@ class Block:
             return (span.outputs[1] - span.outputs[0]) / described.out_shape[0]
         return (span.inputs[1] - span.inputs[0]) / described.in_shape[0]
 
+    def shape(self, chain: Chain, side: Literal["in", "out"]) -> tuple[int, ...]:
+        """Shape per sample of the whole input or output, of all shards together."""
+        if side == "out" or self.layers[0] == len(chain.layers):
+            return chain.layers[self.layers[1] - 1].out_shape
+        return chain.layers[self.layers[0]].in_shape
+
     def features(self, chain: Chain, shard: int, side: Literal["in", "out"]) -> Interval:
         """Interval of dim 1 that the shard's input or output covers."""
-        layer = chain.layers[self.layers[0] if side == "in" else self.layers[1] - 1]
-        width = (layer.in_shape if side == "in" else layer.out_shape)[0]
         state = self.enters if side == "in" else self.leaves
         if not self.spans or state != "sharded":
-            return 0, width
+            return 0, self.shape(chain, side)[0]
         return self.spans[shard][0].inputs if side == "in" else self.spans[shard][-1].outputs
 
 
@@ -195,6 +201,9 @@ def _sharded_blocks(stage: Stage, segment: Segment, chain: Chain) -> list[Block]
             enters = state = "full" if coming and coming[0] == "column" else "sharded"
             features = _feature_intervals(layer.out_shape[0], segment, state)
     close(last, state)
+    if cut[-1].leaves == "partial":
+        slices = tuple((Span(own, own, "slice"),) for own in features)
+        cut.append(Block(0, 0, (last, last), "sharded", "sharded", slices))
     return cut
 
 

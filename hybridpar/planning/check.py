@@ -1,4 +1,4 @@
-"""The deadlock check: would this program finish on the strictest machine?
+"""The deadlock check: whether a program would finish on the strictest machine.
 
 That machine buffers nothing, keeps one queue per communicator (per pair of ranks for sends) and makes no progress
 beyond a start: an operation completes only once every participant has started it and everything that any of them

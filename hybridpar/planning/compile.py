@@ -258,8 +258,7 @@ class _Compiler:
 
     def _bytes(self, boundary: int, t: Transfer) -> int:
         """Bytes of a transfer of activations or gradients over a boundary."""
-        shape = self.chain.layers[self.blocks[boundary].layers[1]].in_shape
-        width = math.prod(shape[1:]) * length(t.features)
+        width = math.prod(self.blocks[boundary].shape(self.chain, "out")[1:]) * length(t.features)
         return length(t.samples) * width * self.plan.itemsize
 
     def _pass_on(self, content: Content, boundary: int, t: Transfer, size: int) -> None:

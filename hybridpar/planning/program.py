@@ -126,4 +126,6 @@ class Program:
     def _place(self, block: int) -> str:
         position = self.positions[self.blocks[block].position]
         first, last = self.blocks[block].layers
+        if first == last:
+            return f"{position.name} (loss)"
         return f"{position.name} ({self.chain.layers[first].name}..{self.chain.layers[last - 1].name})"

@@ -1,0 +1,98 @@
+"""What each action and operation of a program costs, from a profile and a cluster."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
+from hybridpar.cluster.topology import Cluster
+from hybridpar.planning.blocks import Block
+from hybridpar.planning.compile import parameter_count
+from hybridpar.planning.layout import length
+from hybridpar.planning.program import Action, Operation, Program
+from hybridpar.profiling.record import Profile
+
+NORM_SHARE = 1 / 5
+"""Of an optimizer step's memory traffic: a norm reads the gradients once, where SGD with momentum reads parameters,
+gradients and momenta and writes parameters and momenta."""
+COPY_PASSES = 2
+"""A copy reads and writes every byte."""
+
+
+class Costs:
+    """Seconds of actions and operations."""
+
+    def __init__(self, profile: Profile, cluster: Cluster) -> None:
+        self.profile, self.cluster = profile, cluster
+        self._pass = lru_cache(maxsize=None)(self._pass_time)
+
+    def action(self, program: Program, rank: int, action: Action) -> float:
+        """Return the seconds that an action keeps its rank's device busy."""
+        if action.kind in {"forward", "backward"}:
+            block = program.blocks[action.block or 0]
+            samples = length(program.interval(block.index, action.micro_batch or 0, rank))
+            shard = program.positions[block.position].ranks.index(rank) if block.spans else 0
+            return self._pass(program, block, shard, samples, action.kind == "forward")
+        if action.kind in {"score", "loss"}:
+            return self._loss_time(program, rank, action)
+        if action.kind == "update":
+            return self._update_time(program, rank, action.block or 0)
+        if action.kind == "norm":
+            own = (p.index for p in program.positions if rank in p.ranks)
+            return NORM_SHARE * sum(self._update_time(program, rank, i) for i in own)
+        if action.kind == "copy" and action.transfer is not None and not action.transfer.whole:
+            boundary = program.blocks[action.block or 0].layers[1]
+            trailing = math.prod(program.chain.layers[boundary].in_shape[1:])
+            elements = length(action.transfer.samples) * length(action.transfer.features) * trailing
+            return COPY_PASSES * elements * program.plan.itemsize / self.cluster.device.memory_bytes_per_s
+        return 0.0
+
+    def operation(self, program: Program, operation: Operation) -> float:
+        """Return the seconds that an operation takes once all participants are there."""
+        ranks, size = operation.ranks, operation.bytes
+        if operation.kind == "send":
+            return point_to_point(self.cluster, ranks[0], ranks[1], size)
+        if operation.kind == "all_reduce":
+            return all_reduce(self.cluster, ranks, size)
+        if operation.kind == "all_gather":
+            return all_gather(self.cluster, ranks, size)
+        update = self._update_time(program, ranks[0], operation.block or 0) / len(ranks)
+        return (
+            reduce_scatter(self.cluster, ranks, size) + update + all_gather(self.cluster, ranks, size / len(ranks))
+        )
+
+    def _pass_time(self, program: Program, block: Block, shard: int, samples: int, forward: bool) -> float:
+        time = self.profile.forward_time if forward else self.profile.backward_time
+        return sum(time(i, samples, block.fraction(program.chain, shard, i)) for i in range(*block.layers))
+
+    def _loss_time(self, program: Program, rank: int, action: Action) -> float:
+        """Half of the cross-entropy's time each for the score and the loss."""
+        block = program.blocks[-1]
+        shard = program.positions[-1].ranks.index(rank) if block.spans else 0
+        width = length(block.features(program.chain, shard, "out"))
+        samples = length(program.interval(block.index, action.micro_batch or 0, rank))
+        return self.profile.loss_s_per_element * samples * width / 2
+
+    def _update_time(self, program: Program, rank: int, position: int) -> float:
+        place, total = program.positions[position], 0.0
+        for block in program.blocks:
+            if block.position != position:
+                continue
+            if not block.spans:
+                total += parameter_count(program.chain, block.layers)
+                continue
+            shard = place.ranks.index(rank)
+            for i in range(*block.layers):
+                total += program.chain.layers[i].parameter_count * block.fraction(program.chain, shard, i)
+        return total * program.plan.itemsize * self.profile.update_s_per_byte
+
+
+def wire_bytes(operation: Operation) -> int:
+    """Return the bytes that leave all participants together (ring collectives: Patarasu and Yuan, 2009)."""
+    n = len(operation.ranks)
+    if operation.kind == "send":
+        return operation.bytes
+    if operation.kind == "all_gather":
+        return n * (n - 1) * operation.bytes
+    return 2 * (n - 1) * operation.bytes
