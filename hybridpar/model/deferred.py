@@ -13,9 +13,6 @@ from hybridpar.errors import HybridparError, ModelError
 from hybridpar.model.copies import blank, named_tensors
 from hybridpar.model.tape import CallRecorder, NotReplayableError, OperationRecorder, Tape
 
-_META_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError)
-"""What a builder that needs real values raises on the meta device."""
-
 
 class Source(Protocol):
     """A model's structure, and the initial value of each of its parameters and buffers."""
@@ -132,7 +129,9 @@ def defer(builder: Callable[[], nn.Module]) -> Source:
     """
     try:
         return Deferred(builder)
-    except _META_FAILURES:
+    except HybridparError:
+        raise
+    except Exception:  # noqa: BLE001, S110 - whatever it was, the builder meets it again on the CPU and it is told
         pass
     try:
         return Rebuilt(builder)

@@ -85,15 +85,20 @@ def trace(
 
 
 class _Shapes(fx.Interpreter):
-    """Notes shape and dtype of every node's value."""
+    """Notes shape and dtype of every node's value, and on an error the node where it came up."""
 
     def __init__(self, captured: fx.GraphModule) -> None:
         super().__init__(captured)
+        self.extra_traceback = False
         self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note its value."""
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except META_FAILURES as e:
+            e.add_note(str(n.target))
+            raise
         if isinstance(value, torch.Tensor):
             self.shapes[n.name] = (tuple(value.shape), value.dtype)
         return value
@@ -114,7 +119,7 @@ def _run_shapes(
 
 def _sample_nodes(captured: fx.GraphModule, in_shape: tuple[int, ...], dtype: torch.dtype, name: str) -> set[str]:
     """Names of the nodes whose value is a floating tensor with samples in dim 0, found at two batch sizes."""
-    last: Exception | None = None
+    last = Exception()
     for device in ("meta", "cpu"):
         try:
             small, large = (_run_shapes(captured, in_shape, dtype, samples, device) for samples in BATCHES)
@@ -130,7 +135,8 @@ def _sample_nodes(captured: fx.GraphModule, in_shape: tuple[int, ...], dtype: to
             and large[node][0] == (BATCHES[1], *shape[1:])
         }
     raise ModelError(
-        f"{name} fails for a sample of shape {in_shape}: {last}; set model.in_shape to what the model takes"
+        f"{name} fails at {''.join(last.__notes__)} for a sample of shape {in_shape}: {last}; "
+        "set model.in_shape to what the model takes"
     ) from last
 
 
