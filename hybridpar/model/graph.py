@@ -17,6 +17,9 @@ from hybridpar.model.keyed import KeyedDropout
 class _Tracer(fx.Tracer):
     """Traces into everything but torch's own modules and those that turned out to be untraceable."""
 
+    proxy_buffer_attributes = True
+    """What is computed from a buffer is part of the graph, not a constant of the time of tracing."""
+
     def __init__(self, opaque: set[str]) -> None:
         super().__init__()
         self._opaque = opaque

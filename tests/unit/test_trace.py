@@ -297,6 +297,21 @@ def test_view_by_size_is_a_flattening():
     assert (fixed.channelwise, fixed.aliases_input) == (False, True)
 
 
+def test_what_is_computed_from_a_buffer_is_no_constant():
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5))
+            self.register_buffer("index", torch.tensor([[0, 1], [4, 2]]), persistent=False)
+
+        def forward(self, x):
+            return x + self.table[self.index.view(-1)]
+
+    source = defer(Indexed)
+    traced = trace(source.module, (4,), "indexed")
+    assert sorted(traced.names[0].values()) == ["index", "table"]
+
+
 def test_tokens_and_tied_weights():
     class Language(nn.Module):
         def __init__(self):
