@@ -125,6 +125,9 @@ class Chain:
             if a.out_shape != b.in_shape:
                 raise ModelError(f"layer {a.name} gives {a.out_shape} but {b.name} takes {b.in_shape}")
 
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
     @property
     def in_shape(self) -> tuple[int, ...]:
         """Shape of one input sample."""

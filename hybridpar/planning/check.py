@@ -213,7 +213,7 @@ class _RankData:
         if operation.content == "statistics":
             return {("scores", block, m): 1}
         if operation.content == "label":
-            return {("loaded", 0, 0): int(self.rank in self.program.positions[0].ranks)}
+            return {("loaded", 0, 0): int(bool(self.program.reads(self.rank)))}
         if operation.content == "bucket":
             position = self.program.positions[self.program.blocks[block].position]
             return {("input gradient", block, own): 1 for own in self._own(position)}

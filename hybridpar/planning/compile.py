@@ -113,8 +113,10 @@ class _Compiler:
 
     def _open(self) -> None:
         """Readers load; all labels of the step are gathered; ranks without a loss report at once."""
-        for rank in self.positions[0].ranks:
-            self._act(rank, Action("load"))
+        first = self.positions[0]
+        for rank, own in zip(first.ranks, zip(*first.micro_batches(self.samples), strict=True), strict=True):
+            if any(length(interval) > 0 for interval in own):
+                self._act(rank, Action("load"))
         self.labels = self._collective("all_reduce", "label", "control", self.world, LABEL_BYTES * self.samples)
         for rank in self.world:
             self._start(rank, self.labels)

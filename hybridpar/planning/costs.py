@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
 from hybridpar.cluster.topology import Cluster
-from hybridpar.planning.blocks import Block
+from hybridpar.planning.blocks import Block, Span
 from hybridpar.planning.compile import parameter_count
-from hybridpar.planning.layout import length
+from hybridpar.planning.layout import Interval, length
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.profiling.record import Profile
 
 NORM_SHARE = 1 / 5
-"""Of an optimizer step's memory traffic: a norm reads the gradients once, where SGD with momentum reads parameters,
+"""Of an optimizer step's memory traffic: a norm reads the gradients once; SGD with momentum reads parameters,
 gradients and momenta and writes parameters and momenta."""
 COPY_PASSES = 2
 """A copy reads and writes every byte."""
@@ -25,7 +24,7 @@ class Costs:
 
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
         self.profile, self.cluster = profile, cluster
-        self._pass = lru_cache(maxsize=None)(self._pass_time)
+        self._passes: dict[tuple[Interval, tuple[Span, ...], int, str], float] = {}
 
     def action(self, program: Program, rank: int, action: Action) -> float:
         """Return the seconds that an action keeps its rank's device busy."""
@@ -33,7 +32,7 @@ class Costs:
             block = program.blocks[action.block or 0]
             samples = length(program.interval(block.index, action.micro_batch or 0, rank))
             shard = program.positions[block.position].ranks.index(rank) if block.spans else 0
-            return self._pass(program, block, shard, samples, action.kind == "forward")
+            return self._pass_time(program, block, shard, samples, action.kind)
         if action.kind in {"score", "loss"}:
             return self._loss_time(program, rank, action)
         if action.kind == "update":
@@ -42,8 +41,8 @@ class Costs:
             own = (p.index for p in program.positions if rank in p.ranks)
             return NORM_SHARE * sum(self._update_time(program, rank, i) for i in own)
         if action.kind == "copy" and action.transfer is not None and not action.transfer.whole:
-            boundary = program.blocks[action.block or 0].layers[1]
-            trailing = math.prod(program.chain.layers[boundary].in_shape[1:])
+            following = program.blocks[(action.block or 0) + 1]
+            trailing = math.prod(following.shape(program.chain, "in")[1:])
             elements = length(action.transfer.samples) * length(action.transfer.features) * trailing
             return COPY_PASSES * elements * program.plan.itemsize / self.cluster.device.memory_bytes_per_s
         return 0.0
@@ -62,9 +61,14 @@ class Costs:
             reduce_scatter(self.cluster, ranks, size) + update + all_gather(self.cluster, ranks, size / len(ranks))
         )
 
-    def _pass_time(self, program: Program, block: Block, shard: int, samples: int, forward: bool) -> float:
-        time = self.profile.forward_time if forward else self.profile.backward_time
-        return sum(time(i, samples, block.fraction(program.chain, shard, i)) for i in range(*block.layers))
+    def _pass_time(self, program: Program, block: Block, shard: int, samples: int, kind: str) -> float:
+        key = (block.layers, block.spans[shard] if block.spans else (), samples, kind)
+        if key not in self._passes:
+            time = self.profile.forward_time if kind == "forward" else self.profile.backward_time
+            layers = range(*block.layers)
+            shares = [block.fraction(program.chain, shard, i) for i in layers]
+            self._passes[key] = sum(time(i, samples, s) for i, s in zip(layers, shares, strict=True))
+        return self._passes[key]
 
     def _loss_time(self, program: Program, rank: int, action: Action) -> float:
         """Half of the cross-entropy's time each for the score and the loss."""

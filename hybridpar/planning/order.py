@@ -12,6 +12,7 @@ cannot deadlock; :mod:`hybridpar.planning.check` verifies that independently.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -91,22 +92,30 @@ def _caps(flow: Flow) -> tuple[int, ...]:
 
 
 def _explain_stall(flow: Flow) -> str:
-    capped = [p for p in flow.positions if p.in_flight is not None]
-    for position in capped:
-        chunk = _chunk(position, flow.samples)
-        for cap in range(chunk, flow.samples + chunk, chunk):
-            raised = tuple(
-                replace(p, in_flight=max(cap, p.in_flight or 0)) if p.stage == position.stage else p
-                for p in flow.positions
+    """Name the least cap of one stage that lets the step finish, or of each where several are too low."""
+    capped = {p.stage: p for p in flow.positions if p.in_flight is not None}
+    for stage, position in capped.items():
+        if _finishes(flow, {stage: flow.samples}):
+            least = _least_cap(flow, stage, {})
+            return (
+                f"plan.{position.kind}.in_flight: {position.in_flight} samples are fewer than the next stage "
+                f"collects before it answers; the least that works is {least}"
             )
-            trial = replace(flow, positions=raised)
-            if _Graph(trial, _caps(trial)).schedule() is not None:
-                return (
-                    f"plan.{position.kind}.in_flight: {position.in_flight} samples are fewer than the next stage "
-                    f"collects before it answers; the least that works is {cap}"
-                )
-    names = ", ".join(f"{p.name} {p.in_flight}" for p in capped)
-    return f"plan: the in-flight caps ({names}) block each other; raise or remove them"
+    free = dict.fromkeys(capped, flow.samples)
+    needs = ", ".join(f"{p.kind} {p.in_flight} of {_least_cap(flow, i, free)}" for i, p in capped.items())
+    return f"plan.stages: in-flight caps are lower than each stage needs by itself ({needs}); raise or remove them"
+
+
+def _least_cap(flow: Flow, stage: int, others: dict[int, int]) -> int:
+    """Return the least in-flight cap of a stage with which the step finishes; a higher one only frees."""
+    return 1 + bisect_left(range(1, flow.samples), True, key=lambda cap: _finishes(flow, {**others, stage: cap}))
+
+
+def _finishes(flow: Flow, caps: dict[int, int]) -> bool:
+    """Whether the step finishes with these in-flight caps, by stage."""
+    changed = tuple(replace(p, in_flight=caps.get(p.stage, p.in_flight)) for p in flow.positions)
+    trial = replace(flow, positions=changed)
+    return _Graph(trial, _caps(trial)).schedule() is not None
 
 
 class _Graph:

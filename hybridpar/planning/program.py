@@ -75,7 +75,7 @@ class Action:
     transfer: Transfer | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """The actions of one step of ``samples`` for every rank, and what they refer to."""
 

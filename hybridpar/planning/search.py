@@ -1,0 +1,242 @@
+"""The search: the fastest plan of every shape that fits into memory, by simulated time.
+
+For every shape the search starts from a few placements of the stages on ranks (all ranks shared, ranks of their
+own, overlapping) and improves each by changing one choice at a time (a micro-batch size, a cut, the sharding of a
+linear layer, the order rule) for as long as the simulated step gets faster. That is a local search: it is exact in
+what it says of a plan, and does not prove that no better one exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from hybridpar.cluster.topology import Cluster
+from hybridpar.errors import MemoryLimitError, PlanError
+from hybridpar.model.chain import Chain
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.costs import Costs
+from hybridpar.planning.draft import Draft, Drafting
+from hybridpar.planning.memory import peak_per_rank
+from hybridpar.planning.placement import Groups, placements
+from hybridpar.planning.plan import Kind, Plan, Prediction, validate
+from hybridpar.planning.request import SHAPES, STAGES_OF, Request, Shape
+from hybridpar.planning.simulate import predict, simulate
+from hybridpar.profiling.record import Profile
+
+KEPT_STARTS = 3
+"""Starting points of a shape that are improved, best first."""
+FIRST_SIZE: dict[Kind, int] = {"front": 2, "middle": 4, "tail": 2}
+"""Micro-batch to start from, counted down from the largest: a pipeline needs several to fill."""
+ROUNDS = 12
+"""Most improvements of one starting point."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The best plan of a shape; without one, ``reason`` says why there is none."""
+
+    shape: Shape
+    plan: Plan | None
+    reason: str | None = None
+    over_memory: bool = False
+    """The best that was found exceeds a device's memory."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """The plan's prediction; only where there is a plan."""
+        assert self.plan is not None
+        assert self.plan.prediction is not None
+        return self.plan.prediction
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The chosen plan and what it was chosen from, in the order of :data:`SHAPES`."""
+
+    plan: Plan
+    shape: Shape
+    candidates: tuple[Candidate, ...]
+    tried: int
+    """Plans that were simulated."""
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that won."""
+        return next(c for c in self.candidates if c.shape == self.shape)
+
+
+def search(chain: Chain, profile: Profile, cluster: Cluster, request: Request) -> Planned:
+    """Return the best plan for a request, with the best of every other shape beside it. A pure function.
+
+    Raises:
+        PlanError: no plan of the requested shape is possible; says why and what would help.
+        MemoryLimitError: every plan exceeds a device's memory; says by how much, and what would fit.
+        ProfileError: the profile belongs to another model.
+    """
+    profile.check(chain)
+    _check_pins(request)
+    scorer = _Scorer(chain, profile, cluster, request)
+    candidates = tuple(_best(shape, scorer, request) for shape in SHAPES)
+    able = [c for c in candidates if c.plan is not None and request.shape in {"auto", c.shape}]
+    if not able:
+        _refuse(request, candidates)
+    chosen = min(able, key=lambda c: c.prediction.step_s)
+    assert chosen.plan is not None
+    return Planned(chosen.plan, chosen.shape, candidates, scorer.tried)
+
+
+def assess(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> Plan:
+    """Return the plan with its prediction on this cluster; used for plans from a file.
+
+    Raises PlanError if the cluster has too few devices, MemoryLimitError if it exceeds their memory.
+    """
+    validate(plan, chain)
+    profile.check(chain)
+    if plan.world > cluster.world:
+        raise PlanError(
+            f"the plan needs {plan.world} ranks but cluster {cluster.name} has {cluster.world} devices; "
+            "plan for this cluster, or name another one"
+        )
+    program = compile_program(plan, chain, plan.global_batch, "train")
+    peaks = peak_per_rank(program)
+    rank = max(range(plan.world), key=lambda r: peaks[r])
+    if peaks[rank] > cluster.device.memory_bytes:
+        raise MemoryLimitError(memory_line(plan, rank, peaks[rank], cluster))
+    return replace(plan, prediction=predict(program, Costs(profile, cluster)))
+
+
+class _Scorer:
+    """Scores drafts by compiling and simulating their plans; remembers what it has seen."""
+
+    def __init__(self, chain: Chain, profile: Profile, cluster: Cluster, request: Request) -> None:
+        self.chain, self.cluster = chain, cluster
+        self.costs = Costs(profile, cluster)
+        self.drafting = Drafting(chain, profile, request, cluster.world)
+        self.scores: dict[Draft, tuple[int, float]] = {}
+        self.reasons: dict[Draft, str] = {}
+        self.tried = 0
+
+    def score(self, draft: Draft) -> tuple[int, float]:
+        """Return (0, step seconds), or (1, bytes above the limit), or (2, 0) where the plan is impossible."""
+        if draft not in self.scores:
+            self.scores[draft] = self._score(draft)
+        return self.scores[draft]
+
+    def _score(self, draft: Draft) -> tuple[int, float]:
+        try:
+            plan = self.drafting.plan(draft)
+            validate(plan, self.chain)
+            program = compile_program(plan, self.chain, plan.global_batch, "train")
+        except PlanError as e:
+            self.reasons[draft] = str(e)
+            return 2, 0.0
+        peaks = peak_per_rank(program)
+        rank = max(range(plan.world), key=lambda r: peaks[r])
+        if peaks[rank] > self.cluster.device.memory_bytes:
+            self.reasons[draft] = memory_line(plan, rank, peaks[rank], self.cluster)
+            return 1, peaks[rank] - self.cluster.device.memory_bytes
+        self.tried += 1
+        return 0, simulate(program, self.costs).period_s
+
+    def predicted(self, draft: Draft) -> Plan | None:
+        """Return the draft's plan with its prediction, or None where it is impossible."""
+        if self.score(draft)[0]:
+            return None
+        plan = self.drafting.plan(draft)
+        program = compile_program(plan, self.chain, plan.global_batch, "train")
+        return replace(plan, prediction=predict(program, self.costs))
+
+
+def _check_pins(request: Request) -> None:
+    if request.shape == "auto":
+        return
+    for kind, pin in request.pins.items():
+        if pin != type(pin)() and kind not in STAGES_OF[request.shape]:
+            raise PlanError(
+                f"plan.{kind}: shape {request.shape} has no {kind}; drop the override or use plan=three_stage"
+            )
+
+
+def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
+    """Improve the best starting points of a shape."""
+    try:
+        starts = list(_starts(shape, scorer.drafting, request))
+    except PlanError as e:
+        return Candidate(shape, None, str(e))
+    ranked = sorted(starts, key=scorer.score)
+    best = min((_improve(d, scorer) for d in ranked[:KEPT_STARTS]), key=scorer.score, default=None)
+    if best is None:
+        return Candidate(shape, None, "the pinned ranks and degrees fit no placement of this shape")
+    plan = scorer.predicted(best)
+    if plan is None:
+        return Candidate(shape, None, scorer.reasons[best], over_memory=scorer.score(best)[0] == 1)
+    return Candidate(shape, plan)
+
+
+def _improve(draft: Draft, scorer: _Scorer) -> Draft:
+    for _ in range(ROUNDS):
+        better = min(scorer.drafting.neighbours(draft), key=scorer.score, default=draft)
+        if scorer.score(better) >= scorer.score(draft):
+            break
+        draft = better
+    return draft
+
+
+def _starts(shape: Shape, drafting: Drafting, request: Request) -> Iterator[Draft]:
+    """Yield a draft for every placement of a shape, with middling choices for the rest."""
+    kinds = STAGES_OF[shape]
+    if "tail" in kinds and drafting.chain.tail_start == len(drafting.chain.layers):
+        raise PlanError("the model does not end in linear layers, so no tail can be tensor-parallel")
+    for ranks in placements(kinds, drafting.world, request):
+        cuts = _first_cuts(drafting, kinds, ranks, request)
+        if cuts is None:
+            continue
+        order = request.order or "one_forward_one_backward"
+        draft = Draft(kinds, cuts, ranks, (1,) * len(kinds), (), order)
+        sizes = [drafting.sizes(draft, i) for i in range(len(kinds))]
+        middling = tuple(s[max(len(s) - FIRST_SIZE[k], 0)] for k, s in zip(kinds, sizes, strict=True))
+        draft = replace(draft, micro_batches=middling)
+        yield replace(draft, sharding=drafting.resized_sharding(draft))
+
+
+def _first_cuts(
+    drafting: Drafting, kinds: tuple[Kind, ...], ranks: tuple[Groups, ...], request: Request
+) -> tuple[int, ...] | None:
+    """Start the tail as early as it can, and the middle with the last third of what remains."""
+    layers = len(drafting.chain.layers)
+    cuts: list[int] = []
+    for i in range(len(kinds) - 1):
+        pinned = request.pin(kinds[i]).layers or (0, 0)
+        following = request.pin(kinds[i + 1]).layers or (0, 0)
+        if pinned[1] or following[0]:
+            cuts.append(pinned[1] or following[0])
+            continue
+        points = drafting.cuts_between(kinds, i)
+        if kinds[i + 1] == "tail":
+            cuts.append(points[0] if points else drafting.chain.tail_start)
+        else:
+            room = [p for p in drafting.cut_points if p <= drafting.chain.tail_start - len(ranks[i + 1])]
+            if not room:
+                return None
+            cuts.append(room[len(room) * 2 // 3])
+    draft = Draft(kinds, tuple(cuts), ranks, (1,) * len(kinds), (), "fill_drain")
+    return tuple(cuts) if drafting.fits(draft) and all(0 < c < layers for c in cuts) else None
+
+
+def _refuse(request: Request, candidates: tuple[Candidate, ...]) -> NoReturn:
+    wanted = [c for c in candidates if request.shape in {"auto", c.shape}]
+    reasons = "; ".join(f"{c.shape}: {c.reason}" for c in wanted)
+    short = all(c.over_memory for c in wanted)
+    advice = "; lower train.global_batch, or use devices with more memory" if short else ""
+    raise (MemoryLimitError if short else PlanError)(f"no plan is possible: {reasons}{advice}")
+
+
+def memory_line(plan: Plan, rank: int, peak: int, cluster: Cluster) -> str:
+    """Say which rank exceeds its device's memory, and by how much."""
+    limit = cluster.device.memory_bytes
+    return (
+        f"rank {rank} needs {peak / 2**20:.1f} MiB, {(peak - limit) / 2**20:.1f} MiB more than the "
+        f"{limit / 2**20:.1f} MiB of {cluster.device.name}, at global batch {plan.global_batch}"
+    )
