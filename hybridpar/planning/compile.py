@@ -53,7 +53,6 @@ class _Compiler:
         self.operations: list[Operation] = []
         self.actions: list[list[Action]] = [[] for _ in range(plan.world)]
         self.world = tuple(range(plan.world))
-        self.started: set[tuple[int, int]] = set()
         self.shared: dict[str, Operation] = {}
         self.unsent: list[deque[list[int]]] = [deque([[]]) for _ in range(plan.world)]
         self.arriving: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
@@ -76,6 +75,7 @@ class _Compiler:
             self.boundaries,
             self.train,
             self.train and self.plan.recipe.clipping,
+            self.samples < self.plan.global_batch,
         )
         tasks = sequence(flow)
         self._count(tasks)
@@ -123,6 +123,15 @@ class _Compiler:
         for rank in self.world:
             if not self.losses[rank]:
                 self._report(rank)
+        if self.train:
+            self._join_reductions()
+
+    def _join_reductions(self) -> None:
+        """Start the reductions of replicas without samples, which would otherwise keep the others waiting."""
+        for block in reversed(self.blocks):
+            for rank in self.positions[block.position].ranks:
+                if not self.backwards[block.index, rank]:
+                    self._reduce(rank, block)
 
     def _close(self) -> None:
         for rank in self.world:
@@ -227,15 +236,11 @@ class _Compiler:
                 block.index,
             ),
         )
-        if (rank, bucket.index) not in self.started:
-            self._start(rank, bucket)
-            self.arriving["bucket", position.index, 0, rank].append(bucket.index)
+        self._start(rank, bucket)
+        self.arriving["bucket", position.index, 0, rank].append(bucket.index)
 
     def _await_gradients(self, rank: int, position: Position) -> None:
-        """Wait for the reduced gradients; a replica that had no samples joins the reductions here."""
-        for block in reversed(self.blocks):
-            if block.position == position.index:
-                self._reduce(rank, block)
+        """Wait for the reduced gradients."""
         self._await(rank, "bucket", position.index, 0)
 
     # Communication
@@ -326,7 +331,6 @@ class _Compiler:
         """Start an operation and owe its wait; what one rank has for itself needs neither."""
         if len(operation.ranks) == 1:
             return
-        self.started.add((rank, operation.index))
         self.unwaited[rank][operation.index] = None
         self._act(rank, Action("start", operation=operation.index, content=operation.content))
 

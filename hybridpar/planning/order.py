@@ -51,6 +51,8 @@ class Flow:
     boundaries: tuple[Boundary, ...]
     train: bool
     clipping: bool
+    partial: bool = False
+    """A last partial batch: caps that its shorter regroupings do not fit are raised to what it needs."""
 
 
 def default_caps(positions: tuple[Position, ...], samples: int) -> tuple[int, ...]:
@@ -71,8 +73,10 @@ def sequence(flow: Flow) -> tuple[Task, ...]:
         PlanError: an in-flight cap is below what the coupled stages need; names the least cap that works.
 
     """
-    graph = _Graph(flow, _caps(flow))
-    order = graph.schedule()
+    order = _Graph(flow, _caps(flow)).schedule()
+    if order is None and flow.partial:
+        flow = _with_caps(flow, _least_caps(flow))
+        order = _Graph(flow, _caps(flow)).schedule()
     if order is None:
         raise PlanError(_explain_stall(flow))
     return order
@@ -93,17 +97,29 @@ def _caps(flow: Flow) -> tuple[int, ...]:
 
 def _explain_stall(flow: Flow) -> str:
     """Name the least cap of one stage that lets the step finish, or of each where several are too low."""
-    capped = {p.stage: p for p in flow.positions if p.in_flight is not None}
+    capped = _capped(flow)
     for stage, position in capped.items():
         if _finishes(flow, {stage: flow.samples}):
-            least = _least_cap(flow, stage, {})
             return (
                 f"plan.{position.kind}.in_flight: {position.in_flight} samples are fewer than the next stage "
-                f"collects before it answers; the least that works is {least}"
+                f"collects before it answers; the least that works is {_least_cap(flow, stage, {})}"
             )
+    least = _least_caps(flow)
+    needs = ", ".join(f"{p.kind} {p.in_flight} instead of {least[i]}" for i, p in capped.items())
+    return f"plan.stages: several in-flight caps are too low ({needs}); raise or remove them"
+
+
+def _capped(flow: Flow) -> dict[int, Position]:
+    """Map every stage that has a cap to one of its positions."""
+    return {p.stage: p for p in flow.positions if p.in_flight is not None}
+
+
+def _least_caps(flow: Flow) -> dict[int, int]:
+    """Return caps of all capped stages with which the step finishes: each its own least, if that is enough."""
+    capped = _capped(flow)
     free = dict.fromkeys(capped, flow.samples)
-    needs = ", ".join(f"{p.kind} {p.in_flight} of {_least_cap(flow, i, free)}" for i, p in capped.items())
-    return f"plan.stages: in-flight caps are lower than each stage needs by itself ({needs}); raise or remove them"
+    least = {i: max(p.in_flight or 0, _least_cap(flow, i, free)) for i, p in capped.items()}
+    return least if _finishes(flow, least) else free
 
 
 def _least_cap(flow: Flow, stage: int, others: dict[int, int]) -> int:
@@ -113,9 +129,13 @@ def _least_cap(flow: Flow, stage: int, others: dict[int, int]) -> int:
 
 def _finishes(flow: Flow, caps: dict[int, int]) -> bool:
     """Whether the step finishes with these in-flight caps, by stage."""
-    changed = tuple(replace(p, in_flight=caps.get(p.stage, p.in_flight)) for p in flow.positions)
-    trial = replace(flow, positions=changed)
+    trial = _with_caps(flow, caps)
     return _Graph(trial, _caps(trial)).schedule() is not None
+
+
+def _with_caps(flow: Flow, caps: dict[int, int]) -> Flow:
+    changed = tuple(replace(p, in_flight=caps.get(p.stage, p.in_flight)) for p in flow.positions)
+    return replace(flow, positions=changed)
 
 
 class _Graph:

@@ -269,7 +269,7 @@ class Executor:
             features = self._features(state, boundary, "out")
         if key not in values:
             start, stop = state.program.interval(*key, self.rank)
-            trailing = state.program.chain.layers[state.program.blocks[boundary + 1].layers[0]].in_shape[1:]
+            trailing = state.program.blocks[boundary].shape(state.program.chain, "out")[1:]
             shape = (stop - start, features[1] - features[0], *trailing)
             values[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self._part(state, values[key], key, features, transfer)
