@@ -1,0 +1,85 @@
+"""What a rank feeds into each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from hybridpar.data.keys import Keys
+from hybridpar.data.loader import StepLoader
+from hybridpar.data.sampler import EpochOrder
+from hybridpar.data.samples import Batch, Indices
+
+
+class StepBatch(NamedTuple):
+    """One rank's part of one step."""
+
+    inputs: torch.Tensor | None
+    """(own samples, ...); None on ranks that read nothing."""
+    labels: torch.Tensor | None
+    """(own samples,) int64; None likewise."""
+    samples: int
+    """Of the step, over all ranks."""
+    first_sample: int
+    """Sample id of the step's first sample."""
+
+
+class Elsewhere:
+    """Stands for a data set of ``size`` samples on ranks that read nothing of it."""
+
+    labels = None
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, indices: Indices, keys: Keys) -> Batch:
+        """Refuse: nobody reads here."""
+        raise AssertionError(f"samples {indices} with keys {keys} are read elsewhere")
+
+
+class Feed:
+    """Iterates over the steps of an epoch; every iteration is the next epoch, unless ``set_epoch`` says which.
+
+    Every rank gets a StepBatch for every step. Raises DataError while iterating for samples that cannot be read.
+    """
+
+    def __init__(self, loader: StepLoader, order: EpochOrder) -> None:
+        self._loader, self._order = loader, order
+        self._epoch = 0
+
+    @property
+    def order(self) -> EpochOrder:
+        """Which sample stands where."""
+        return self._order
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be over ``epoch``."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._order.steps
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        self._loader.set_epoch(self._epoch)
+        self._epoch += 1
+        for step, batch in enumerate(self._loader):
+            inputs, labels = batch if batch is not None else (None, None)
+            yield StepBatch(inputs, labels, self._order.count(step), self._order.start(step))
+
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        self._loader.close()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,291 @@
+"""The job: a plan, a model and an optimizer, wired into an executor on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from hybridpar.data.loader import StepLoader
+from hybridpar.data.sampler import EpochOrder
+from hybridpar.data.samples import MapSamples, Samples
+from hybridpar.errors import DataError, PlanError
+from hybridpar.model.chain import Chain
+from hybridpar.model.deferred import Source
+from hybridpar.model.trace import Traced
+from hybridpar.planning.blocks import Position, blocks, positions
+from hybridpar.planning.check import check
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.compile import is_zero
+from hybridpar.planning.plan import Plan
+from hybridpar.planning.program import Mode, Operation, Program
+from hybridpar.runtime.communicators import Communicators
+from hybridpar.runtime.executor import Executor, Metrics, Observer
+from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
+from hybridpar.runtime.memory import MemoryMeter
+from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
+from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+GivenBatch = StepBatch | tuple[torch.Tensor, torch.Tensor] | None
+EngineFactory = Callable[[Position, Sequence[BlockModules]], ShardedEngine]
+"""Makes the sharded optimizer of a replicated position from this rank's blocks of it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on a data set: means over all its samples, each counted once."""
+
+    loss: float
+    top1: float
+    """Share of the samples whose class has the largest logit."""
+    top5: float
+    """Share of the samples whose class is among the five largest logits."""
+    samples: int
+
+
+@lru_cache(maxsize=16)
+def checked_program(plan: Plan, chain: Chain, samples: int, mode: Mode) -> Program:
+    """Return the program of a step of ``samples`` samples.
+
+    Raises ProgramError if it could hang, PlanError if it is impossible.
+    """
+    program = compile_program(plan, chain, samples, mode)
+    check(program)
+    return program
+
+
+class Job:
+    """One rank's part of a training under a plan.
+
+    Every rank makes a Job with the same arguments, apart from its own ``rank``, ``communicators`` and ``device``,
+    and calls ``step`` and ``evaluate`` equally often. Only the parameters of the rank's own stages are made.
+
+    Args:
+        plan: what runs where.
+        traced: the model's layers; their chain must be the plan's.
+        source: the initial values of the model's tensors.
+        optimizer: makes an optimizer for some parameters.
+        communicators: over the plan's ranks (``Process.connect``).
+        rank: this rank.
+        seed: of initial values and dropout.
+        device: of this rank.
+        max_norm: clips the gradients by their global norm, if ``plan.recipe.clipping`` is set.
+        rate: learning rate by step, from 0; None leaves it to the optimizer.
+        engines: makes sharded optimizers, if ``plan.recipe.sharding`` asks for them.
+
+    Raises:
+        PlanError: the plan is for another model, or asks for clipping or sharding that is not given.
+        ConfigError: the optimizer refuses the parameters.
+
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        traced: Traced,
+        source: Source,
+        optimizer: OptimizerFactory,
+        communicators: Communicators,
+        *,
+        rank: int,
+        seed: int = 0,
+        device: torch.device | None = None,
+        max_norm: float | None = None,
+        rate: Callable[[int], float] | None = None,
+        engines: EngineFactory | None = None,
+    ) -> None:
+        self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
+        self.device = device or torch.device("cpu")
+        self.steps = 0
+        """Steps that were run."""
+        self.rate = rate
+        """Learning rate by step; None leaves it to the optimizer."""
+        self._communicators, self._next_sample = communicators, 0
+        self._check(max_norm, engines)
+        self._meter = MemoryMeter(self.device)
+        self._positions = tuple(p for p in positions(plan) if rank in p.ranks)
+        dtype = DTYPES[plan.precision]
+        self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
+        sharded = {
+            p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(plan, p)
+        }
+        self._updater = Updater(rank, self._positions, self._blocks, optimizer, max_norm, sharded)
+        self._executor = Executor(
+            rank, self._blocks, communicators, self._updater, seed=seed, dtype=dtype, device=self.device
+        )
+
+    def _check(self, max_norm: float | None, engines: EngineFactory | None) -> None:
+        plan = self.plan
+        if plan.chain != self.chain.fingerprint:
+            raise PlanError(
+                f"plan.chain: the plan is for chain {plan.chain} of model {plan.model}, but {self.chain.model} is "
+                f"{self.chain.fingerprint}; plan again for this model"
+            )
+        if plan.recipe.clipping != (max_norm is not None):
+            raise PlanError(
+                f"plan.recipe.clipping: {plan.recipe.clipping}, but the largest norm is {max_norm}; "
+                "plan again with the optimizer's settings"
+            )
+        if plan.recipe.sharding != "none" and engines is None:
+            raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
+
+    def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
+        places = positions(self.plan)
+        return {
+            block.index: factory.make(block, places[block.position], self.rank)
+            for block in blocks(self.plan, self.chain)
+            if self.rank in places[block.position].ranks
+        }
+
+    def _blocks_of(self, position: Position) -> list[BlockModules]:
+        return [b for b in self._blocks.values() if b.block.position == position.index]
+
+    @property
+    def parameters(self) -> dict[str, Owned]:
+        """Parameters of this rank by their full names in the model; a shard says which slice it is."""
+        return {o.name: o for o in owned_parameters(list(self._blocks.values()))}
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads samples."""
+        return self.rank in positions(self.plan)[0].ranks
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the next step; None where the optimizer keeps its own."""
+        return self.rate(self.steps) if self.rate else None
+
+    def memory_bytes(self) -> int:
+        """Return the peak memory of this rank's part so far."""
+        return self._meter.peak_bytes()
+
+    def observe(self, observer: Observer | None) -> None:
+        """Call ``observer`` after every action from now on; None: no longer."""
+        self._executor.observer = observer
+
+    def program(self, mode: Mode = "train", samples: int | None = None) -> Program:
+        """Return the program of a step of ``samples`` samples, by default the global batch."""
+        return checked_program(self.plan, self.chain, samples or self.plan.global_batch, mode)
+
+    def loader(
+        self,
+        dataset: Samples | Any,
+        *,
+        train: bool = True,
+        seed: int | None = None,
+        drop_last: bool = False,
+        workers: int = 0,
+    ) -> Feed:
+        """Return what feeds this rank from a data set: all that its steps need, and nothing else.
+
+        ``dataset`` is a ``hybridpar.data`` data set, a map-style one of (tensor, int), or on ranks that read
+        nothing its size alone. Training shuffles by ``seed`` (the job's by default), evaluation goes through all
+        samples once, in order. Raises DataError where the data set does not fit.
+        """
+        if isinstance(dataset, int):
+            dataset = Elsewhere(dataset)
+        samples = (
+            dataset
+            if hasattr(dataset, "read")
+            else MapSamples(dataset, self.chain.in_shape, self.chain.out_shape[0])
+        )
+        batch, size = self.plan.global_batch, len(samples)
+        order = (
+            EpochOrder(size, batch, self.seed if seed is None else seed, drop_last)
+            if train
+            else EpochOrder.sequential(size, batch)
+        )
+        mode: Mode = "train" if train else "evaluate"
+        intervals = lambda count: self.program(mode, count).reads(self.rank)  # noqa: E731 - two lines say no more
+        return Feed(StepLoader(samples, order, intervals, workers=workers, pin=self.device.type == "cuda"), order)
+
+    def step(self, batch: GivenBatch, *, samples: int | None = None) -> float:
+        """Train on one step's samples and return their mean loss, the same on every rank.
+
+        ``batch`` is what ``loader`` gives; or (inputs, labels) of this rank's own samples in the order of
+        ``program().reads(rank)``; or (inputs, labels) of the whole step, of which the rank takes its own; or None
+        on a rank that reads nothing. For the latter three ``samples`` tells a step that is smaller than the global
+        batch, on every rank. Raises DataError where the batch does not fit, and ActionError, which names rank,
+        stage, micro-batch and action, where the step fails.
+        """
+        if self.rate is not None:
+            self._updater.set_rate(self.rate(self.steps))
+        given = self._own(batch, "train", samples)
+        metrics = self._run(given, "train")
+        self.steps += 1
+        self._next_sample = given.first_sample + given.samples
+        return metrics.loss
+
+    def evaluate(self, batches: Iterable[StepBatch | tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
+        """Return loss and accuracy over ``batches``: of ``loader(..., train=False)``, or whole batches.
+
+        Before, the running statistics of batch norms become the mean over the replicas. Raises as ``step`` does.
+        """
+        self._average_statistics()
+        sums = [0.0] * 4
+        for batch in batches:
+            whole = None if isinstance(batch, StepBatch) else len(batch[1])
+            m = self._run(self._own(batch, "evaluate", whole), "evaluate")
+            sums = [a + b for a, b in zip(sums, (m.loss_sum, m.weight, m.top1, m.top5), strict=True)]
+        loss_sum, weight, top1, top5 = sums
+        if not weight:
+            raise DataError("there are no samples to evaluate on")
+        return Evaluation(loss_sum / weight, top1 / weight, top5 / weight, round(weight))
+
+    def _run(self, batch: StepBatch, mode: Mode) -> Metrics:
+        program = self.program(mode, batch.samples)
+        return self._executor.run(program, self.steps, batch.first_sample, batch.inputs, batch.labels)
+
+    def _own(self, batch: GivenBatch, mode: Mode, samples: int | None) -> StepBatch:
+        """Return this rank's part of a batch."""
+        if isinstance(batch, StepBatch):
+            return batch
+        count = samples or self.plan.global_batch
+        reads = self.program(mode, count).reads(self.rank)
+        own = sum(stop - start for start, stop in reads)
+        if batch is None:
+            if own:
+                raise DataError(f"rank {self.rank} reads {own} of the step's {count} samples but got None")
+            return StepBatch(None, None, count, self._next_sample)
+        inputs, labels = batch
+        if len(inputs) != len(labels) or len(labels) not in {own, count}:
+            raise DataError(
+                f"rank {self.rank} got {len(inputs)} inputs and {len(labels)} labels; give all {count} of the "
+                f"step, or the {own} that this rank reads (samples= tells the size of a smaller step)"
+            )
+        if not own:
+            return StepBatch(None, None, count, self._next_sample)
+        if len(labels) != own:
+            rows = torch.cat([torch.arange(start, stop) for start, stop in reads])
+            inputs, labels = inputs[rows.to(inputs.device)], labels[rows.to(labels.device)]
+        return StepBatch(inputs, labels, count, self._next_sample)
+
+    def _average_statistics(self) -> None:
+        for position in self._positions:
+            buffers = self._statistics(position) if position.replicated else []
+            if not buffers:
+                continue
+            flat = torch.cat([b.reshape(-1) for b in buffers])
+            size = flat.numel() * flat.element_size()
+            name = f"gradients:{position.name}"
+            operation = Operation(0, "all_reduce", "statistics", name, position.ranks, size)
+            self._communicators.all_reduce(operation, flat).wait()
+            flat /= len(position.ranks)
+            for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
+
+    def _statistics(self, position: Position) -> list[torch.Tensor]:
+        """Return the floating buffers of a position's batch norms."""
+        return [
+            buffer
+            for modules in self._blocks_of(position)
+            for index, layer in zip(range(*modules.block.layers), modules.layers, strict=True)
+            if self.chain.layers[index].batch_norm
+            for buffer in layer.buffers()
+            if buffer.is_floating_point()
+        ]

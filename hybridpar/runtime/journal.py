@@ -1,0 +1,137 @@
+"""The journal of a training: what rank 0 writes down and shows while it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from hybridpar.config import Config
+from hybridpar.errors import ConfigError
+from hybridpar.runtime.job import Evaluation
+
+Mode = Literal["auto", "progress", "plain", "quiet"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of ``metrics.jsonl``."""
+
+    step: int
+    """From 0."""
+    epoch: int
+    loss: float
+    lr: float | None
+    samples: int
+    step_s: float
+    """From the end of the step before to the end of this one: reading, computing and updating."""
+    samples_per_s: float
+    time_s: float
+    """Seconds since the epoch, at the end of the step."""
+
+
+class Journal:
+    """Writes ``metrics.jsonl``, ``evaluations.jsonl`` and TensorBoard files, and shows progress.
+
+    ``steps`` is the length of the whole training. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, folder: Path, steps: int, mode: Mode = "auto", log_every: int = 10) -> None:
+        self.console = Console()
+        if mode == "auto":
+            mode = "progress" if self.console.is_terminal else "plain"
+        self._mode, self._steps, self._log_every = mode, steps, log_every
+        self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        self._evaluations = (folder / "evaluations.jsonl").open("w", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._progress: Progress | None = None
+        if mode == "progress":
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("", total=steps)
+            self._progress.start()
+
+    def step(self, record: StepRecord) -> None:
+        """Note a step."""
+        _write(self._metrics, vars(record))
+        self._scalars(record.step, loss=record.loss, lr=record.lr, samples_per_s=record.samples_per_s)
+        text = f"epoch {record.epoch + 1}  loss {record.loss:.4f}  {record.samples_per_s:.1f} samples/s"
+        if self._progress is not None:
+            self._progress.update(self._task, advance=1, description=text)
+        elif (record.step + 1) % self._log_every == 0 or record.step + 1 == self._steps:
+            self.say(f"step {record.step + 1}/{self._steps}  {text}")
+
+    def evaluation(self, step: int, epoch: int, result: Evaluation) -> None:
+        """Note an evaluation on the test split after ``step`` steps."""
+        _write(self._evaluations, {"step": step, "epoch": epoch, **vars(result)})
+        self._scalars(step, test_loss=result.loss, test_accuracy=result.top1, test_top5=result.top5)
+        self.say(
+            f"epoch {epoch + 1}  test accuracy {result.top1:.4f}  top 5 {result.top5:.4f}  "
+            f"loss {result.loss:.4f}  ({result.samples} samples)"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line, unless the journal is quiet."""
+        if self._mode != "quiet":
+            self.console.print(text, highlight=False, soft_wrap=True)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the display and close the files."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._metrics.close()
+        self._evaluations.close()
+        self._board.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _scalars(self, step: int, **values: float | None) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+
+def make_run_dir(config: Config, *, restarted: bool = False) -> Path:
+    """Make the folder of a run and return its absolute path.
+
+    Raises ConfigError where ``run.dir`` holds another run already (unless the job was ``restarted``), or cannot be
+    made.
+    """
+    try:
+        if config.run.dir is not None:
+            path = Path(config.run.dir).expanduser().absolute()
+            if (path / "metrics.jsonl").exists() and not restarted:
+                raise ConfigError(f"run.dir: {path} holds a run already; give another folder, or remove this one")
+            path.mkdir(parents=True, exist_ok=True)
+            return path
+        stem = f"{config.model.name}-{config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        number = 1
+        while True:
+            path = Path("runs", stem if number == 1 else f"{stem}-{number}").absolute()
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+            else:
+                return path
+    except OSError as e:
+        raise ConfigError(f"run.dir: the run's folder cannot be made: {e}; give another one by run.dir=...") from e
+
+
+def _write(file: IO[str], data: dict[str, Any]) -> None:
+    file.write(json.dumps(data) + "\n")

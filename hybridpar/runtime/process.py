@@ -1,0 +1,262 @@
+"""What a worker process is: its place in the job, its device, and its way to talk to the others."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from hybridpar.errors import HybridparError, LaunchError, PlanError
+from hybridpar.planning.blocks import positions
+from hybridpar.planning.compile import communicators
+from hybridpar.planning.plan import Plan
+from hybridpar.runtime.communicators import ProcessGroups
+from hybridpar.schema import from_data, to_data
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+PLANNING_TIMEOUT = timedelta(hours=2)
+"""For rank 0 to measure a profile and to plan, while the others wait."""
+_FAREWELL_S = 5.0
+"""A rank 0 that ends with an error waits so long for the others to hear of it, since it may host the store."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the job, from torchrun's environment. Without torchrun: alone."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    node: int = 0
+    restarts: int = 0
+
+    @staticmethod
+    def read(environment: Mapping[str, str]) -> Place:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, ...; raises LaunchError for an incomplete or malformed set."""
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return Place()
+
+        def number(name: str, default: int | None = None) -> int:
+            text = environment.get(name, "" if default is None else str(default))
+            if not text.isdecimal():
+                raise LaunchError(
+                    f"the environment variable {name} is {text!r}, not a number; start the job with torchrun, "
+                    "or unset RANK and WORLD_SIZE for a single process"
+                )
+            return int(text)
+
+        rank, world = number("RANK"), number("WORLD_SIZE")
+        if rank >= world:
+            raise LaunchError(f"RANK is {rank}, but WORLD_SIZE is {world}; start the job with torchrun")
+        local_rank = number("LOCAL_RANK", rank)
+        return Place(
+            rank,
+            world,
+            local_rank,
+            number("LOCAL_WORLD_SIZE", world),
+            number("GROUP_RANK", 0),
+            number("TORCHELASTIC_RESTART_COUNT", 0),
+        )
+
+
+class Process:
+    """One rank of a job. Before ``connect`` the ranks talk through a store only; ``connect`` makes process groups.
+
+    All ranks call ``agree``, ``share``, ``connect`` and ``gather`` in the same order. ``device`` is one GPU per
+    rank, or the CPU with one thread per rank where several ranks share the machine. ``timeout_s`` is the longest
+    that one communication may take. Raises LaunchError where there are fewer GPUs than ranks but ``device`` is
+    ``cuda``, and where the other processes cannot be reached.
+    """
+
+    def __init__(self, device: DeviceChoice = "auto", timeout_s: float = 300.0) -> None:
+        self.place = Place.read(os.environ)
+        self.rank, self.world = self.place.rank, self.place.world
+        self.device = _device(device, self.place)
+        self.timeout = timedelta(seconds=timeout_s)
+        self.groups: dict[str, dist.ProcessGroup] = {}
+        """This rank's process groups by communicator name, once connected."""
+        self._shared = 0
+        self._store = _open_store(self.place, self.timeout)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        elif self.place.local_world > 1:
+            torch.set_num_threads(1)
+
+    def agree(self, make: Callable[[], Plan]) -> Plan:
+        """Return the plan that ``make`` gives on rank 0, on every rank; only rank 0 calls ``make``.
+
+        Where it fails, rank 0 raises its error and all other ranks end quietly with the exit code for it (2 for a
+        HybridparError). Raises LaunchError on rank 0 where the plan is for another number of processes.
+        """
+
+        def checked() -> Any:
+            plan = make()
+            check_world(plan, self.world)
+            return to_data(plan)
+
+        return from_data(Plan, self.share(checked), "plan", PlanError)
+
+    def share(self, make: Callable[[], Any], owner: int = 0) -> Any:
+        """Return the JSON data that ``make`` gives on rank ``owner``, on every rank; errors as in ``agree``."""
+        key = f"shared/{self._shared}"
+        self._shared += 1
+        if self.rank == owner:
+            try:
+                data = make()
+            except BaseException as e:
+                self._store.set(key, json.dumps({"exit": 2 if isinstance(e, HybridparError) else 1}))
+                self._await_hearing(key)
+                raise
+            self._store.set(key, json.dumps({"data": data}))
+            return json.loads(json.dumps(data))
+        self._store.wait([key], PLANNING_TIMEOUT)
+        answer = json.loads(self._store.get(key))
+        if "exit" in answer:
+            self._store.add(f"{key}/heard", 1)
+            raise SystemExit(answer["exit"])
+        return answer["data"]
+
+    def _await_hearing(self, key: str) -> None:
+        deadline_s = time.monotonic() + _FAREWELL_S
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(f"{key}/heard", 0) < self.world - 1 and time.monotonic() < deadline_s:
+                time.sleep(0.02)
+
+    def connect(self, plan: Plan) -> ProcessGroups:
+        """Make the process groups of a plan and one connection per pair of ranks that exchange anything.
+
+        Raises LaunchError, before any process group exists, where the plan is for another number of processes.
+        """
+        check_world(plan, self.world)
+        cuda = self.device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=self._store,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=self.timeout,
+        )
+        result, self.groups = create_communicators(plan, self.rank, "nccl" if cuda else "gloo", self.timeout)
+        _warm_up(plan, self.rank, self.groups, self.device)
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's picklable ``value`` in rank order, on every rank; needs ``connect``."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process because of an error, so that the whole job ends; alone, raise the error.
+
+        The first rank to fail tells what happened: one line and exit code 2 for a HybridparError, else a traceback
+        and exit code 1. Ranks that fail because of it say so in one line. No clean-up that could wait for a peer
+        is done.
+        """
+        if self.world == 1:
+            self.close()
+            raise error
+        own = isinstance(error, HybridparError)
+        first = str(self.rank)
+        with contextlib.suppress(RuntimeError):
+            first = self._store.compare_set("failed", "", str(self.rank)).decode()
+        if first != str(self.rank):
+            sys.stderr.write(f"rank {self.rank} ends because rank {first} failed\n")
+        elif own:
+            sys.stderr.write(f"hybridpar: rank {self.rank}: {error}\n")
+        else:
+            sys.stderr.write("".join(traceback.format_exception(error)))
+            sys.stderr.write(f"hybridpar: {error}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if own else 1)
+
+    def close(self) -> None:
+        """Leave the process groups; may be called twice."""
+        self.groups = {}
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_world(plan: Plan, world: int) -> None:
+    """Raise LaunchError unless a plan is for ``world`` processes."""
+    if plan.world != world:
+        raise LaunchError(
+            f"the plan is for {plan.world} processes, but this job has {world}; "
+            f"start it with torchrun --nproc-per-node {plan.world} -m hybridpar train ... "
+            "(nodes x processes per node on several nodes), or plan for another world"
+        )
+
+
+def create_communicators(
+    plan: Plan, rank: int, backend: str, timeout: timedelta
+) -> tuple[ProcessGroups, dict[str, dist.ProcessGroup]]:
+    """Create a process group per communicator of the plan, in the plan's order; all ranks of the job call it.
+
+    Returns the communicators for the executor, and this rank's process groups by name.
+    """
+    own: dict[str, dist.ProcessGroup] = {}
+    members_of = dict(communicators(plan))
+    for name, members in members_of.items():
+        group: Any = dist.new_group(list(members), timeout=timeout, backend=backend)
+        if rank in members:
+            own[name] = group
+    return ProcessGroups({name: (group, members_of[name]) for name, group in own.items()}), own
+
+
+def _warm_up(plan: Plan, rank: int, groups: dict[str, dist.ProcessGroup], device: torch.device) -> None:
+    """Use every connection once, in one order on all ranks.
+
+    A backend may open connections at first use and block until the peer does the same (NCCL does); in the order of
+    a program's steps, that could lock up.
+    """
+    token = torch.zeros(1, device=device)
+    for name, members in communicators(plan):
+        if rank in members and not name.startswith(("forward.", "backward.")):
+            groups[name].allreduce([token]).wait()
+    places = positions(plan)
+    pairs = sorted({(a, b) for p, q in itertools.pairwise(places) for a in p.ranks for b in q.ranks if a != b})
+    for source, target in pairs:
+        way, back = ("up", "down") if source < target else ("down", "up")
+        for name, ends in ((f"forward.{way}", (source, target)), (f"backward.{back}", (target, source))):
+            if rank == ends[0]:
+                groups[name].send([token], ends[1], 0).wait()
+            elif rank == ends[1]:
+                groups[name].recv([token], ends[0], 0).wait()
+
+
+def _open_store(place: Place, timeout: timedelta) -> Store:
+    """Open the store that torchrun serves; a restarted job must not read what the one before left there."""
+    if place.world == 1:
+        return HashStore()
+    try:
+        store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+    except (ValueError, dist.DistError) as e:
+        raise LaunchError(f"the other processes cannot be reached: {e}; start the job with torchrun") from e
+    return PrefixStore(f"hybridpar/{place.restarts}", store)
+
+
+def _device(choice: DeviceChoice, place: Place) -> torch.device:
+    count = torch.cuda.device_count() if choice != "cpu" and torch.cuda.is_available() else 0
+    if count >= place.local_world:
+        return torch.device("cuda", place.local_rank)
+    if choice == "cuda":
+        raise LaunchError(
+            f"train.device=cuda needs one GPU per rank, but there are {count} for {place.local_world} ranks; "
+            "start fewer ranks, or set train.device=cpu"
+        )
+    return torch.device("cpu")

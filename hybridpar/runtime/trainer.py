@@ -1,0 +1,271 @@
+"""The training job: from a configuration and a plan to a run directory and a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridpar.config import Config
+from hybridpar.data import datasets
+from hybridpar.errors import ConfigError
+from hybridpar.model.chain import Chain
+from hybridpar.model.deferred import Source
+from hybridpar.model.trace import Traced
+from hybridpar.monitor import record, sampler
+from hybridpar.monitor.sampler import Monitor
+from hybridpar.planning.blocks import positions
+from hybridpar.planning.plan import Plan
+from hybridpar.planning.program import Mode
+from hybridpar.report.summary import GpuUse, StageSummary, Summary
+from hybridpar.runtime import zero
+from hybridpar.runtime.communicators import Communicators
+from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.job import Evaluation, Job, checked_program
+from hybridpar.runtime.journal import Journal, StepRecord, make_run_dir
+from hybridpar.runtime.optimizer import make_factory, make_rate
+from hybridpar.runtime.process import Process
+from hybridpar.schema import from_data, to_data
+
+WARM_UP_STEPS = 5
+"""Left out of the measured step time, or a fifth of the steps where that is less."""
+
+
+def check(config: Config, plan: Plan, chain: Chain) -> None:
+    """Raise HybridparError for what would make the training impossible, as far as a glance tells.
+
+    Checks the optimizer, the data set's paths and classes, and that a plan from a file fits the configuration.
+    Touches no process and decodes no data.
+    """
+    make_factory(config.optimizer)
+    if config.optimizer.sharding == "zero1":
+        zero.require_deepspeed()
+    datasets.check(config.data, chain.out_shape[0])
+    clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
+    for name, given, planned, remedy in (
+        ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
+        ("train.precision", config.train.precision, plan.precision, plan.precision),
+        ("optimizer.sharding", config.optimizer.sharding, plan.recipe.sharding, plan.recipe.sharding),
+        ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
+    ):
+        if given != planned:
+            raise ConfigError(
+                f"{name}: {given}, but the plan is for {planned}; set {name} to {remedy}, or plan again"
+            )
+
+
+def train(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Summary:
+    """Train, evaluate and sum up; every rank calls this once, and every rank gets the summary.
+
+    Writes ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``evaluations.jsonl``, ``tensorboard/``,
+    ``monitor*.jsonl`` and ``summary.json`` into the run directory. Nothing is selected on the test split.
+
+    Raises HybridparError where the job cannot start. What fails later ends this process by ``process.fail``, so
+    that no rank waits for one that is gone.
+    """
+    check(config, plan, traced.chain)
+    training = _Training(config, plan, traced.chain, process)
+    try:
+        return training.run(traced, source)
+    except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must not wait
+        process.fail(e)
+
+
+@dataclass
+class _Log:
+    """What the summary needs from the steps."""
+
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    """Samples and seconds of every step."""
+    loss: float = 0.0
+    epochs: int = 0
+    evaluation: Evaluation | None = None
+    measured_since_s: float = 0.0
+    """Seconds since the epoch, at the end of the warm-up."""
+    total_s: float = 0.0
+
+    def typical(self) -> tuple[int, float]:
+        """Return the samples of a full step, and its median seconds after the warm-up."""
+        full = max(samples for samples, _ in self.steps)
+        times = [seconds for samples, seconds in self.steps if samples == full]
+        return full, statistics.median(times[min(WARM_UP_STEPS, len(times) // 5) :])
+
+
+class _Training:
+    """One training job on one rank. Making it reads the data set and makes the run directory."""
+
+    def __init__(self, config: Config, plan: Plan, chain: Chain, process: Process) -> None:
+        self.config, self.plan, self.chain, self.process = config, plan, chain, process
+        self.data = self._load()
+        self._check_programs()
+        restarted = process.place.restarts > 0
+        self.folder = Path(process.share(lambda: str(make_run_dir(config, restarted=restarted))))
+        if process.rank == 0:
+            (self.folder / "config.yaml").write_text(config.resolved)
+            plan.save(self.folder / "plan.json")
+
+    def _load(self) -> tuple[Any, Any]:
+        """Return training and test samples: data sets where this rank reads them, their sizes elsewhere."""
+        readers = positions(self.plan)[0].ranks
+        splits: list[datasets.Splits] = []
+
+        def load() -> list[int]:
+            shape, classes = self.chain.in_shape, self.chain.out_shape[0]
+            splits.append(datasets.load(self.config.data, shape, classes))
+            return [len(splits[0].train), len(splits[0].test)]
+
+        train_size, test_size = self.process.share(load, readers[0])
+        if self.process.rank not in readers:
+            return train_size, test_size
+        if not splits:
+            load()
+        return splits[0].train, splits[0].test
+
+    def _check_programs(self) -> None:
+        """Compile and check, before any process group exists, every program that the job will run."""
+        batch = self.plan.global_batch
+        modes: tuple[tuple[Mode, Any], ...] = (("train", self.data[0]), ("evaluate", self.data[1]))
+        for mode, data in modes:
+            size = data if isinstance(data, int) else len(data)
+            for samples in {min(batch, size), size % batch or batch}:
+                checked_program(self.plan, self.chain, samples, mode)
+
+    def run(self, traced: Traced, source: Source) -> Summary:
+        """Train and evaluate."""
+        config, process = self.config, self.process
+        with contextlib.ExitStack() as stack:
+            monitor = self._start_monitor(stack)
+            communicators = process.connect(self.plan)
+            job = self._make_job(traced, source, communicators)
+            workers = config.data.workers
+            feed = job.loader(self.data[0], drop_last=config.train.drop_last, workers=workers)
+            test_feed = job.loader(self.data[1], train=False, workers=workers)
+            stack.enter_context(feed)
+            stack.enter_context(test_feed)
+            steps = min(config.train.steps or len(feed) * config.train.epochs, len(feed) * config.train.epochs)
+            job.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, steps)
+            journal = self._open_journal(stack, steps)
+            log = self._loop(job, feed, test_feed, steps, journal)
+            monitor.close()
+            memory = process.gather(job.memory_bytes())
+        summary = process.share(lambda: to_data(self._summarise(job, log, monitor, memory)))
+        process.gather(None)
+        process.close()
+        return from_data(Summary, summary, "summary", ConfigError)
+
+    def _make_job(self, traced: Traced, source: Source, communicators: Communicators) -> Job:
+        settings, factory = self.config.optimizer, make_factory(self.config.optimizer)
+        return Job(
+            self.plan,
+            traced,
+            source,
+            factory,
+            communicators,
+            rank=self.process.rank,
+            seed=self.config.train.seed,
+            device=self.process.device,
+            max_norm=settings.clip,
+            engines=zero.make_engines(self.process, factory) if settings.sharding == "zero1" else None,
+        )
+
+    def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
+        """Start the sampler of this node's GPUs in one of its processes."""
+        place, settings = self.process.place, self.config.monitor
+        if place.local_rank:
+            return Monitor(None, None)
+        uuids: list[str] = []
+        if self.process.device.type == "cuda":
+            uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(place.local_world)]
+        name = "monitor.jsonl" if self.process.rank == 0 else f"monitor-{place.node}.jsonl"
+        path = self.folder / name
+        monitor = sampler.start(path, settings.interval_s, uuids, settings.mode, settings.max_bytes)
+        return stack.enter_context(monitor)
+
+    def _open_journal(self, stack: contextlib.ExitStack, steps: int) -> Journal | None:
+        """Open the journal on rank 0."""
+        if self.process.rank:
+            return None
+        settings = self.config.train
+        return stack.enter_context(Journal(self.folder, steps, settings.mode, settings.log_every))
+
+    def _loop(self, job: Job, feed: Feed, test_feed: Feed, steps: int, journal: Journal | None) -> _Log:
+        every, log = self.config.train.eval_every, _Log()
+        started_s = time.perf_counter()
+        for epoch in itertools.count():
+            self._epoch(job, feed, epoch, steps, log, journal)
+            log.epochs = epoch + 1
+            ended = job.steps == steps
+            if ended or (every is not None and (epoch + 1) % every == 0):
+                log.evaluation = job.evaluate(test_feed)
+                if journal is not None:
+                    journal.evaluation(job.steps, epoch, log.evaluation)
+            if ended:
+                break
+        log.total_s = time.perf_counter() - started_s
+        return log
+
+    def _epoch(self, job: Job, feed: Feed, epoch: int, steps: int, log: _Log, journal: Journal | None) -> None:
+        """Run the steps of an epoch, or as many of them as are left."""
+        feed.set_epoch(epoch)
+        before_s = time.perf_counter()
+        for batch in feed:
+            step, rate = job.steps, job.learning_rate
+            log.loss = job.step(batch)
+            now_s = time.perf_counter()
+            step_s, before_s = now_s - before_s, now_s
+            log.steps.append((batch.samples, step_s))
+            if step < min(WARM_UP_STEPS, max(1, steps // 5)):
+                log.measured_since_s = time.time()
+            if journal is not None:
+                per_s = batch.samples / step_s
+                journal.step(StepRecord(step, epoch, log.loss, rate, batch.samples, step_s, per_s, time.time()))
+            if job.steps == steps:
+                return
+
+    def _summarise(self, job: Job, log: _Log, monitor: Monitor, memory: list[int]) -> Summary:
+        """Make the summary and write it; on rank 0."""
+        config, plan, prediction = self.config, self.plan, self.plan.prediction
+        assert log.evaluation is not None
+        samples, step_s = log.typical()
+        cuda = self.process.device.type == "cuda"
+        summary = Summary(
+            model=config.model.name,
+            data=config.data.name,
+            run_dir=str(self.folder),
+            seed=config.train.seed,
+            precision=plan.precision,
+            device=torch.cuda.get_device_name(self.process.device) if cuda else "cpu",
+            world=plan.world,
+            global_batch=plan.global_batch,
+            epochs=log.epochs,
+            steps=job.steps,
+            train_loss=log.loss,
+            test_accuracy=log.evaluation.top1,
+            test_top5=log.evaluation.top5,
+            test_loss=log.evaluation.loss,
+            test_samples=log.evaluation.samples,
+            samples_per_s=samples / step_s,
+            measured_step_s=step_s,
+            predicted_step_s=prediction.step_s if prediction else None,
+            measured_memory_bytes=tuple(memory),
+            predicted_memory_bytes=prediction.memory_bytes if prediction else None,
+            prediction_source=prediction.source if prediction else None,
+            stages=tuple(StageSummary(s.kind, s.layers, s.degree, s.ranks, s.micro_batch) for s in plan.stages),
+            gpu=self._gpu_use(log, monitor),
+            total_s=log.total_s,
+        )
+        summary.save(self.folder / "summary.json")
+        return summary
+
+    def _gpu_use(self, log: _Log, monitor: Monitor) -> GpuUse:
+        seen = record.summarise(*sorted(self.folder.glob("monitor*.jsonl")), since_s=log.measured_since_s)
+        if seen is None:
+            return GpuUse(reason=monitor.reason or "the training was shorter than one sample of the monitor")
+        total = seen.total
+        return GpuUse(total.mean_utilisation, total.mean_occupancy, total.mean_occupancy_while_busy)
