@@ -76,40 +76,48 @@ def _check_pairs(program: Program) -> None:
 
 def _check_queues(program: Program) -> None:
     """Run all ranks in turn on the strictest machine until they finish or none can go on."""
-    at = [0] * program.plan.world
-    queues: dict[tuple[int, Hashable], deque[int]] = defaultdict(deque)
-    complete: set[int] = set()
-
-    def settle(operation: Operation) -> bool:
-        """Complete the operation if it leads the queues of all its participants."""
-        keys = [(rank, queue_of(operation)) for rank in operation.ranks]
-        if any(not queues[key] or queues[key][0] != operation.index for key in keys):
-            return False
-        for key in keys:
-            queues[key].popleft()
-        complete.add(operation.index)
-        for key in keys:
-            if queues[key]:
-                settle(program.operations[queues[key][0]])
-        return True
-
-    moved = True
+    machine, moved = _StrictMachine(program), True
     while moved:
-        moved = False
-        for rank, actions in enumerate(program.actions):
-            while at[rank] < len(actions):
-                action = actions[at[rank]]
-                if action.kind == "wait" and action.operation not in complete:
-                    break
-                if action.kind == "start" and action.operation is not None:
-                    operation = program.operations[action.operation]
-                    queues[rank, queue_of(operation)].append(operation.index)
-                    settle(operation)
-                at[rank] += 1
-                moved = True
-    stuck = [rank for rank, actions in enumerate(program.actions) if at[rank] < len(actions)]
+        moved = bool([rank for rank in range(program.plan.world) if machine.advance(rank)])
+    stuck = [rank for rank, actions in enumerate(program.actions) if machine.at[rank] < len(actions)]
     if stuck:
-        raise ProgramError("the program hangs: " + "; ".join(_stuck_line(program, r, at[r]) for r in stuck))
+        lines = "; ".join(_stuck_line(program, rank, machine.at[rank]) for rank in stuck)
+        raise ProgramError(f"the program hangs: {lines}")
+
+
+class _StrictMachine:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.at = [0] * program.plan.world
+        self.queues: dict[tuple[int, Hashable], deque[int]] = defaultdict(deque)
+        self.complete: set[int] = set()
+
+    def advance(self, rank: int) -> bool:
+        """Run a rank until it waits for something incomplete; return whether it got anywhere."""
+        before, actions = self.at[rank], self.program.actions[rank]
+        while self.at[rank] < len(actions):
+            action = actions[self.at[rank]]
+            if action.kind == "wait" and action.operation not in self.complete:
+                break
+            if action.kind == "start" and action.operation is not None:
+                operation = self.program.operations[action.operation]
+                self.queues[rank, queue_of(operation)].append(operation.index)
+                self._settle(operation)
+            self.at[rank] += 1
+        return self.at[rank] > before
+
+    def _settle(self, operation: Operation) -> None:
+        """Complete an operation that leads the queues of all its participants, and what it held up."""
+        ready = [operation]
+        while ready:
+            index, queue = ready[-1].index, queue_of(ready[-1])
+            own = [self.queues[rank, queue] for rank in ready.pop().ranks]
+            if any(not q or q[0] != index for q in own):
+                continue
+            self.complete.add(index)
+            for q in own:
+                q.popleft()
+            ready += [self.program.operations[q[0]] for q in own if q]
 
 
 def _stuck_line(program: Program, rank: int, at: int) -> str:
@@ -125,6 +133,7 @@ class _RankData:
         self.train = program.mode == "train"
         self.held: Counter[Token] = Counter()
         self.expected: Counter[Token] = Counter()
+        self.filled: set[Hashable] = set()
         crossing = boundaries(program.positions, program.blocks, program.chain, program.samples)
         for i, boundary in enumerate(crossing):
             for content, transfers in (("activation", boundary.activation), ("gradient", boundary.gradient)):
@@ -140,12 +149,27 @@ class _RankData:
                 if self.held[token] < count:
                     name = self.program.describe(action)
                     raise ProgramError(f"rank {self.rank} would '{name}' without {_token_name(token)}")
+            self._place(action)
             self.held.update(self._gives(action))
         for token, count in self._work().items():
             if self.held[token] != count:
                 raise ProgramError(
                     f"rank {self.rank} does {_token_name(token)} {self.held[token]} times instead of {count}"
                 )
+
+    def _place(self, action: Action) -> None:
+        """Note where a transfer puts its part; a summand must find there what it is added to."""
+        content, block, transfer = action.content, action.block, action.transfer
+        if action.kind == "wait" and action.operation is not None:
+            operation = self.program.operations[action.operation]
+            content, block, transfer = operation.content, operation.block, operation.transfer
+        if transfer is None or transfer.target != self.rank:
+            return
+        place = content, block, transfer.target_micro_batch, transfer.samples, transfer.features
+        if transfer.add and place not in self.filled:
+            name = self.program.describe(action)
+            raise ProgramError(f"rank {self.rank} would '{name}' before the first summand is there")
+        self.filled.add(place)
 
     def _own(self, position: Position) -> list[int]:
         """Micro-batches of the position in which this rank has samples."""
@@ -205,23 +229,22 @@ class _RankData:
     def _needs_of_start(self, operation: Operation) -> dict[Token, int]:
         block, m = operation.block or 0, operation.micro_batch or 0
         if operation.transfer is not None:
-            if operation.transfer.target == self.rank:
-                return {}
-            return {_source(operation.content, block, operation.transfer.source_micro_batch): 1}
-        if operation.content == "sum":
-            return {_source("gradient" if operation.backward else "activation", block, m): 1}
-        if operation.content == "statistics":
-            return {("scores", block, m): 1}
-        if operation.content == "label":
-            return {("loaded", 0, 0): int(bool(self.program.reads(self.rank)))}
+            sends = operation.transfer.source == self.rank
+            return {_source(operation.content, block, operation.transfer.source_micro_batch): int(sends)}
         if operation.content == "bucket":
             position = self.program.positions[self.program.blocks[block].position]
             return {("input gradient", block, own): 1 for own in self._own(position)}
         if operation.content == "zero":
             return self._gradients(self.program.positions[block])
-        if operation.content == "norm":
-            return {("norm", 0, 0): 1}
-        return {("loss", self.last, own): 1 for own in self._own(self.program.positions[-1])}
+        if operation.content == "metrics":
+            return {("loss", self.last, own): 1 for own in self._own(self.program.positions[-1])}
+        tokens: dict[str, tuple[Token, int]] = {
+            "sum": (_source("gradient" if operation.backward else "activation", block, m), 1),
+            "statistics": (("scores", block, m), 1),
+            "label": (("loaded", 0, 0), int(self.rank in self.program.positions[0].ranks)),
+            "norm": (("norm", 0, 0), 1),
+        }
+        return dict([tokens[operation.content]])
 
     def _needs_of_update(self, action: Action, *, alone: bool) -> dict[Token, int]:
         if action.kind == "norm":

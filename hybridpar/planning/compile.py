@@ -382,7 +382,7 @@ def communicators(plan: Plan) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def _post_receives_early(actions: list[Action], operations: list[Operation], rank: int) -> list[Action]:
-    """Move the start of every receive before the computation that precedes it, so that the data can flow meanwhile.
+    """Start every receive before the computation that precedes it, so that the data can flow meanwhile.
 
     All receives move by one computation, so their order per communicator stays.
     """

@@ -6,6 +6,7 @@ import math
 
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
 from hybridpar.cluster.topology import Cluster
+from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Span
 from hybridpar.planning.compile import parameter_count
 from hybridpar.planning.layout import Interval, length
@@ -32,7 +33,7 @@ class Costs:
             block = program.blocks[action.block or 0]
             samples = length(program.interval(block.index, action.micro_batch or 0, rank))
             shard = program.positions[block.position].ranks.index(rank) if block.spans else 0
-            return self._pass_time(program, block, shard, samples, action.kind)
+            return self.passes(program.chain, block, shard, samples, action.kind)
         if action.kind in {"score", "loss"}:
             return self._loss_time(program, rank, action)
         if action.kind == "update":
@@ -61,14 +62,26 @@ class Costs:
             reduce_scatter(self.cluster, ranks, size) + update + all_gather(self.cluster, ranks, size / len(ranks))
         )
 
-    def _pass_time(self, program: Program, block: Block, shard: int, samples: int, kind: str) -> float:
+    def passes(self, chain: Chain, block: Block, shard: int, samples: int, kind: str) -> float:
+        """Return the seconds of a block's ``forward`` or ``backward`` for a micro-batch on one of its ranks."""
         key = (block.layers, block.spans[shard] if block.spans else (), samples, kind)
         if key not in self._passes:
             time = self.profile.forward_time if kind == "forward" else self.profile.backward_time
             layers = range(*block.layers)
-            shares = [block.fraction(program.chain, shard, i) for i in layers]
+            shares = [block.fraction(chain, shard, i) for i in layers]
             self._passes[key] = sum(time(i, samples, s) for i, s in zip(layers, shares, strict=True))
         return self._passes[key]
+
+    def update(self, chain: Chain, itemsize: int, blocks: list[Block], index: int) -> float:
+        """Return the seconds of an optimizer step for blocks of one position on its rank number ``index``."""
+        total = 0.0
+        for block in blocks:
+            if not block.spans:
+                total += parameter_count(chain, block.layers)
+                continue
+            for i in range(*block.layers):
+                total += chain.layers[i].parameter_count * block.fraction(chain, index, i)
+        return total * itemsize * self.profile.update_s_per_byte
 
     def _loss_time(self, program: Program, rank: int, action: Action) -> float:
         """Half of the cross-entropy's time each for the score and the loss."""
@@ -79,17 +92,9 @@ class Costs:
         return self.profile.loss_s_per_element * samples * width / 2
 
     def _update_time(self, program: Program, rank: int, position: int) -> float:
-        place, total = program.positions[position], 0.0
-        for block in program.blocks:
-            if block.position != position:
-                continue
-            if not block.spans:
-                total += parameter_count(program.chain, block.layers)
-                continue
-            shard = place.ranks.index(rank)
-            for i in range(*block.layers):
-                total += program.chain.layers[i].parameter_count * block.fraction(program.chain, shard, i)
-        return total * program.plan.itemsize * self.profile.update_s_per_byte
+        own = [b for b in program.blocks if b.position == position]
+        index = program.positions[position].ranks.index(rank)
+        return self.update(program.chain, program.plan.itemsize, own, index)
 
 
 def wire_bytes(operation: Operation) -> int:

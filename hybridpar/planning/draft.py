@@ -72,7 +72,10 @@ class Drafting:
         return -(-self.request.global_batch // min(len(ranks) for ranks in draft.ranks[stage]))
 
     def sizes(self, draft: Draft, stage: int) -> list[int]:
-        """Return the micro-batch sizes worth trying, ascending: whole parts of the share, and powers of two."""
+        """Return the micro-batch sizes worth trying, ascending.
+
+        The share in up to 16 parts (32 in the middle, where many keep a long pipeline full), and powers of two.
+        """
         pinned = self.request.pin(draft.kinds[stage]).micro_batch
         if pinned is not None:
             return [pinned]

@@ -8,10 +8,11 @@ are all the same case.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 Interval = tuple[int, int]
 """Half-open: (start, stop)."""
@@ -27,7 +28,8 @@ def intersect(a: Interval, b: Interval) -> Interval:
     return max(a[0], b[0]), min(a[1], b[1])
 
 
-def split(total: int, shares: Sequence[float]) -> tuple[Interval, ...]:
+@lru_cache(maxsize=65536)
+def split(total: int, shares: tuple[float, ...]) -> tuple[Interval, ...]:
     """Cut ``range(total)`` into consecutive intervals in proportion to ``shares`` (largest remainder).
 
     Equal shares differ by at most one, the first ones being larger.
@@ -43,7 +45,8 @@ def split(total: int, shares: Sequence[float]) -> tuple[Interval, ...]:
     return tuple((stop - size, stop) for stop, size in zip(stops, sizes, strict=True))
 
 
-def chunks(samples: int, micro_batch: int, shares: Sequence[float]) -> tuple[tuple[Interval, ...], ...]:
+@lru_cache(maxsize=8192)
+def chunks(samples: int, micro_batch: int, shares: tuple[float, ...]) -> tuple[tuple[Interval, ...], ...]:
     """Cut ``range(samples)`` into chunks, and each chunk into one interval per replica.
 
     The interval of a replica in a chunk is its micro-batch; the largest one has ``micro_batch`` samples. Chunks
@@ -97,17 +100,18 @@ class Transfer:
 def exchange(source: Layout, target: Layout) -> tuple[Transfer, ...]:
     """Return the transfers that build every piece of ``target`` from ``source``.
 
-    A target piece takes each part from one holder (itself if it is one, else the holders take turns); of a partial
-    source it takes the summand of every holder, its own first and then in the order of the pieces, so that the order of
-    summation is fixed.
+    A target piece takes each part from one holder (itself if it is one, else the holders take turns). Of a partial
+    source it takes the summand of every holder, its own first and then in the order of the pieces, so that the
+    order of summation is fixed.
     """
     holders: dict[tuple[int, Interval, Interval], list[int]] = defaultdict(list)
     for piece in source.pieces:
         holders[piece.micro_batch, piece.samples, piece.features].append(piece.rank)
     regions = sorted(holders, key=lambda key: (key[1], key[2]))
+    stops = [samples[1] for _, samples, _ in regions]
     transfers = []
     for turn, piece in enumerate(target.pieces):
-        for micro_batch, samples, features in regions:
+        for micro_batch, samples, features in regions[bisect_right(stops, piece.samples[0]) :]:
             if samples[0] >= piece.samples[1]:
                 break
             common = intersect(samples, piece.samples), intersect(features, piece.features)

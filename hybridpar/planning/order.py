@@ -58,8 +58,8 @@ class Flow:
 def default_caps(positions: tuple[Position, ...], samples: int) -> tuple[int, ...]:
     """Return the in-flight caps of one-forward-one-backward: samples, one per position.
 
-    A position may run ahead of its own backward by the chunks that the positions behind it hold, its own chunk, and
-    once more the largest chunk from here on, which covers regroupings whose boundaries do not meet. With chunks of
+    A position may run ahead of its own backward by its own chunk, those of the positions behind it, and once more
+    the largest chunk from here on, which covers regroupings whose boundaries do not meet. With chunks of
     equal size c this is the classical warm-up of one chunk per position behind, plus one.
     """
     sizes = [_chunk(p, samples) for p in positions]

@@ -26,8 +26,8 @@ KINDS: tuple[Kind, ...] = ("front", "middle", "tail")
 class Segment:
     """A run of neighbouring layers on some ranks.
 
-    In the front and the middle the ranks are replicas and ``shares`` their relative numbers of samples; in the tail
-    they are shards and ``shares`` their relative numbers of features. None means equal.
+    In the front and the middle the ranks are replicas and ``shares`` their relative numbers of samples; in the
+    tail they are shards and ``shares`` their relative numbers of features. None means equal.
     """
 
     layers: Interval

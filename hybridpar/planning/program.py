@@ -24,10 +24,10 @@ Content = Literal[
 ]
 """What an operation moves.
 
-activation, gradient, label: a transfer of an exchange. sum: summands of a tail's value, forward or backward.
-bucket: gradients of a block's parameters. statistics: the per-sample figures of a sharded cross-entropy. weight: the
-step's global weight. norm: squared gradient norm. metrics: loss and hits. zero: an update whose communication
-DeepSpeed does (gradients reduced to shards, parameters gathered).
+activation, gradient: a transfer of an exchange. label: all labels of the step, of which the loss takes its own and
+the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
+statistics: the per-sample figures of a sharded cross-entropy. norm: squared gradient norm. metrics: loss and hits.
+zero: an update whose communication DeepSpeed does (gradients reduced to shards, parameters gathered).
 """
 
 ActionKind = Literal["load", "forward", "score", "loss", "backward", "copy", "start", "wait", "norm", "update"]

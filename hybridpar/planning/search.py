@@ -15,6 +15,7 @@ from typing import NoReturn
 from hybridpar.cluster.topology import Cluster
 from hybridpar.errors import MemoryLimitError, PlanError
 from hybridpar.model.chain import Chain
+from hybridpar.planning.bound import lower_bound
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.draft import Draft, Drafting
@@ -25,12 +26,14 @@ from hybridpar.planning.request import SHAPES, STAGES_OF, Request, Shape
 from hybridpar.planning.simulate import predict, simulate
 from hybridpar.profiling.record import Profile
 
-KEPT_STARTS = 3
+SCORED_STARTS = 12
+"""Starting points of a shape that are simulated, least lower bound first."""
+KEPT_STARTS = 2
 """Starting points of a shape that are improved, best first."""
 FIRST_SIZE: dict[Kind, int] = {"front": 2, "middle": 4, "tail": 2}
 """Micro-batch to start from, counted down from the largest: a pipeline needs several to fill."""
-ROUNDS = 12
-"""Most improvements of one starting point."""
+WORTHWHILE = 0.002
+"""Share of the step time by which a neighbour must be better."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class _Scorer:
         self.costs = Costs(profile, cluster)
         self.drafting = Drafting(chain, profile, request, cluster.world)
         self.scores: dict[Draft, tuple[int, float]] = {}
+        self.bounds: dict[Draft, float] = {}
         self.reasons: dict[Draft, str] = {}
         self.tried = 0
 
@@ -139,6 +143,25 @@ class _Scorer:
             return 1, peaks[rank] - self.cluster.device.memory_bytes
         self.tried += 1
         return 0, simulate(program, self.costs).period_s
+
+    def beats(self, draft: Draft, other: Draft) -> bool:
+        """Whether a draft is better than another by a share that matters."""
+        feasible, value = self.score(other)
+        limit = (feasible, value * (1 - WORTHWHILE))
+        return (0, self.bound(draft)) < limit and self.score(draft) < limit
+
+    def bound(self, draft: Draft) -> float:
+        """Return a lower bound of the step time; infinite where the plan is impossible."""
+        if draft not in self.bounds:
+            plan = self.drafting.plan(draft)
+            try:
+                validate(plan, self.chain)
+            except PlanError as e:
+                self.scores[draft], self.reasons[draft] = (2, 0.0), str(e)
+                self.bounds[draft] = float("inf")
+            else:
+                self.bounds[draft] = lower_bound(plan, self.chain, self.costs)
+        return self.bounds[draft]
 
     def predicted(self, draft: Draft) -> Plan | None:
         """Return the draft's plan with its prediction, or None where it is impossible."""
@@ -165,7 +188,8 @@ def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
         starts = list(_starts(shape, scorer.drafting, request))
     except PlanError as e:
         return Candidate(shape, None, str(e))
-    ranked = sorted(starts, key=scorer.score)
+    promising = sorted(starts, key=scorer.bound)[:SCORED_STARTS]
+    ranked = sorted(promising, key=scorer.score)
     best = min((_improve(d, scorer) for d in ranked[:KEPT_STARTS]), key=scorer.score, default=None)
     if best is None:
         return Candidate(shape, None, "the pinned ranks and degrees fit no placement of this shape")
@@ -176,12 +200,13 @@ def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
 
 
 def _improve(draft: Draft, scorer: _Scorer) -> Draft:
-    for _ in range(ROUNDS):
-        better = min(scorer.drafting.neighbours(draft), key=scorer.score, default=draft)
-        if scorer.score(better) >= scorer.score(draft):
-            break
+    """Step to a better neighbour until there is none; those whose bound rules them out are not simulated."""
+    while True:
+        neighbours = sorted(scorer.drafting.neighbours(draft), key=scorer.bound)
+        better = next((n for n in neighbours if scorer.beats(n, draft)), None)
+        if better is None:
+            return draft
         draft = better
-    return draft
 
 
 def _starts(shape: Shape, drafting: Drafting, request: Request) -> Iterator[Draft]:

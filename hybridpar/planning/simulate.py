@@ -1,7 +1,7 @@
 """The simulation: when every action of a program starts and ends, from its costs.
 
 Ranks run their actions in order. An operation runs once all participants have started it and its queue is free;
-above the node level it also needs its nodes' cards, which serve operations in the order in which they become ready.
+above the node level it also needs its nodes' cards, which serve operations in the order of their readiness.
 Ranks on a node with fewer cores than busy ranks share the cores evenly, and an idle rank's time is lent to the
 others, as an operating system does.
 """
