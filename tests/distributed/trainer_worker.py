@@ -1,0 +1,77 @@
+"""One rank of a training of the small VGG under a plan made by hand; started by torchrun from test_trainer.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+
+from hybridpar.config import Config, compose
+from hybridpar.errors import HybridparError
+from hybridpar.model.build import build
+from hybridpar.model.chain import Chain
+from hybridpar.model.deferred import defer
+from hybridpar.model.trace import trace
+from hybridpar.planning.plan import Plan, Segment, Stage, validate
+from hybridpar.report.summary import show
+from hybridpar.runtime import trainer
+from hybridpar.runtime.executor import Executor
+from hybridpar.runtime.process import Process
+
+
+def make_plan(shape: str, config: Config, chain: Chain) -> Plan:
+    last, cut = len(chain.layers), chain.tail_start
+    if shape == "three_stage":
+        world, middle = 4, Stage("middle", 6, (Segment((5, 9), (2,)), Segment((9, cut), (3,))))
+        tail = Stage("tail", 16, (Segment((cut, last), (0, 1)),), ("column", "row", "column"))
+        stages: tuple[Stage, ...] = (Stage("front", 8, (Segment((0, 5), (0, 1)),)), middle, tail)
+    elif shape == "data_parallel":
+        world, stages = 2, (Stage("front", 8, (Segment((0, last), (0, 1)),)),)
+    else:
+        world, stages = 1, (Stage("front", 8, (Segment((0, last), (0,)),)),)
+    train = config.train
+    plan = Plan(
+        chain.model, chain.fingerprint, world, train.global_batch, train.precision, stages, recipe=config.recipe()
+    )
+    validate(plan, chain)
+    return plan
+
+
+def break_rank(rank: int) -> None:
+    """Let every forward of this rank fail, unless the job was restarted."""
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("broken on purpose")
+
+    if os.environ.get("RANK") == str(rank) and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        Executor._forward = fail  # type: ignore[method-assign]
+
+
+def main() -> None:
+    shape, *overrides = sys.argv[1:]
+    if "BREAK_RANK" in os.environ:
+        break_rank(int(os.environ["BREAK_RANK"]))
+    config = compose(["model=small_vgg", "data=digits", "train.global_batch=48", *overrides])
+    model = config.model
+    source = defer(build(model.builder, model.options, classes=model.classes, in_shape=model.in_shape))
+    traced = trace(source.module, model.in_shape, model.name)
+    process = Process(config.train.device, config.train.timeout_s)
+
+    def planned() -> Plan:
+        plan = make_plan(shape, config, traced.chain)
+        trainer.check(config, plan, traced.chain)
+        return plan
+
+    plan = process.agree(planned)
+    summary = trainer.train(config, plan, traced, source, process)
+    if process.rank == 0:
+        show(summary, Console())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HybridparError as e:
+        sys.stderr.write(f"hybridpar: {e}\n")
+        raise SystemExit(2) from None

@@ -1,0 +1,197 @@
+"""The configuration: what comes out of it, and what is said about what cannot go in."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from hybridpar.config import OptimizerConfig, ScheduleConfig, compose, conf_dir
+from hybridpar.errors import ConfigError, HybridparError, PlanError
+from hybridpar.planning.plan import Recipe
+from hybridpar.planning.request import Pin
+from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
+
+
+def test_the_defaults_are_plain_frozen_objects() -> None:
+    config = compose()
+    assert config.model.name == "vgg16"
+    assert config.model.in_shape == (3, 224, 224)
+    assert config.plan.pins == {}
+    assert type(config.model.options) is dict
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(conf_dir().glob("*/[!_]*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}"
+)
+def test_every_choice_composes(path) -> None:
+    needed = {
+        "model/custom": ["model.builder=a:b", "model.in_shape=[3]", "model.classes=2"],
+        "data/custom": ["data.function=a:b"],
+        "optimizer/custom": ["optimizer.name=NAdam"],
+    }
+    key = f"{path.parent.name}/{path.stem}"
+    more = [f"{path.parent.name}.path=x.json"] if path.stem == "from_file" else needed.get(key, [])
+    compose([f"{path.parent.name}={path.stem}", *more])
+
+
+def test_overrides_reach_the_planner_as_pins() -> None:
+    config = compose(
+        [
+            "plan=three_stage",
+            "plan.tail.micro_batch=64",
+            "plan.front.ranks=[0,1]",
+            "optimizer.clip=1",
+            "train.global_batch=256",
+        ]
+    )
+    request = config.request()
+    assert request.shape == "three_stage"
+    assert request.global_batch == 256
+    assert request.pins == {"tail": Pin(micro_batch=64), "front": Pin(ranks=(0, 1))}
+    assert request.recipe == Recipe(clipping=True, sharding="none", optimizer_states=1)
+
+
+def test_the_demo_overlay_replaces_groups_and_can_be_overridden() -> None:
+    config = compose(["experiment=demo", "train.epochs=3", "optimizer=adamw"])
+    assert (config.model.name, config.plan.shape, config.cluster["world"]) == ("small_vgg", "three_stage", 4)
+    assert (config.train.epochs, config.optimizer.name) == (3, "AdamW")
+
+
+def test_the_resolved_text_is_the_whole_configuration() -> None:
+    data = yaml.safe_load(compose(["train.seed=5"]).resolved)
+    assert data["train"]["seed"] == 5
+    assert data.keys() >= {"model", "profile", "cluster", "plan", "data", "optimizer", "train", "monitor", "run"}
+
+
+def test_options_take_any_key_and_their_owner_checks_it() -> None:
+    config = compose(["optimizer.options.dampening=0.1", "model.options.extra=3"])
+    assert config.optimizer.options["dampening"] == 0.1
+    assert config.model.options["extra"] == 3
+    with pytest.raises(
+        ConfigError, match=r"optimizer.options.momentm: SGD has no such option; did you mean momentum\?"
+    ):
+        make_factory(compose(["optimizer.options.momentm=0.9"]).optimizer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.global_bach=64"], "unknown override train.global_bach; did you mean train.global_batch?"),
+        (["global_batch=64"], "unknown override global_batch; did you mean train.global_batch?"),
+        (["cluster.devce.memory_bytes=1"], "did you mean cluster.device.memory_bytes?"),
+        (["modle=vgg16"], "unknown override modle; did you mean model?"),
+        (["zebra=1"], "unknown override zebra; there are "),
+        (["model=vgg17"], "unknown model=vgg17; did you mean vgg1"),
+        (["cluster=a/b.yaml"], "cluster=from_file cluster.path=a/b.yaml"),
+        (["experiment=dmo"], "unknown experiment=dmo; did you mean demo?"),
+        (["cluster=from_file"], "cluster.path: missing"),
+        (["plan=from_file"], "plan.path: missing"),
+        (["model=custom"], "model.builder: missing"),
+        (["model.x=[1"], "cannot read override 'model.x=[1'"),
+        (["train.epochs"], "cannot read override 'train.epochs'"),
+        (["train.epochs=1,2"], "Ambiguous value for argument 'train.epochs=1,2'"),
+        (["train.epochs=many"], "train.epochs: expected int, got 'many'"),
+        (["train.epochs=0"], "train.epochs: 0 must be at least 1"),
+        (["train.epochs=${nothing}"], "train.epochs: "),
+        (["+train.more=1"], "train.more: unknown field"),
+        (["~train"], "train: expected a mapping"),
+        (["hydra.run.dir=x"], "set run.dir"),
+        (["format=xml"], "format: 'xml' is not one of 'text', 'json'"),
+        (["model.in_shape=[3,0]"], "model.in_shape: [3, 0] must be positive"),
+        (["data.workers=-1"], "data.workers is -1"),
+        (["optimizer.lr=-1"], "optimizer.lr: -1.0 must be 0 or more"),
+        (["optimizer.clip=0"], "optimizer.clip: 0.0 must be above 0"),
+        (["optimizer.schedule.minimum=2"], "optimizer.schedule.minimum: 2.0 must lie in 0..1"),
+        (["optimizer.sharding=zero1", "optimizer.clip=1"], "optimizer.clip=1.0 does not work with"),
+        (["optimizer.sharding=zero1", "train.precision=float64"], "set train.precision=float32"),
+        (["profile=measured", "profile.budget_s=0"], "profile.budget_s: 0.0 must be above 0 seconds"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_a_mistake_is_named_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("plan.tail.micro_batch=0", "plan.tail: micro_batch: 0 is below 1"),
+        ("plan.front.degree=-1", "plan.front: degree: -1 is below 1"),
+        ("plan.tail.sharding=[column,rwo]", r"plan.tail.sharding\[1\]: 'rwo'"),
+        ("plan.bucket_bytes=0", "plan: bucket_bytes: 0 is below 1"),
+    ],
+)
+def test_a_mistake_in_a_pin_is_a_plan_error(override: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        compose([override])
+
+
+def test_a_plan_from_a_file_is_no_request() -> None:
+    with pytest.raises(PlanError, match=r"plan.json"):
+        compose(["plan=from_file", "plan.path=plan.json"]).request()
+
+
+def test_composing_needs_no_torch() -> None:
+    code = (
+        "import sys; from hybridpar.config import compose; compose().request(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# Optimizers that configuration names
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimizerConfig("SGD"),
+        OptimizerConfig("SGD", options={"momentum": 0.9}),
+        OptimizerConfig("Adam", options={"amsgrad": True}),
+        OptimizerConfig("AdamW"),
+        OptimizerConfig("RMSprop", options={"momentum": 0.9, "centered": True}),
+        OptimizerConfig("NAdam"),
+    ],
+    ids=lambda c: f"{c.name}-{'-'.join(c.options)}",
+)
+def test_optimizer_states_are_counted_right(config: OptimizerConfig) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    parameter.grad = torch.ones(4, 4)
+    optimizer = make_factory(config)([parameter])
+    optimizer.step()
+    tensors = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.numel() == 16]
+    assert state_count(config) == len(tensors)
+    assert config.state_count in {None, len(tensors)}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimizerConfig("SDG"), "torch.optim has no SDG; did you mean SGD"),
+        (OptimizerConfig("LBFGS"), "LBFGS.* cannot be used: .*closure"),
+        (OptimizerConfig("SGD", options={"momentum": -1}), "Invalid momentum value: -1"),
+        (OptimizerConfig("AdamW", options={"betas": 3}), "betas=3"),
+    ],
+    ids=lambda v: v.name if isinstance(v, OptimizerConfig) else "",
+)
+def test_an_optimizer_that_cannot_be_used_is_refused(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(HybridparError, match=message):
+        make_factory(config)
+
+
+def test_learning_rates() -> None:
+    constant = make_rate(2.0, ScheduleConfig(warmup_steps=4), 100)
+    assert [constant(i) for i in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = make_rate(2.0, ScheduleConfig("cosine", warmup_steps=10, minimum=0.1), 110)
+    assert [cosine(i) for i in (10, 60, 110, 200)] == pytest.approx([2.0, 1.1, 0.2, 0.2])
+    step = make_rate(1.0, ScheduleConfig("step", milestones=(0.5, 0.75), factor=0.1), 100)
+    assert [step(i) for i in (49, 50, 75)] == pytest.approx([1.0, 0.1, 0.01])
