@@ -241,7 +241,7 @@ class _RankData:
         tokens: dict[str, tuple[Token, int]] = {
             "sum": (_source("gradient" if operation.backward else "activation", block, m), 1),
             "statistics": (("scores", block, m), 1),
-            "label": (("loaded", 0, 0), int(self.rank in self.program.positions[0].ranks)),
+            "label": (("loaded", 0, 0), int(bool(self.program.reads(self.rank)))),
             "norm": (("norm", 0, 0), 1),
         }
         return dict([tokens[operation.content]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,8 +145,6 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
-        import json  # noqa: PLC0415
-
         return json.dumps(to_data(self), indent=2)
 
     @staticmethod

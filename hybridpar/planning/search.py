@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from hybridpar.cluster.topology import Cluster
 from hybridpar.errors import MemoryLimitError, PlanError
@@ -40,7 +40,7 @@ WORTHWHILE = 0.002
 class Candidate:
     """The best plan of a shape; without one, ``reason`` says why there is none."""
 
-    shape: Shape
+    shape: Shape | Literal["from_file"]
     plan: Plan | None
     reason: str | None = None
     over_memory: bool = False
@@ -59,7 +59,7 @@ class Planned:
     """The chosen plan and what it was chosen from, in the order of :data:`SHAPES`."""
 
     plan: Plan
-    shape: Shape
+    shape: Shape | Literal["from_file"]
     candidates: tuple[Candidate, ...]
     tried: int
     """Plans that were simulated."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +24,7 @@ from hybridpar.model.copies import blank
 from hybridpar.model.footprint import set_keys
 from hybridpar.model.keyed import Keys
 from hybridpar.profiling.analytic import ITEM_BYTES, estimate
-from hybridpar.profiling.record import SCHEMA_VERSION, LayerProfile, Profile
+from hybridpar.profiling.record import LayerProfile, Profile
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 FRACTIONS = (1.0, 0.5, 0.25)
@@ -175,33 +172,6 @@ def device_name(device: str | torch.device) -> str:
     if core_quota() < 1:
         facts.append(f"{core_quota():g} of a core")
     return f"cpu ({', '.join(facts)})"
-
-
-def cache_directory() -> Path:
-    """Folder of cached profiles: ``hybridpar`` in XDG_CACHE_HOME, or in ``~/.cache`` (XDG Base Directory 0.8)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hybridpar"
-
-
-def cache_key(chain: Chain, device: str, dtype: str, *settings: object) -> str:
-    """Hash over what a measured profile depends on: chain, device, dtype, torch, record version, ``settings``."""
-    facts = [chain.fingerprint, device, dtype, torch.__version__, SCHEMA_VERSION, *map(repr, settings)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def cached(directory: Path, key: str, make: Callable[[], Profile]) -> Profile:
-    """Return the profile kept under ``key`` in ``directory``, or make it and keep it where that can be written."""
-    path = directory / f"profile-{key}.json"
-    try:
-        return Profile.load(path)
-    except ProfileError:
-        profile = make()
-    partial = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-        profile.save(partial)
-        partial.replace(path)
-    return profile
 
 
 def _jobs_of(chain: Chain, index: int, fractions: tuple[float, ...]) -> list[_Job]:

@@ -46,6 +46,8 @@ class Profile:
     """Optimizer step, seconds per byte of parameters."""
     loss_s_per_element: float
     """Softmax cross-entropy with its gradient, seconds per logit."""
+    described: Chain | None = None
+    """The chain itself, so that a profile alone is enough to plan."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class Profile:
             or list(self.fractions) != sorted(set(self.fractions), reverse=True)
         ):
             raise ProfileError(f"fractions: {self.fractions} does not descend from 1.0")
+        if self.described is not None and self.described.fingerprint != self.chain:
+            raise ProfileError(f"described: chain {self.described.fingerprint} is not the profile's {self.chain}")
         for layer in self.layers:
             for field, table in (("forward_s", layer.forward_s), ("backward_s", layer.backward_s)):
                 if len(table) not in {1, len(self.fractions)} or any(
@@ -95,7 +99,11 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON."""
-        path.write_text(json.dumps(to_data(self), indent=1) + "\n")
+        path.write_text(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        """Return the profile as JSON text."""
+        return json.dumps(to_data(self), indent=1)
 
     @staticmethod
     def load(path: Path) -> Profile:

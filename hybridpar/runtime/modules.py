@@ -65,7 +65,7 @@ class BlockModules(nn.Module):
 
 
 class ModuleFactory:
-    """Makes a rank's blocks from a traced model, one parameter at a time, so that no rank holds the whole model."""
+    """Makes a rank's blocks from a traced model, one parameter at a time: no rank ever holds the whole model."""
 
     def __init__(
         self, traced: Traced, source: Source, seed: int, dtype: torch.dtype, device: torch.device

@@ -13,7 +13,8 @@ from hybridpar.model.chain import Chain, Layer, Linear, Parameter
 from hybridpar.model.trace import trace
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling.analytic import estimate
-from hybridpar.profiling.measure import cache_directory, cache_key, cached, device_name, measure
+from hybridpar.profiling.cache import cache_directory, cache_key, cached
+from hybridpar.profiling.measure import device_name, measure
 from hybridpar.profiling.record import Profile
 
 SIZES = (1, 2, 4)

@@ -1,0 +1,144 @@
+"""The command line: ``hybridpar COMMAND [overrides]``. Thin: composes the configuration and calls one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from hybridpar import __version__
+from hybridpar.config import Config, compose
+from hybridpar.errors import ConfigError, HybridparError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+USAGE = """usage: hybridpar COMMAND [GROUP=CHOICE | KEY=VALUE ...]
+
+commands
+  plan      print what would run where, how fast, in how much memory, and why; needs no GPU
+  train     train; under torchrun, one process per rank: torchrun --nproc-per-node 4 -m hybridpar train ...
+  profile   measure the time of every layer on this machine and write it to out=FILE
+  config    print the resolved configuration
+
+examples
+  hybridpar plan model=vgg16 cluster=p100_4x1_40g train.global_batch=64
+  hybridpar plan plan=three_stage plan.tail.micro_batch=64 format=json out=plan.json
+  hybridpar plan profile=from_file profile.path=profile.json cluster=v100_2x8
+
+groups: model profile cluster plan data optimizer train monitor experiment; see the README and conf/
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 when done, 2 with one line for a user's mistake; a bug shows its traceback (1)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in {"-h", "--help", "help"}:
+        sys.stdout.write(USAGE)
+        raise SystemExit(0 if given else 2)
+    if given[0] == "--version":
+        sys.stdout.write(f"hybridpar {__version__}\n")
+        raise SystemExit(0)
+    try:
+        _command(given[0])(compose(given[1:]))
+    except HybridparError as e:
+        sys.stderr.write(f"hybridpar: {e}\n")
+        raise SystemExit(2) from None
+    raise SystemExit(0)
+
+
+def _command(name: str) -> Callable[[Config], None]:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name}; {hint}")
+    return COMMANDS[name]
+
+
+def plan(config: Config) -> None:
+    """Print the plan, as text or as JSON; save it as JSON where ``out`` says so."""
+    from hybridpar.planner import make_plan, prepare  # noqa: PLC0415 - a command imports what it needs
+
+    subject = prepare(config, report=_note)
+    planned = make_plan(config, subject)
+    if config.format == "json":
+        sys.stdout.write(planned.plan.to_json() + "\n")
+    else:
+        from hybridpar.report.dry_run import show  # noqa: PLC0415
+
+        show(planned, subject.chain, subject.profile, subject.cluster, _console())
+    if config.out is not None:
+        _write(config.out, planned.plan.to_json() + "\n")
+        _note(f"plan saved to {config.out}; use it with plan=from_file plan.path={config.out}")
+
+
+def train(config: Config) -> None:
+    """Plan on rank 0, then train on all ranks and print the summary."""
+    from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
+    from hybridpar.planning.plan import Plan  # noqa: PLC0415
+    from hybridpar.report import dry_run, summary  # noqa: PLC0415
+    from hybridpar.runtime import trainer  # noqa: PLC0415
+    from hybridpar.runtime.process import Process  # noqa: PLC0415
+
+    process = Process(config.train.device, config.train.timeout_s)
+    traced, source = load_model(config)
+
+    def planned() -> Plan:
+        subject = prepare(config, traced, process.world, _note)
+        result = make_plan(config, subject)
+        trainer.check(config, result.plan, traced.chain)
+        if config.train.mode != "quiet":
+            dry_run.show(result, subject.chain, subject.profile, subject.cluster, _console())
+        return result.plan
+
+    outcome = trainer.train(config, process.agree(planned), traced, source, process)
+    if process.rank == 0:
+        summary.show(outcome, _console())
+
+
+def profile(config: Config) -> None:
+    """Measure the layers on this machine and write the profile, with its chain, to ``out``."""
+    from hybridpar.planner import load_model, measured  # noqa: PLC0415
+
+    if config.out is None:
+        raise ConfigError("out: missing; name the file for the profile, as in out=profile.json")
+    if config.profile.kind != "measured":
+        raise ConfigError(f"profile={config.profile.kind} cannot be measured; use profile=measured")
+    traced, _ = load_model(config)
+    record = dataclasses.replace(measured(config, traced, _note), described=traced.chain)
+    _write(config.out, record.to_json() + "\n")
+    _note(f"profile saved to {config.out}; use it with profile=from_file profile.path={config.out}")
+
+
+def show_config(config: Config) -> None:
+    """Print the resolved configuration as YAML."""
+    sys.stdout.write(config.resolved)
+
+
+COMMANDS: dict[str, Callable[[Config], None]] = {
+    "plan": plan,
+    "train": train,
+    "profile": profile,
+    "config": show_config,
+}
+
+
+def _console() -> Console:
+    """Return a console; where no terminal sets the width, tables get enough."""
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=False)
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as e:
+        raise ConfigError(f"out: cannot write {path}: {e.strerror}; name a file in an existing folder") from e

@@ -1,0 +1,112 @@
+"""From a configuration to a plan: builds or reads the chain, the profile and the cluster, and asks the search.
+
+The command line and the training job share it. Torch is imported only where a model has to be traced or timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridpar.cluster.describe import from_config
+from hybridpar.cluster.topology import Cluster
+from hybridpar.config import Config
+from hybridpar.model.chain import Chain
+from hybridpar.planning.plan import Plan
+from hybridpar.planning.search import Candidate, Planned, assess, search
+from hybridpar.profiling.analytic import estimate
+from hybridpar.profiling.record import Profile
+
+if TYPE_CHECKING:
+    from hybridpar.model.deferred import Source
+    from hybridpar.model.trace import Traced
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for what."""
+
+    chain: Chain
+    profile: Profile
+    cluster: Cluster
+
+
+def load_model(config: Config) -> tuple[Traced, Source]:
+    """Build the configured model without its weights, and trace it. Raises ModelError."""
+    from hybridpar.model.build import build  # noqa: PLC0415 - torch takes seconds to import
+    from hybridpar.model.deferred import defer  # noqa: PLC0415
+    from hybridpar.model.trace import trace  # noqa: PLC0415
+
+    model = config.model
+    source = defer(build(model.builder, model.options, classes=model.classes, in_shape=model.in_shape))
+    return trace(source.module, model.in_shape, model.name), source
+
+
+def prepare(
+    config: Config, traced: Traced | None = None, world: int | None = None, report: Report = lambda _: None
+) -> Subject:
+    """Gather chain, profile and cluster.
+
+    A profile from a file brings its chain along, so that neither model nor device is needed; ``traced`` is the
+    model where it was traced already. ``world`` is the number of ranks of a local cluster that names none.
+    Raises HybridparError for whatever does not fit together.
+    """
+    cluster = from_config(config.cluster, world=world)
+    if config.profile.kind == "from_file":
+        profile = Profile.load(Path(str(config.profile.path)))
+        chain = traced.chain if traced is not None else _described(profile, config)
+        profile.check(chain)
+        return Subject(chain, profile, cluster)
+    traced = traced or load_model(config)[0]
+    if config.profile.kind == "analytic":
+        profile = estimate(traced.chain, cluster.device, config.train.precision)
+    else:
+        profile = measured(config, traced, report)
+    return Subject(traced.chain, profile, cluster)
+
+
+def _described(profile: Profile, config: Config) -> Chain:
+    if profile.described is None:
+        return load_model(config)[0].chain
+    return profile.described
+
+
+def measured(config: Config, traced: Traced, report: Report) -> Profile:
+    """Time the model's layers on this machine's device, or take the cached times. Raises ProfileError."""
+    import torch  # noqa: PLC0415 - torch takes seconds to import
+
+    from hybridpar.profiling.cache import cache_directory, cache_key, cached  # noqa: PLC0415
+    from hybridpar.profiling.measure import device_name, measure  # noqa: PLC0415
+
+    choice, settings = config.train.device, config.profile
+    device = "cuda" if choice == "cuda" or (choice == "auto" and torch.cuda.is_available()) else "cpu"
+    precision = config.train.precision
+
+    def make() -> Profile:
+        return measure(
+            traced.modules,
+            traced.chain,
+            device,
+            precision,
+            settings.micro_batches,
+            budget_s=settings.budget_s,
+            report=report,
+        )
+
+    if not settings.cache:
+        return make()
+    key = cache_key(traced.chain, device_name(device), precision, settings.micro_batches, settings.budget_s)
+    return cached(cache_directory(), key, make)
+
+
+def make_plan(config: Config, subject: Subject) -> Planned:
+    """Return the plan: searched for, or read from a file and assessed on this cluster. Raises HybridparError."""
+    if config.plan.shape != "from_file":
+        return search(subject.chain, subject.profile, subject.cluster, config.request())
+    plan = Plan.load(Path(str(config.plan.path)), subject.chain)
+    plan = assess(plan, subject.chain, subject.profile, subject.cluster)
+    return Planned(plan, "from_file", (Candidate("from_file", plan),), 1)

@@ -1,0 +1,74 @@
+"""Why a plan: what sets the candidates apart, in numbers of the simulation."""
+
+from __future__ import annotations
+
+from hybridpar.planning.plan import Prediction
+from hybridpar.planning.search import Candidate, Planned
+
+MUCH = 0.02
+"""Share by which two figures must differ to be named as a reason."""
+
+
+def verdicts(planned: Planned) -> tuple[str, ...]:
+    """Return one line per candidate: chosen, how much slower, or why it is impossible."""
+    best = min((c.prediction.step_s for c in planned.candidates if c.plan), default=0.0)
+    return tuple(_verdict(c, planned, best) for c in planned.candidates)
+
+
+def _verdict(candidate: Candidate, planned: Planned, best_s: float) -> str:
+    if candidate.plan is None:
+        return f"impossible: {candidate.reason}"
+    ratio = candidate.prediction.step_s / best_s if best_s else 1.0
+    if candidate.shape == planned.shape:
+        return "chosen" if ratio == 1.0 else f"chosen as asked, {ratio:.2f}x the fastest"
+    return "fastest" if ratio == 1.0 else f"{ratio:.2f}x the fastest"
+
+
+def reason(planned: Planned) -> str:
+    """Say why the chosen plan wins over the runner-up, or what it costs where the user asked for it."""
+    others = [c for c in planned.candidates if c.plan is not None and c.shape != planned.shape]
+    if not others:
+        return f"{planned.shape} is the only shape that is possible here."
+    rival = min(others, key=lambda c: c.prediction.step_s)
+    own, other = planned.chosen.prediction, rival.prediction
+    faster = own.step_s <= other.step_s
+    winner, loser = (own, other) if faster else (other, own)
+    names = (planned.shape, rival.shape) if faster else (rival.shape, planned.shape)
+    head = f"{names[0]} is {loser.step_s / winner.step_s:.2f}x as fast as {names[1]}"
+    if not faster:
+        head = f"{planned.shape} was asked for; {head}"
+    differences = _differences(winner, loser)
+    return f"{head}: it {'; it '.join(differences)}." if differences else f"{head}; they differ in nothing else."
+
+
+def _differences(winner: Prediction, loser: Prediction) -> list[str]:
+    """Name what the winner does better, and at what price, strongest first."""
+    result = []
+    if winner.wire_bytes < loser.wire_bytes * (1 - MUCH):
+        result.append(
+            f"moves {_mib(winner.wire_bytes)} over the wire per step instead of {_mib(loser.wire_bytes)}"
+        )
+    busiest = [max(_busy(p)) for p in (winner, loser)]
+    if busiest[0] < busiest[1] * (1 - MUCH):
+        result.append(
+            f"computes {busiest[0] * 1e3:.3g} ms in its busiest stage instead of {busiest[1] * 1e3:.3g} ms"
+        )
+    if winner.bubble < loser.bubble - MUCH:
+        result.append(f"leaves devices idle {winner.bubble:.0%} of the time instead of {loser.bubble:.0%}")
+    updates = [max(s.update_s for s in p.stages) for p in (winner, loser)]
+    if updates[0] < updates[1] * (1 - MUCH) and updates[1] > MUCH * loser.step_s:
+        result.append(f"updates for {updates[0] * 1e3:.3g} ms instead of {updates[1] * 1e3:.3g} ms")
+    memory = [max(p.memory_bytes) for p in (winner, loser)]
+    if memory[0] < memory[1] * (1 - MUCH):
+        result.append(f"needs {_mib(memory[0])} per rank instead of {_mib(memory[1])}")
+    if winner.wire_bytes > loser.wire_bytes * (1 + MUCH):
+        result.append(f"pays with {_mib(winner.wire_bytes)} on the wire against {_mib(loser.wire_bytes)}")
+    return result
+
+
+def _busy(prediction: Prediction) -> list[float]:
+    return [s.forward_s + s.backward_s + s.update_s for s in prediction.stages]
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.4g} MiB"

@@ -1,0 +1,180 @@
+"""The dry run: a plan and its alternatives as text."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from hybridpar.cluster.topology import Cluster
+from hybridpar.model.chain import Chain
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.compile import parameter_count
+from hybridpar.planning.explain import reason, verdicts
+from hybridpar.planning.plan import Plan, Prediction, Segment, Stage
+from hybridpar.planning.program import Program
+from hybridpar.planning.search import Candidate, Planned
+from hybridpar.profiling.record import Profile
+
+
+def show(planned: Planned, chain: Chain, profile: Profile, cluster: Cluster, console: Console) -> None:
+    """Print stages, prediction, memory and the comparison of shapes."""
+    plan = planned.plan
+    program = compile_program(plan, chain, plan.global_batch, "train")
+    console.print(_head(plan, chain, profile, cluster))
+    console.print(_stages(planned, chain, cluster, program))
+    console.print(_prediction(planned.chosen.prediction, plan, profile))
+    console.print(_memory(planned.chosen.prediction, cluster))
+    if len(planned.candidates) > 1:
+        console.print(Group(_comparison(planned, cluster), f"Why: {reason(planned)}"))
+
+
+def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
+    shape = "x".join(map(str, chain.in_shape))
+    source = "measured" if profile.source == "measured" else "estimated from the device's data sheet"
+    return (
+        f"{plan.model}: {len(chain.layers)} layers, {_count(chain.parameter_count)} parameters, input {shape}, "
+        f"global batch {plan.global_batch}, {plan.precision}\n"
+        f"{cluster.name}: {cluster.world} ranks on {_plural(len(cluster.nodes), 'node')}, {cluster.device.name}, "
+        f"layer times {source} ({profile.device})"
+    )
+
+
+def _stages(planned: Planned, chain: Chain, cluster: Cluster, program: Program) -> Table:
+    plan, prediction = planned.plan, planned.chosen.prediction
+    limit = cluster.device.memory_bytes
+    table = _table(f"plan: {planned.shape}, order {plan.order}")
+    for name, style in (
+        ("stage", "left"),
+        ("layers", "left"),
+        ("degree", "left"),
+        ("ranks", "left"),
+        ("micro-batch", "right"),
+        ("params", "right"),
+        ("memory/rank", "right"),
+        ("fwd+bwd+update", "right"),
+    ):
+        table.add_column(name, justify="right" if style == "right" else "left")
+    for index, stage in enumerate(plan.stages):
+        seconds = prediction.stages[index]
+        for number, segment in enumerate(stage.segments):
+            peak = max(prediction.memory_bytes[r] for r in segment.ranks)
+            times = "" if number else _times(seconds.forward_s, seconds.backward_s, seconds.update_s)
+            table.add_row(
+                stage.kind if len(stage.segments) == 1 else f"{stage.kind} {number}",
+                _layers(segment, chain),
+                _degree(stage, segment),
+                _ranks(segment.ranks, cluster),
+                f"{stage.micro_batch} x{_calls(program, index, number)}",
+                _count(parameter_count(chain, segment.layers)),
+                f"{_mib(peak)} ({peak / limit:.0%})",
+                times,
+            )
+    return table
+
+
+def _layers(segment: Segment, chain: Chain) -> str:
+    first, last = segment.layers
+    if last - first == 1:
+        return chain.layers[first].name
+    return f"{chain.layers[first].name} .. {chain.layers[last - 1].name} ({last - first})"
+
+
+def _degree(stage: Stage, segment: Segment) -> str:
+    count = len(segment.ranks)
+    if stage.kind == "tail":
+        sharding = f" ({', '.join(stage.sharding)})" if stage.sharding else ""
+        return f"{_plural(count, 'shard')}{sharding}"
+    if stage.kind == "front":
+        return _plural(count, "replica")
+    return f"1 of {len(stage.segments)}" + (f", {_plural(count, 'replica')}" if count > 1 else "")
+
+
+def _calls(program: Program, stage: int, segment: int) -> int:
+    position = next(p for p in program.positions if (p.stage, p.segment) == (stage, segment))
+    return len(program.micro_batches[position.index])
+
+
+def _ranks(ranks: tuple[int, ...], cluster: Cluster) -> str:
+    nodes = sorted({cluster.node_of[r] for r in ranks})
+    where = f" (node {_spans(tuple(nodes))})" if len(cluster.nodes) > 1 else ""
+    return f"{_spans(ranks)}{where}"
+
+
+def _spans(numbers: tuple[int, ...]) -> str:
+    """Write consecutive numbers as a range: 0-3,6."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def _prediction(prediction: Prediction, plan: Plan, profile: Profile) -> str:
+    return (
+        f"predicted ({profile.source}): step {_seconds(prediction.step_s)}, "
+        f"{prediction.samples_per_s:,.0f} samples/s, bubble {prediction.bubble:.0%}, "
+        f"{_mib(prediction.wire_bytes)} on the wire per step of {plan.global_batch} samples"
+    )
+
+
+def _memory(prediction: Prediction, cluster: Cluster) -> str:
+    limit = cluster.device.memory_bytes
+    peaks = prediction.memory_bytes
+    worst = max(range(len(peaks)), key=lambda r: peaks[r])
+    return f"memory: at most {_mib(peaks[worst])} of {_mib(limit)}, on rank {worst} (tensors; without workspace)"
+
+
+def _comparison(planned: Planned, cluster: Cluster) -> Table:
+    table = _table(f"shapes compared ({planned.tried} plans simulated)")
+    table.add_column("shape")
+    for name in ("step", "samples/s", "bubble", "on the wire", "memory/rank", "micro-batches"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for candidate, verdict in zip(planned.candidates, verdicts(planned), strict=True):
+        table.add_row(*_comparison_row(candidate, cluster), verdict)
+    return table
+
+
+def _comparison_row(candidate: Candidate, cluster: Cluster) -> list[RenderableType]:
+    if candidate.plan is None:
+        return [candidate.shape, *["-"] * 6]
+    p = candidate.prediction
+    peak = max(p.memory_bytes)
+    return [
+        candidate.shape,
+        _seconds(p.step_s),
+        f"{p.samples_per_s:,.0f}",
+        f"{p.bubble:.0%}",
+        _mib(p.wire_bytes),
+        f"{_mib(peak)} ({peak / cluster.device.memory_bytes:.0%})",
+        " ".join(str(s.micro_batch) for s in candidate.plan.stages),
+    ]
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+
+
+def _times(*seconds: float) -> str:
+    return " + ".join(f"{s * 1e3:.3g}" for s in seconds) + " ms"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.4g} MiB" if count < 2**30 else f"{count / 2**30:.4g} GiB"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return str(number)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
