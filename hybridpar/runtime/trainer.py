@@ -66,13 +66,12 @@ def train(config: Config, plan: Plan, traced: Traced, source: Source, process: P
     Writes ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``evaluations.jsonl``, ``tensorboard/``,
     ``monitor*.jsonl`` and ``summary.json`` into the run directory. Nothing is selected on the test split.
 
-    Raises HybridparError where the job cannot start. What fails later ends this process by ``process.fail``, so
-    that no rank waits for one that is gone.
+    Whatever fails ends this process by ``process.fail``, so that no rank waits for one that is gone. Only a
+    process that is alone raises: HybridparError where the job cannot start or its data cannot be read.
     """
-    check(config, plan, traced.chain)
-    training = _Training(config, plan, traced.chain, process)
     try:
-        return training.run(traced, source)
+        check(config, plan, traced.chain)
+        return _Training(config, plan, traced.chain, process).run(traced, source)
     except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         process.fail(e)
 

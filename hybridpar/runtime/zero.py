@@ -50,6 +50,7 @@ def make_engines(process: Process, optimizer: OptimizerFactory) -> EngineFactory
     require_deepspeed()
     os.environ.setdefault("LOCAL_RANK", str(process.place.local_rank))
     os.environ.setdefault("DS_ACCELERATOR", process.device.type)
+    _import_deepspeed()  # before the job begins to measure its memory
 
     def make(position: Position, blocks: Sequence[BlockModules]) -> ZeroEngine:
         return ZeroEngine(nn.ModuleList(blocks), optimizer, process.groups[f"gradients:{position.name}"])
@@ -123,14 +124,18 @@ class _Replicas:
         return 1
 
 
-def _make_engine(module: nn.Module, optimizer: Any, group: dist.ProcessGroup) -> Any:
+def _import_deepspeed() -> Any:
     import deepspeed  # noqa: PLC0415 - seconds, and an optional dependency
     from deepspeed.utils import logger  # noqa: PLC0415
 
     logger.setLevel(logging.WARNING)
     # Without it DeepSpeed compiles a shared-memory library for 20 s where there is no GPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
+    return deepspeed
+
+
+def _make_engine(module: nn.Module, optimizer: Any, group: dist.ProcessGroup) -> Any:
+    engine, *_ = _import_deepspeed().initialize(
         model=module, optimizer=optimizer, config=dict(_SETTINGS), mpu=_Replicas(group), dist_init_required=False
     )
     return engine
