@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from hybridpar.planning.compile import communicators
@@ -16,6 +17,20 @@ from hybridpar.runtime.communicators import ProcessGroups
 
 T = TypeVar("T")
 _counter = itertools.count()
+
+
+def in_threads(main: Callable[[int], None], world: int, timeout_s: float) -> None:
+    """Run ``main(rank)`` in a thread per rank; torch adds none of its own meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        threads = [threading.Thread(target=main, args=(r,), daemon=True) for r in range(world)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(timeout_s)
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_ranks(plan: Plan, body: Callable[[int, ProcessGroups], T], *, timeout_s: float = 60.0) -> list[T]:
@@ -38,11 +53,7 @@ def run_ranks(plan: Plan, body: Callable[[int, ProcessGroups], T], *, timeout_s:
         except BaseException as e:  # noqa: BLE001 - handed to the caller
             failures.append(e)
 
-    threads = [threading.Thread(target=main, args=(r,), daemon=True) for r in range(plan.world)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(timeout_s * 2)
+    in_threads(main, plan.world, timeout_s * 2)
     if failures:
         raise failures[0]
     assert len(results) == plan.world, "a rank did not finish"

@@ -16,10 +16,12 @@ from hybridpar.planning.blocks import blocks, positions
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.plan import Plan
-from hybridpar.runtime.communicators import ProcessGroups
+from hybridpar.planning.program import Program
+from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.executor import Executor, Metrics
 from hybridpar.runtime.modules import ModuleFactory, Owned
 from hybridpar.runtime.update import Updater
+from tests.support.rendezvous import Endpoint
 
 SEED = 7
 RATE, MOMENTUM = 0.05, 0.9
@@ -92,8 +94,7 @@ class Trained:
 
 def train_single(case: Case) -> Trained:
     """Plain PyTorch: one forward and backward over the whole batch."""
-    modules = [m for m in _materialized(case)]
-    model = nn.Sequential(*modules)
+    model = whole_model(case)
     dropouts = [m for m in model.modules() if isinstance(m, KeyedDropout)]
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     losses, first = [], 0
@@ -114,12 +115,13 @@ def train_single(case: Case) -> Trained:
     return Trained(losses, {n: p.detach() for n, p in named.items()}, gradients)
 
 
-def _materialized(case: Case) -> list[nn.Module]:
-    plan_free = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
-    return [plan_free._whole(i)[0] for i in range(len(case.traced.modules))]
+def whole_model(case: Case) -> nn.Sequential:
+    """The model with the initial values that all plans start from."""
+    factory = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
+    return nn.Sequential(*[factory._whole(i)[0] for i in range(len(case.traced.modules))])
 
 
-def make_executor(case: Case, plan: Plan, rank: int, groups: ProcessGroups) -> Executor:
+def make_executor(case: Case, plan: Plan, rank: int, groups: Communicators) -> Executor:
     """Wire one rank's executor as the trainer does."""
     chain = case.traced.chain
     factory = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
@@ -137,16 +139,27 @@ def make_executor(case: Case, plan: Plan, rank: int, groups: ProcessGroups) -> E
     return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=torch.device("cpu"))
 
 
+def run_step(
+    case: Case, program: Program, rank: int, executor: Executor, step: int = 0, first: int = 0
+) -> Metrics:
+    """Run a program on one rank, on the case's data of a step."""
+    if isinstance(executor.communicators, Endpoint):
+        executor.communicators.step = step
+    x, y = case.data[step]
+    parts = [torch.arange(a, b) for a, b in program.reads(rank)]
+    index = torch.cat(parts) if parts else None
+    inputs, labels = (x[index], y[index]) if index is not None else (None, None)
+    return executor.run(program, step, first, inputs, labels)
+
+
 def train_rank(case: Case, plan: Plan, rank: int, executor: Executor) -> list[Metrics]:
     """Run all steps of the case on one rank."""
     metrics, first = [], 0
-    for step, (x, y) in enumerate(case.data):
+    for step, (x, _) in enumerate(case.data):
         program = compile_program(plan, case.traced.chain, len(x), "train")
-        check(program)
-        parts = [torch.arange(a, b) for a, b in program.reads(rank)]
-        index = torch.cat(parts) if parts else None
-        inputs, labels = (x[index], y[index]) if index is not None else (None, None)
-        metrics.append(executor.run(program, step, first, inputs, labels))
+        if step == 0 or len(x) != len(case.data[step - 1][0]):
+            check(program)
+        metrics.append(run_step(case, program, rank, executor, step, first))
         first += len(x)
     return metrics
 

@@ -1,0 +1,270 @@
+"""Training under a plan equals single-process training: losses, last gradients and parameters, in float64.
+
+Most of the matrix runs on the in-memory machine of tests/support, which hands tensors over as a network would but
+starts faster; a part of it runs on gloo.
+"""
+
+import itertools
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from hybridpar.errors import PlanError
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.plan import Recipe, Segment, Stage
+from tests.support.plans import make_plan
+from tests.support.rendezvous import run_strictly
+from tests.support.threads import run_ranks
+from tests.support.training import assemble, make_case, make_executor, train_rank, train_single
+
+STEPS, BATCH, RELATIVE = 10, 13, 1e-10
+MAX_NORM = 0.3
+"""Clips some of the steps and not others."""
+RULES = ("fill_drain", "one_forward_one_backward")
+LAYERS, BEFORE_POOL, AFTER_FLATTEN = 16, 7, 9
+UNEVEN = {1: (1.0,), 2: (2.0, 1.0), 3: (1.0, 1.5, 1.0)}
+
+
+@cache
+def case_of(dropout=0.0, samples=BATCH, max_norm=None):
+    return make_case(dropout=dropout, steps=STEPS, samples=samples, max_norm=max_norm)
+
+
+@cache
+def reference(case_key):
+    return train_single(case_of(*case_key))
+
+
+def plan_of(*stages, batch=BATCH, **fields):
+    world = 1 + max(r for s in stages for r in s.ranks)
+    return make_plan(case_of().traced.chain, *stages, world=world, global_batch=batch, **fields)
+
+
+def train(case, plan, *, gloo):
+    def body(rank, communicators):
+        executor = make_executor(case, plan, rank, communicators)
+        metrics = train_rank(case, plan, rank, executor)
+        return metrics, [o for modules in executor.blocks.values() for o in modules.owned]
+
+    if gloo:
+        return run_ranks(plan, body)
+    results = run_strictly(plan.world, body)
+    for r in results:
+        if isinstance(r, BaseException):
+            raise r
+    return results
+
+
+def near(actual, expected):
+    return (actual - expected).abs().max() <= RELATIVE * expected.abs().max()
+
+
+def assert_parity(plan, *, dropout=0.0, samples=BATCH, gloo=False):
+    key = dropout, samples, MAX_NORM if plan.recipe.clipping else None
+    single, results = reference(key), train(case_of(*key), plan, gloo=gloo)
+    for metrics, _ in results:
+        assert [m.loss for m in metrics] == pytest.approx(single.losses, rel=RELATIVE)
+    owned = [o for _, o in results]
+    parameters, gradients = assemble(owned), assemble(owned, "gradient")
+    assert parameters.keys() == single.parameters.keys()
+    for name, expected in single.parameters.items():
+        assert near(gradients[name], single.gradients[name]), f"gradient of {name}"
+        assert near(parameters[name], expected), f"parameter {name}"
+
+
+# Which ranks a stage takes, given the ranks that the stages before it took.
+
+
+def own_ranks(taken, degree):
+    start = 1 + max(taken, default=-1)
+    return tuple(range(start, start + degree))
+
+
+def shared_ranks(taken, degree):
+    return tuple(range(degree)) if not taken else tuple(reversed(range(degree)))
+
+
+def overlapping_ranks(taken, degree):
+    start = max(taken, default=0)
+    return (*range(start + 1, start + degree), start)
+
+
+PLACEMENTS = {"own": own_ranks, "shared": shared_ranks, "overlapping": overlapping_ranks}
+
+
+def shape(front, middle, tail, place, *, tail_start=AFTER_FLATTEN, uneven=False, replicas=1, ways=None):
+    """The stages of a plan: three different micro-batch sizes, ragged last ones."""
+    taken, at, stages = [], 0, []
+    cuts = [4, 6] if front else [3, 5]
+    middle_stop = tail_start if tail else LAYERS
+    if front:
+        stop = cuts[0] if middle else middle_stop
+        ranks = place(taken, front)
+        taken += ranks
+        stages.append(Stage("front", 2, (Segment((at, stop), ranks, UNEVEN[front] if uneven else None),)))
+        at = stop
+    if middle:
+        segments = []
+        for stop in [cuts[1], middle_stop][2 - middle :]:
+            ranks = place(taken, replicas)
+            taken += ranks
+            segments.append(Segment((at, stop), ranks))
+            at = stop
+        stages.append(Stage("middle", 3, tuple(segments)))
+    if tail:
+        ranks = place(taken, tail)
+        ways = (ways or ("column", "row", "column")) if tail > 1 else ()
+        stages.append(Stage("tail", 5, (Segment((at, LAYERS), ranks, UNEVEN[tail] if uneven else None),), ways))
+    used = sorted({r for s in stages for r in s.ranks})
+    return [_renamed(s, {r: i for i, r in enumerate(used)}) for s in stages]
+
+
+def _renamed(stage, names):
+    segments = tuple(replace(s, ranks=tuple(names[r] for r in s.ranks)) for s in stage.segments)
+    return replace(stage, segments=segments)
+
+
+DEGREES = [
+    (front, middle, tail)
+    for front, middle, tail in itertools.product(range(4), range(3), range(4))
+    if (front or middle or tail) and (front or middle or tail == 1)
+]
+COMBINED = list(itertools.product(DEGREES, PLACEMENTS))
+
+
+@pytest.mark.parametrize(
+    ("number", "degrees", "placement"),
+    [(i, d, p) for i, (d, p) in enumerate(COMBINED)],
+    ids=["-".join(map(str, d)) + f"-{p}" for d, p in COMBINED],
+)
+def test_degrees_and_placements(number, degrees, placement):
+    # The other choices go round, with periods that have no common factor with the placements' 3.
+    clipping, dropout = number % 4 >= 2, 0.4 * (number % 2)
+    rule, uneven = RULES[number // 2 % 2], number % 5 < 2
+    starts = (AFTER_FLATTEN, BEFORE_POOL)
+    stages = shape(*degrees, PLACEMENTS[placement], uneven=uneven, tail_start=starts[number // 4 % 2])
+    recipe = Recipe(clipping=clipping)
+    plan = plan_of(*stages, order=rule, bucket_bytes=(1, 2000)[number % 2], recipe=recipe)
+    assert_parity(plan, dropout=dropout, gloo=number % 7 == 0)
+
+
+@pytest.mark.parametrize("ways", list(itertools.product(("column", "row"), repeat=3)), ids="-".join)
+@pytest.mark.parametrize("tail", [2, 3])
+@pytest.mark.parametrize("start", [BEFORE_POOL, AFTER_FLATTEN])
+def test_every_column_and_row_sharding(ways, tail, start):
+    stages = shape(2, 0, tail, overlapping_ranks, tail_start=start, uneven=tail == 3, ways=ways)
+    plan = plan_of(*stages, recipe=Recipe(clipping=tail == 2))
+    assert_parity(plan, dropout=0.4, gloo=tail == 2 and start == BEFORE_POOL and ways[0] == "row")
+
+
+@pytest.mark.parametrize("start", [6, 7, 8, 9, 10, 12, 15])
+def test_tail_starts(start):
+    """Before and after pool and flatten, inside the classifier, and at its last linear."""
+    linears = sum(i >= start for i in (9, 12, 15))
+    stages = shape(2, 1, 3, own_ranks, tail_start=start, ways=("row", "column", "row")[:linears])
+    assert_parity(plan_of(*stages), dropout=0.4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("clipping", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_rules_clipping_dropout_and_shares(rule, clipping, dropout, uneven):
+    stages = shape(3, 2, 2, overlapping_ranks, uneven=uneven)
+    assert_parity(plan_of(*stages, order=rule, recipe=Recipe(clipping=clipping)), dropout=dropout)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("front", [0, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_replicated_middle_segments(placement, front, rule):
+    stages = shape(front, 2, 2, PLACEMENTS[placement], replicas=2)
+    assert_parity(plan_of(*stages, order=rule, bucket_bytes=1), dropout=0.4)
+
+
+@pytest.mark.parametrize("sizes", list(itertools.permutations((1, 3, 7))), ids=str)
+def test_micro_batches_of_every_ratio(sizes):
+    front, middle, tail = shape(2, 2, 2, own_ranks)
+    stages = [replace(s, micro_batch=m) for s, m in zip((front, middle, tail), sizes, strict=True)]
+    assert_parity(plan_of(*stages), dropout=0.4)
+
+
+@pytest.mark.parametrize("last", [1, 2, 5, 12])
+@pytest.mark.parametrize("degrees", [(3, 0, 0), (3, 1, 2), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("clipping", [False, True])
+def test_last_partial_batch(last, degrees, clipping):
+    """Fewer samples than the global batch, even fewer than replicas, so that some have none."""
+    stages = shape(*degrees, overlapping_ranks, replicas=2, uneven=True)
+    samples = (*(BATCH,) * (STEPS // 2 - 1), last) * 2
+    plan = plan_of(*stages, bucket_bytes=1, recipe=Recipe(clipping=clipping))
+    assert_parity(plan, dropout=0.4, samples=samples, gloo=last == 1)
+
+
+@pytest.mark.parametrize("ranks", [(2, 0, 1), (1, 2, 0), (2, 1, 0)], ids=str)
+def test_ranks_in_any_order(ranks):
+    front, tail = Segment((0, 7), ranks, (1.0, 2.0, 1.0)), Segment((7, LAYERS), ranks[::-1], (2.0, 1.0, 1.0))
+    plan = plan_of(Stage("front", 3, (front,)), Stage("tail", 4, (tail,), ("row", "row", "column")))
+    assert_parity(plan, dropout=0.4, gloo=True)
+
+
+@pytest.mark.parametrize("gloo", [False, True])
+def test_one_rank_with_all_three_stages(gloo):
+    assert_parity(plan_of(*shape(1, 2, 1, lambda *_: (0,))), dropout=0.4, gloo=gloo)
+
+
+def capped(stages, kind, cap):
+    return [replace(s, in_flight=cap) if s.kind == kind else s for s in stages]
+
+
+def least_cap(stages, kind, rule):
+    """Found the long way: the first cap that compiles."""
+    for cap in range(1, BATCH + 1):
+        try:
+            plan = plan_of(*capped(stages, kind, cap), order=rule)
+            compile_program(plan, case_of().traced.chain, BATCH, "train")
+        except PlanError:
+            continue
+        return cap
+    raise AssertionError("the whole batch in flight always works")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("front", "middle", "tail"), [(2, 2, 2), (3, 0, 2), (0, 2, 1), (2, 2, 0)])
+def test_least_in_flight_caps(rule, front, middle, tail):
+    stages = shape(front, middle, tail, own_ranks, replicas=1, uneven=True)
+    for kind in [s.kind for s in stages]:
+        least = least_cap(stages, kind, rule)
+        assert_parity(plan_of(*capped(stages, kind, least), order=rule))
+        if least > 1:
+            with pytest.raises(PlanError, match=rf"plan\.{kind}\.in_flight: {least - 1} .* works is {least}$"):
+                compile_program(
+                    plan_of(*capped(stages, kind, least - 1), order=rule), case_of().traced.chain, BATCH, "train"
+                )
+
+
+def test_several_caps_that_are_too_low_are_named_with_what_each_needs():
+    stages = capped(capped(shape(2, 2, 2, own_ranks), "front", 1), "middle", 1)
+    with pytest.raises(PlanError, match=r"front 1 instead of (\d+), middle 1 instead of (\d+)") as refusal:
+        compile_program(plan_of(*stages), case_of().traced.chain, BATCH, "train")
+    front, middle = map(int, re.findall(r"instead of (\d+)", str(refusal.value)))
+    assert_parity(plan_of(*capped(capped(stages, "front", front), "middle", middle)))
+
+
+def test_whole_batch_in_the_tail_needs_the_whole_ragged_batch_in_the_front():
+    """The least cap was once rounded up to whole chunks: 16 of 13 samples."""
+    front, tail = shape(2, 0, 2, own_ranks)
+    plan = plan_of(replace(front, in_flight=12), replace(tail, micro_batch=BATCH))
+    with pytest.raises(PlanError, match=r"works is 13$"):
+        compile_program(plan, case_of().traced.chain, BATCH, "train")
+
+
+def test_a_cap_that_fits_the_whole_batch_does_not_refuse_the_last_partial_one():
+    """Eight samples share out so that six in flight, enough for ten, would wait for each other."""
+    stages = [
+        Stage("front", 3, (Segment((0, 4), (1,)),), in_flight=6),
+        Stage("middle", 6, (Segment((4, 14), (2, 0), (1.5, 1.0)),)),
+        Stage("tail", 3, (Segment((14, LAYERS), (0, 2, 1)),), ("row",)),
+    ]
+    assert_parity(plan_of(*stages, batch=10), samples=(10, 8) * (STEPS // 2))

@@ -1,0 +1,166 @@
+"""The strictest machine in memory: unbuffered rendezvous, one queue per communicator; a hang is seen at once."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from hybridpar.planning.check import queue_of
+from hybridpar.planning.program import Operation
+from tests.support.threads import in_threads
+
+T = TypeVar("T")
+Key = tuple[int, int]
+"""(step, operation)."""
+
+
+class HangError(RuntimeError):
+    """Every rank that has not ended waits for an operation that cannot complete."""
+
+
+@dataclass
+class _Open:
+    operation: Operation
+    tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+
+class Machine:
+    """What the ranks share. An operation runs once it leads the queues of all its participants."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.changed = threading.Condition()
+        self.queues: dict[tuple[int, Hashable], deque[Key]] = defaultdict(deque)
+        self.open: dict[Key, _Open] = {}
+        self.complete: set[tuple[int, Key]] = set()
+        self.blocked: dict[int, Key] = {}
+        self.ended: set[int] = set()
+        self.hangs = False
+
+    def start(self, rank: int, key: Key, operation: Operation, tensors: list[torch.Tensor]) -> None:
+        with self.changed:
+            self.open.setdefault(key, _Open(operation)).tensors[rank] = tensors
+            queue = rank, queue_of(operation)
+            self.queues[queue].append(key)
+            self._settle(key)
+            self.changed.notify_all()
+
+    def _settle(self, key: Key | None) -> None:
+        while key is not None:
+            opened = self.open[key]
+            ranks, name = opened.operation.ranks, queue_of(opened.operation)
+            own = [self.queues[r, name] for r in ranks]
+            if any(not q or q[0] != key for q in own):
+                return
+            _move(opened)
+            for r, q in zip(ranks, own, strict=True):
+                q.popleft()
+                self.complete.add((r, key))
+                if self.blocked.get(r) == key:
+                    del self.blocked[r]
+            del self.open[key]
+            following = {q[0] for q in own if q}
+            key = None
+            for k in following:
+                if key is None and self._leads(k):
+                    key = k
+                elif self._leads(k):
+                    self._settle(k)
+
+    def _leads(self, key: Key) -> bool:
+        operation = self.open[key].operation
+        own = [self.queues[r, queue_of(operation)] for r in operation.ranks]
+        return all(q and q[0] == key for q in own)
+
+    def wait(self, rank: int, key: Key) -> None:
+        with self.changed:
+            if (rank, key) not in self.complete:
+                self.blocked[rank] = key
+                self._look()
+            while (rank, key) not in self.complete:
+                if self.hangs:
+                    raise HangError(f"rank {rank} waits forever for operation {key[1]} of step {key[0]}")
+                self.changed.wait()
+
+    def end(self, rank: int) -> None:
+        with self.changed:
+            self.ended.add(rank)
+            self._look()
+
+    def _look(self) -> None:
+        if self.blocked and len(self.blocked) + len(self.ended) == self.world:
+            self.hangs = True
+            self.changed.notify_all()
+
+
+def _move(opened: _Open) -> None:
+    operation, tensors = opened.operation, opened.tensors
+    own = [tensors[r] for r in operation.ranks]
+    if operation.kind == "send":
+        own[1][0].copy_(own[0][0])
+    elif operation.kind == "all_reduce":
+        total = torch.stack([t[0] for t in own]).sum(0)
+        for t in own:
+            t[0].copy_(total)
+    else:
+        for t in own:
+            for place, source in zip(t[1:], own, strict=True):
+                place.copy_(source[0])
+
+
+class _Started:
+    def __init__(self, machine: Machine, rank: int, key: Key) -> None:
+        self._machine, self._rank, self._key = machine, rank, key
+
+    def wait(self) -> None:
+        self._machine.wait(self._rank, self._key)
+
+
+class Endpoint:
+    """One rank's communicators on the machine. Buffers hold NaN until they are filled."""
+
+    def __init__(self, machine: Machine, rank: int) -> None:
+        self._machine, self._rank, self.step = machine, rank, 0
+
+    def _begin(self, operation: Operation, tensors: list[torch.Tensor]) -> _Started:
+        key = self.step, operation.index
+        self._machine.start(self._rank, key, operation, tensors)
+        return _Started(self._machine, self._rank, key)
+
+    def send(self, operation: Operation, tensor: torch.Tensor) -> _Started:
+        assert tensor.is_contiguous()
+        return self._begin(operation, [tensor])
+
+    def receive(self, operation: Operation, tensor: torch.Tensor) -> _Started:
+        assert tensor.is_contiguous()
+        return self._begin(operation, [tensor.fill_(float("nan"))])
+
+    def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> _Started:
+        return self._begin(operation, [tensor])
+
+    def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> _Started:
+        for o in outputs:
+            o.fill_(float("nan"))
+        return self._begin(operation, [tensor, *outputs])
+
+
+def run_strictly(world: int, body: Callable[[int, Endpoint], T]) -> list[T | BaseException]:
+    """Run ``body(rank, endpoint)`` on every rank; an exception stands in the place of the result."""
+    machine = Machine(world)
+    results: dict[int, T | BaseException] = {}
+
+    def main(rank: int) -> None:
+        try:
+            results[rank] = body(rank, Endpoint(machine, rank))
+        except BaseException as e:  # noqa: BLE001 - handed to the caller
+            results[rank] = e
+        finally:
+            machine.end(rank)
+
+    in_threads(main, world, timeout_s=60.0)
+    return [results[r] for r in range(world)]
