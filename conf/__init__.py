@@ -1,0 +1,1 @@
+"""Configuration groups; ``hybridpar.config`` reads them."""

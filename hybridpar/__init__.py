@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 _API = {
     "plan": "hybridpar.api",
     "Job": "hybridpar.api",
-    "launch": "hybridpar.api",
+    "wrap": "hybridpar.api",
 }
 
-__all__ = ["Job", "__version__", "launch", "plan"]
+__all__ = ["Job", "__version__", "plan", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

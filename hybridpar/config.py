@@ -82,6 +82,8 @@ class PlanConfig:
     tail: Pin = field(default_factory=Pin)
     order: OrderRule | None = None
     bucket_bytes: int = 8 * 2**20
+    distinct: bool = False
+    """Only plans whose stages all have different micro-batch sizes."""
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
@@ -235,6 +237,7 @@ class Config:
             pins=self.plan.pins,
             order=self.plan.order,
             bucket_bytes=self.plan.bucket_bytes,
+            distinct=self.plan.distinct,
         )
 
     def recipe(self) -> Recipe:

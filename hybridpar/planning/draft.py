@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, TypeVar
 
 from hybridpar.model.chain import Chain
@@ -48,7 +48,7 @@ class Drafting:
             bounds = self.balanced(edges[i], edges[i + 1], len(groups), draft.micro_batches[i])
             segments = tuple(
                 Segment((a, b), ranks, pin.shares if kind != "middle" else None)
-                for a, b, ranks in zip(bounds, bounds[1:], groups, strict=False)
+                for (a, b), ranks in zip(pairwise(bounds), groups, strict=True)
             )
             sharded = kind == "tail" and len(groups[0]) > 1
             sharding = draft.sharding if sharded else ()
@@ -104,6 +104,11 @@ class Drafting:
                 order="fill_drain" if draft.order == "one_forward_one_backward" else "one_forward_one_backward",
             )
 
+    def allowed(self, draft: Draft) -> bool:
+        """Whether the stages' micro-batches differ, where the request wants that."""
+        sizes = draft.micro_batches
+        return not self.request.distinct or len(set(sizes)) == len(sizes)
+
     def _moved_cuts(self, draft: Draft, i: int) -> Iterator[Draft]:
         before, after = draft.kinds[i], draft.kinds[i + 1]
         if self.request.pin(before).layers is not None or self.request.pin(after).layers is not None:
@@ -124,9 +129,14 @@ class Drafting:
         return self.cut_points
 
     def fits(self, draft: Draft) -> bool:
-        """Whether every segment gets at least one layer."""
+        """Whether every segment gets a layer with parameters (any layer, where the layers are pinned)."""
         edges = (0, *draft.cuts, len(self.chain.layers))
-        return all(b - a >= len(groups) for a, b, groups in zip(edges, edges[1:], draft.ranks, strict=False))
+        for kind, groups, (start, stop) in zip(draft.kinds, draft.ranks, pairwise(edges), strict=True):
+            pinned = self.request.pin(kind).layers is not None
+            room = stop - start if pinned else len(self._points_inside(start, stop)) - 1
+            if start >= stop or room < len(groups):
+                return False
+        return True
 
     def resized_sharding(self, draft: Draft) -> Sharding:
         """Return the sharding with one entry per linear of the draft's tail; new ones alternate."""
@@ -142,11 +152,14 @@ class Drafting:
         fresh: Sharding = tuple("column" if (count - i) % 2 else "row" for i in range(missing))
         return fresh + kept
 
+    def _points_inside(self, start: int, stop: int) -> list[int]:
+        return [start, *(c for c in self.cut_points if start < c < stop), stop]
+
     def balanced(self, start: int, stop: int, parts: int, micro_batch: int) -> list[int]:
         """Cut layers into runs whose slowest is as fast as possible (dynamic program over cut points)."""
         if parts == 1:
             return [start, stop]
-        points = [start, *(c for c in self.cut_points if start < c < stop), stop]
+        points = self._points_inside(start, stop)
         if len(points) <= parts:
             points = list(range(start, stop + 1))
         time = [

@@ -56,6 +56,8 @@ class Request:
     pins: dict[Kind, Pin] = field(default_factory=dict)
     order: OrderRule | None = None
     bucket_bytes: int = 8 * 2**20
+    distinct: bool = False
+    """Only plans whose stages all have different micro-batch sizes."""
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:

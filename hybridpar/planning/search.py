@@ -84,7 +84,7 @@ def search(chain: Chain, profile: Profile, cluster: Cluster, request: Request) -
     candidates = tuple(_best(shape, scorer, request) for shape in SHAPES)
     able = [c for c in candidates if c.plan is not None and request.shape in {"auto", c.shape}]
     if not able:
-        _refuse(request, candidates)
+        _refuse(request, candidates, scorer)
     chosen = min(able, key=lambda c: c.prediction.step_s)
     assert chosen.plan is not None
     return Planned(chosen.plan, chosen.shape, candidates, scorer.tried)
@@ -106,7 +106,10 @@ def assess(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> Plan
     peaks = peak_per_rank(program)
     rank = max(range(plan.world), key=lambda r: peaks[r])
     if peaks[rank] > cluster.device.memory_bytes:
-        raise MemoryLimitError(memory_line(plan, rank, peaks[rank], cluster))
+        raise MemoryLimitError(
+            f"the plan does not fit: {memory_line(plan, rank, peaks[rank], cluster)}; plan again for this cluster, "
+            f"or use devices of at least {peaks[rank] / 2**20:.0f} MiB"
+        )
     return replace(plan, prediction=predict(program, Costs(profile, cluster)))
 
 
@@ -128,10 +131,17 @@ class _Scorer:
             self.scores[draft] = self._score(draft)
         return self.scores[draft]
 
+    def _plan(self, draft: Draft) -> Plan:
+        """Return a draft's plan; raises PlanError where it is not a possible or allowed one."""
+        if not self.drafting.allowed(draft):
+            raise PlanError(f"the stages' micro-batches {draft.micro_batches} are not distinct")
+        plan = self.drafting.plan(draft)
+        validate(plan, self.chain)
+        return plan
+
     def _score(self, draft: Draft) -> tuple[int, float]:
         try:
-            plan = self.drafting.plan(draft)
-            validate(plan, self.chain)
+            plan = self._plan(draft)
             program = compile_program(plan, self.chain, plan.global_batch, "train")
         except PlanError as e:
             self.reasons[draft] = str(e)
@@ -153,9 +163,8 @@ class _Scorer:
     def bound(self, draft: Draft) -> float:
         """Return a lower bound of the step time; infinite where the plan is impossible."""
         if draft not in self.bounds:
-            plan = self.drafting.plan(draft)
             try:
-                validate(plan, self.chain)
+                plan = self._plan(draft)
             except PlanError as e:
                 self.scores[draft], self.reasons[draft] = (2, 0.0), str(e)
                 self.bounds[draft] = float("inf")
@@ -220,10 +229,19 @@ def _starts(shape: Shape, drafting: Drafting, request: Request) -> Iterator[Draf
             continue
         order = request.order or "one_forward_one_backward"
         draft = Draft(kinds, cuts, ranks, (1,) * len(kinds), (), order)
-        sizes = [drafting.sizes(draft, i) for i in range(len(kinds))]
-        middling = tuple(s[max(len(s) - FIRST_SIZE[k], 0)] for k, s in zip(kinds, sizes, strict=True))
-        draft = replace(draft, micro_batches=middling)
+        draft = replace(draft, micro_batches=_first_sizes(drafting, draft, request))
         yield replace(draft, sharding=drafting.resized_sharding(draft))
+
+
+def _first_sizes(drafting: Drafting, draft: Draft, request: Request) -> tuple[int, ...]:
+    """Start from middling micro-batches; where they have to differ, from the nearest that do."""
+    chosen: list[int] = []
+    for i, kind in enumerate(draft.kinds):
+        sizes = drafting.sizes(draft, i)
+        middling = sizes[max(len(sizes) - FIRST_SIZE[kind], 0)]
+        free = [s for s in sizes if not request.distinct or s not in chosen] or [middling]
+        chosen.append(min(free, key=lambda s: abs(s - middling)))
+    return tuple(chosen)
 
 
 def _first_cuts(
@@ -250,12 +268,28 @@ def _first_cuts(
     return tuple(cuts) if drafting.fits(draft) and all(0 < c < layers for c in cuts) else None
 
 
-def _refuse(request: Request, candidates: tuple[Candidate, ...]) -> NoReturn:
+def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: _Scorer) -> NoReturn:
     wanted = [c for c in candidates if request.shape in {"auto", c.shape}]
     reasons = "; ".join(f"{c.shape}: {c.reason}" for c in wanted)
-    short = all(c.over_memory for c in wanted)
-    advice = "; lower train.global_batch, or use devices with more memory" if short else ""
-    raise (MemoryLimitError if short else PlanError)(f"no plan is possible: {reasons}{advice}")
+    if not all(c.over_memory for c in wanted):
+        raise PlanError(f"no plan is possible: {reasons}")
+    fitting = _fitting_batch(request, scorer)
+    advice = f"train.global_batch={fitting} would fit" if fitting else "even a global batch of 1 does not fit"
+    raise MemoryLimitError(f"no plan fits into memory: {reasons}; {advice}; or use devices with more memory")
+
+
+def _fitting_batch(request: Request, scorer: _Scorer) -> int | None:
+    """Return the largest half, quarter, ... of the global batch for which a plan of the wanted shape fits."""
+    batch = request.global_batch // 2
+    free = {kind: replace(pin, micro_batch=None, in_flight=None) for kind, pin in request.pins.items()}
+    while batch:
+        smaller = replace(request, global_batch=batch, pins=free)
+        trial = _Scorer(scorer.chain, scorer.costs.profile, scorer.cluster, smaller)
+        shapes = SHAPES if request.shape == "auto" else (request.shape,)
+        if any(_best(shape, trial, smaller).plan for shape in shapes):
+            return batch
+        batch //= 2
+    return None
 
 
 def memory_line(plan: Plan, rank: int, peak: int, cluster: Cluster) -> str:

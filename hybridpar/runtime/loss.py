@@ -29,8 +29,8 @@ class CrossEntropy:
 
     With m_i the largest logit of shard i, s_i the sum of its exponentials relative to m_i and t the target's
     logit, M = max m_i and S = sum s_i exp(m_i - M): the loss of a sample is log S + M - t, and the gradient of a
-    logit l is exp(l - M - log S), minus 1 for the target. So shards exchange three figures per sample (as in Shoeybi et al.,
-    Megatron-LM, 2019, section 3, with one collective instead of three).
+    logit l is exp(l - M - log S), minus 1 for the target. So shards exchange three figures per
+    sample (as in Shoeybi et al., Megatron-LM, 2019, section 3, with one collective instead of three).
     """
 
     def __init__(self, first: int) -> None:

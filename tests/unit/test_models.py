@@ -7,9 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hybridpar.models.alexnet import alexnet
-from hybridpar.models.resnet import resnet
-from hybridpar.models.vgg import small_vgg, vgg
 from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 from torch import nn
@@ -18,6 +15,9 @@ from hybridpar.errors import ModelError
 from hybridpar.model.build import build
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
+from hybridpar.models.alexnet import alexnet
+from hybridpar.models.resnet import resnet
+from hybridpar.models.vgg import small_vgg, vgg
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 CONFIGS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "custom")

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hybridpar.models.alexnet import alexnet
-from hybridpar.models.vgg import vgg
 from torch import nn
 
 from hybridpar.errors import ModelError
@@ -17,6 +15,8 @@ from hybridpar.model.chain import Saved
 from hybridpar.model.deferred import defer
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.trace import trace
+from hybridpar.models.alexnet import alexnet
+from hybridpar.models.vgg import vgg
 
 small_vgg11 = partial(vgg, depth=11, in_shape=(3, 32, 32), classes=10, classifier_width=32, pool=2)
 small_alexnet = partial(alexnet, in_shape=(3, 64, 64), classes=10, classifier_width=32)

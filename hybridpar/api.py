@@ -1,0 +1,155 @@
+"""The Python API: plan a model, wrap it, and step in a loop of one's own.
+
+::
+
+    import hybridpar
+    plan = hybridpar.plan(model, in_shape=(3, 224, 224), global_batch=64)
+    job = hybridpar.wrap(model, plan, lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
+    for batch in job.loader(dataset):
+        loss = job.step(batch)
+
+Under torchrun every process runs these lines; without it they plan, and train in a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Literal
+
+from torch import nn
+
+from hybridpar.cluster.describe import local
+from hybridpar.cluster.topology import Cluster
+from hybridpar.model.deferred import Source, ready
+from hybridpar.model.trace import Traced, trace
+from hybridpar.planning.plan import Kind, Plan, Precision, Recipe
+from hybridpar.planning.request import Pin, Request, Shape
+from hybridpar.planning.search import search
+from hybridpar.profiling.analytic import estimate
+from hybridpar.profiling.measure import measure
+from hybridpar.profiling.record import Profile
+from hybridpar.runtime import zero
+from hybridpar.runtime.job import Job
+from hybridpar.runtime.process import Process
+from hybridpar.runtime.update import OptimizerFactory
+
+__all__ = ["Job", "plan", "process", "wrap"]
+
+
+@lru_cache(maxsize=1)
+def process() -> Process:
+    """Return what this process is in the job: rank, world, device."""
+    return Process()
+
+
+def plan(
+    model: nn.Module,
+    in_shape: Sequence[int],
+    global_batch: int,
+    *,
+    cluster: Cluster | None = None,
+    profile: Literal["analytic", "measured"] | Profile = "analytic",
+    shape: Shape = "auto",
+    precision: Precision = "float32",
+    recipe: Recipe | None = None,
+    pins: Mapping[Kind, Pin] | None = None,
+) -> Plan:
+    """Plan the training of a model; under torchrun rank 0 plans and all ranks get its plan.
+
+    Args:
+        model: any module that ``torch.fx`` can trace, or an ``nn.Sequential``.
+        in_shape: of one input sample.
+        global_batch: samples per optimizer step, over all ranks.
+        cluster: what to plan for; default: this machine, with the job's number of ranks.
+        profile: layer times estimated from the device's data sheet, measured now on this device, or given.
+        shape: auto, three_stage, data_parallel, pipeline or front_tail.
+        precision: of parameters and computation.
+        recipe: clipping, optimizer sharding and optimizer states per parameter.
+        pins: fields of stages that are fixed, as ``{"tail": Pin(micro_batch=64)}``.
+
+    Raises:
+        ModelError: the model cannot be traced.
+        PlanError: no such plan is possible. MemoryLimitError: none fits into memory.
+        LaunchError: the plan is for another number of ranks than the job has.
+
+    """
+    traced, place = _traced(model, tuple(in_shape)), process()
+    request = Request(global_batch, shape, precision, recipe or Recipe(), dict(pins or {}))
+
+    def make() -> Plan:
+        where = cluster or local(place.world)
+        return search(traced.chain, _profile(profile, traced, where, request, place), where, request).plan
+
+    alone = place.world == 1 and cluster is not None
+    return make() if alone else place.agree(make)
+
+
+def wrap(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: OptimizerFactory,
+    *,
+    source: Source | None = None,
+    in_shape: Sequence[int] | None = None,
+    seed: int = 0,
+    max_norm: float | None = None,
+    rate: Callable[[int], float] | None = None,
+) -> Job:
+    """Take this rank's part of a model and connect the ranks; every rank calls it with the same arguments.
+
+    Args:
+        model: the model that was planned for, with its weights.
+        plan: from :func:`plan`, or ``Plan.load``.
+        optimizer: makes an optimizer for some parameters.
+        source: where the initial weights come from; default: the model itself. ``deferred.defer(builder)`` makes
+            them on their owners only, for models that no single rank could hold.
+        in_shape: of one input sample, where the model was not planned in this process.
+        seed: of dropout.
+        max_norm: clips the gradients by their global norm; the plan's recipe must say so.
+        rate: learning rate by step; default: the optimizer's own.
+
+    Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
+    """
+    place = process()
+    traced = _traced(model, None if in_shape is None else tuple(in_shape))
+    return Job(
+        plan,
+        traced,
+        source or ready(model),
+        optimizer,
+        place.connect(plan),
+        rank=place.rank,
+        seed=seed,
+        device=place.device,
+        max_norm=max_norm,
+        rate=rate,
+        engines=zero.make_engines(place, optimizer) if plan.recipe.sharding == "zero1" else None,
+    )
+
+
+_known: dict[int, tuple[nn.Module, Traced]] = {}
+
+
+def _traced(model: nn.Module, in_shape: tuple[int, ...] | None) -> Traced:
+    """Trace a model once; later calls for it may leave out the shape."""
+    if id(model) in _known and in_shape in {None, _known[id(model)][1].chain.in_shape}:
+        return _known[id(model)][1]
+    if in_shape is None:
+        raise TypeError("wrap() needs in_shape for a model that was not planned in this process")
+    _known[id(model)] = model, trace(model, in_shape, type(model).__name__)
+    return _known[id(model)][1]
+
+
+def _profile(
+    choice: Literal["analytic", "measured"] | Profile,
+    traced: Traced,
+    cluster: Cluster,
+    request: Request,
+    place: Process,
+) -> Profile:
+    if isinstance(choice, Profile):
+        return choice
+    if choice == "analytic":
+        return estimate(traced.chain, cluster.device, request.precision)
+    return measure(traced.modules, traced.chain, place.device.type, request.precision)
