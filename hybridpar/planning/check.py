@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from hybridpar.errors import ProgramError
 from hybridpar.planning.blocks import Position
 from hybridpar.planning.boundary import boundaries
-from hybridpar.planning.compile import communicators, is_zero, parameter_count
+from hybridpar.planning.compile import bucket_count, communicators, is_zero
 from hybridpar.planning.layout import length
 from hybridpar.planning.program import Action, Operation, Program
 
@@ -200,7 +200,7 @@ class _RankData:
                 continue
             tokens |= {("input gradient", block.index, m): 1 for m in self._own(position)}
             reduced = position.replicated and not is_zero(self.program.plan, position)
-            if reduced and parameter_count(self.program.chain, block.layers):
+            if reduced and bucket_count(self.program.chain, position, block):
                 tokens["bucket", block.index, 0] = 1
         return tokens
 

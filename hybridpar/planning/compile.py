@@ -222,7 +222,7 @@ class _Compiler:
     def _reduce(self, rank: int, block: Block) -> None:
         """Start the sum of a block's gradients over the replicas, once per rank."""
         position = self.positions[block.position]
-        count = parameter_count(self.chain, block.layers)
+        count = bucket_count(self.chain, position, block)
         if not position.replicated or not count or is_zero(self.plan, position):
             return
         bucket = self._once(
@@ -362,6 +362,16 @@ def parameter_count(chain: Chain, layers: Interval) -> int:
     """Return the number of distinct parameter elements in a run of layers."""
     own = {p.name: p.count for layer in chain.layers[layers[0] : layers[1]] for p in layer.parameters}
     return sum(own.values())
+
+
+def bucket_count(chain: Chain, position: Position, block: Block) -> int:
+    """Return the number of gradient elements that a block's bucket holds.
+
+    A parameter that several layers share belongs to the first of them, whose backward completes its gradient.
+    """
+    first = position.layers[0]
+    before, after = (first, block.layers[0]), (first, block.layers[1])
+    return parameter_count(chain, after) - parameter_count(chain, before)
 
 
 def communicators(plan: Plan) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -198,7 +198,11 @@ class Executor:
         start, stop = state.program.interval(0, micro_batch, self.rank)
         for a, b in state.program.reads(self.rank):
             if (a, b) == (start, stop):
-                return state.batch[at : at + stop - start]
+                rows = state.batch[at : at + stop - start]
+                if not state.program.blocks[0].spans:
+                    return rows
+                features = self._features(state, 0, "in")
+                return rows[:, features[0] : features[1]]
             at += b - a
         raise AssertionError("a micro-batch of the first block is one of the rank's intervals")
 

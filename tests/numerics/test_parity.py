@@ -10,14 +10,18 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
+from torch import nn
 
 from hybridpar.errors import PlanError
+from hybridpar.model.deferred import defer
+from hybridpar.model.trace import trace
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.plan import Recipe, Segment, Stage
 from tests.support.plans import make_plan
 from tests.support.rendezvous import run_strictly
 from tests.support.threads import run_ranks
-from tests.support.training import assemble, make_case, make_executor, train_rank, train_single
+from tests.support.training import Case, assemble, make_case, make_executor, train_rank, train_single
 
 STEPS, BATCH, RELATIVE = 10, 13, 1e-10
 MAX_NORM = 0.3
@@ -63,7 +67,11 @@ def near(actual, expected):
 
 def assert_parity(plan, *, dropout=0.0, samples=BATCH, gloo=False):
     key = dropout, samples, MAX_NORM if plan.recipe.clipping else None
-    single, results = reference(key), train(case_of(*key), plan, gloo=gloo)
+    assert_same(plan, case_of(*key), reference(key), gloo=gloo)
+
+
+def assert_same(plan, case, single, *, gloo=False):
+    results = train(case, plan, gloo=gloo)
     for metrics, _ in results:
         assert [m.loss for m in metrics] == pytest.approx(single.losses, rel=RELATIVE)
     owned = [o for _, o in results]
@@ -212,6 +220,56 @@ def test_ranks_in_any_order(ranks):
 @pytest.mark.parametrize("gloo", [False, True])
 def test_one_rank_with_all_three_stages(gloo):
     assert_parity(plan_of(*shape(1, 2, 1, lambda *_: (0,))), dropout=0.4, gloo=gloo)
+
+
+def linears():
+    return nn.Sequential(
+        nn.Linear(6, 11), nn.ReLU(), nn.Dropout(0.4), nn.Linear(11, 9), nn.Tanh(), nn.Linear(9, 7)
+    )
+
+
+class Tied(nn.Module):
+    """One weight in three layers; the last of them has no parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 6, bias=False),
+            nn.Linear(6, 4),
+        )
+        self.b.weight = self.c.weight = self.a.weight
+
+    def forward(self, x):
+        return self.d(self.c(torch.relu(self.b(torch.relu(self.a(x))))))
+
+
+@cache
+def case_with(builder):
+    source = defer(builder)
+    return Case(source, trace(source.module, (6,), builder.__name__), STEPS, (BATCH,) * STEPS)
+
+
+@pytest.mark.parametrize("ways", list(itertools.product(("column", "row"), repeat=3)), ids="-".join)
+@pytest.mark.parametrize("tail", [2, 3])
+def test_a_model_that_is_all_tail(ways, tail):
+    """The tail reads the batch itself; where it begins with rows, every shard reads its features."""
+    case = case_with(linears)
+    segment = Segment((0, len(case.traced.chain.layers)), (1, 0, 2)[:tail], UNEVEN[tail])
+    plan = make_plan(case.traced.chain, Stage("tail", 4, (segment,), ways), world=tail)
+    assert_same(plan, case, train_single(case))
+
+
+def test_tied_parameters_are_reduced_once():
+    """A bucket for each layer: the shared weight is in the one whose backward comes last."""
+    case = case_with(Tied)
+    segment = Segment((0, len(case.traced.chain.layers)), (0, 1))
+    plan = make_plan(case.traced.chain, Stage("front", 2, (segment,)), world=2, bucket_bytes=1)
+    assert_same(plan, case, train_single(case), gloo=True)
+    program = compile_program(plan, case.traced.chain, BATCH, "train")
+    counts = [o.bytes // plan.itemsize for o in program.operations if o.content == "bucket"]
+    assert counts == [28, 6, 42]
 
 
 def capped(stages, kind, cap):

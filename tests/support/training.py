@@ -109,7 +109,7 @@ def train_single(case: Case) -> Trained:
         optimizer.step()
         losses.append(loss.item())
         first += len(x)
-    names = [n for per_layer in case.traced.names for n in per_layer.values()]
+    names = dict.fromkeys(n for per_layer in case.traced.names for n in per_layer.values())
     named = dict(zip(names, model.parameters(), strict=True))
     gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
     return Trained(losses, {n: p.detach() for n, p in named.items()}, gradients)
