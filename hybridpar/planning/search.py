@@ -8,6 +8,7 @@ what it says of a plan, and does not prove that no better one exists.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
@@ -34,6 +35,8 @@ FIRST_SIZE: dict[Kind, int] = {"front": 2, "middle": 4, "tail": 2}
 """Micro-batch to start from, counted down from the largest: a pipeline needs several to fill."""
 WORTHWHILE = 0.002
 """Share of the step time by which a neighbour must be better."""
+WORTHWHILE_BYTES = 0.1
+"""Likewise of the bytes above the memory limit, as long as nothing fits."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ def assess(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> Plan
     rank = max(range(plan.world), key=lambda r: peaks[r])
     if peaks[rank] > cluster.device.memory_bytes:
         raise MemoryLimitError(
-            f"the plan does not fit: {memory_line(plan, rank, peaks[rank], cluster)}; plan again for this cluster, "
-            f"or use devices of at least {peaks[rank] / 2**20:.0f} MiB"
+            f"the plan does not fit: {memory_line(plan, rank, peaks[rank], cluster)}; plan again for this "
+            f"cluster, or use devices of at least {peaks[rank] / 2**20:.0f} MiB"
         )
     return replace(plan, prediction=predict(program, Costs(profile, cluster)))
 
@@ -154,10 +157,14 @@ class _Scorer:
         self.tried += 1
         return 0, simulate(program, self.costs).period_s
 
+    def fits(self, draft: Draft) -> bool:
+        """Whether the draft's plan is possible and fits into memory."""
+        return self.score(draft)[0] == 0
+
     def beats(self, draft: Draft, other: Draft) -> bool:
         """Whether a draft is better than another by a share that matters."""
-        feasible, value = self.score(other)
-        limit = (feasible, value * (1 - WORTHWHILE))
+        rank, value = self.score(other)
+        limit = (rank, value * (1 - (WORTHWHILE if rank == 0 else WORTHWHILE_BYTES)))
         return (0, self.bound(draft)) < limit and self.score(draft) < limit
 
     def bound(self, draft: Draft) -> float:
@@ -279,17 +286,26 @@ def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: _Scorer
 
 
 def _fitting_batch(request: Request, scorer: _Scorer) -> int | None:
-    """Return the largest half, quarter, ... of the global batch for which a plan of the wanted shape fits."""
+    """Return the largest half, quarter, ... of the global batch at which the leanest plans of the shape fit."""
     batch = request.global_batch // 2
     free = {kind: replace(pin, micro_batch=None, in_flight=None) for kind, pin in request.pins.items()}
     while batch:
         smaller = replace(request, global_batch=batch, pins=free)
         trial = _Scorer(scorer.chain, scorer.costs.profile, scorer.cluster, smaller)
-        shapes = SHAPES if request.shape == "auto" else (request.shape,)
-        if any(_best(shape, trial, smaller).plan for shape in shapes):
+        if any(trial.fits(draft) for draft in _leanest(trial, smaller)):
             return batch
         batch //= 2
     return None
+
+
+def _leanest(scorer: _Scorer, request: Request) -> Iterator[Draft]:
+    """Yield the placements of the wanted shapes with the smallest micro-batches."""
+    for shape in SHAPES:
+        if request.shape in {"auto", shape}:
+            with contextlib.suppress(PlanError):
+                for draft in _starts(shape, scorer.drafting, request):
+                    least = [scorer.drafting.sizes(draft, i)[0] for i in range(len(draft.kinds))]
+                    yield replace(draft, micro_batches=tuple(least))
 
 
 def memory_line(plan: Plan, rank: int, peak: int, cluster: Cluster) -> str:
