@@ -69,7 +69,7 @@ def plan(config: Config) -> None:
     else:
         from hybridpar.report.dry_run import show  # noqa: PLC0415
 
-        show(planned, subject.chain, subject.profile, subject.cluster, _console())
+        show(planned, subject.chain, subject.profile, subject.cluster, _console(), explain=config.explain)
     if config.out is not None:
         _write(config.out, planned.plan.to_json() + "\n")
         _note(f"plan saved to {config.out}; use it with plan=from_file plan.path={config.out}")

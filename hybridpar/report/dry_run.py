@@ -16,16 +16,28 @@ from hybridpar.planning.search import Candidate, Planned
 from hybridpar.profiling.record import Profile
 
 
-def show(planned: Planned, chain: Chain, profile: Profile, cluster: Cluster, console: Console) -> None:
-    """Print stages, prediction, memory and the comparison of shapes."""
+def show(
+    planned: Planned,
+    chain: Chain,
+    profile: Profile,
+    cluster: Cluster,
+    console: Console,
+    *,
+    explain: bool = False,
+) -> None:
+    """Print stages, prediction, memory and the comparison of shapes; ``explain`` adds the losers' stages."""
     plan = planned.plan
-    program = compile_program(plan, chain, plan.global_batch, "train")
     console.print(_head(plan, chain, profile, cluster))
-    console.print(_stages(planned, chain, cluster, program))
+    console.print(_stages(planned.chosen, chain, cluster))
     console.print(_prediction(planned.chosen.prediction, plan, profile))
     console.print(_memory(planned.chosen.prediction, cluster))
     if len(planned.candidates) > 1:
         console.print(Group(_comparison(planned, cluster), f"Why: {reason(planned)}"))
+    if explain:
+        for candidate in planned.candidates:
+            if candidate.plan is not None and candidate.shape != planned.shape:
+                console.print(_stages(candidate, chain, cluster))
+                console.print(_prediction(candidate.prediction, candidate.plan, profile))
 
 
 def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
@@ -39,10 +51,12 @@ def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
     )
 
 
-def _stages(planned: Planned, chain: Chain, cluster: Cluster, program: Program) -> Table:
-    plan, prediction = planned.plan, planned.chosen.prediction
+def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
+    plan, prediction = candidate.plan, candidate.prediction
+    assert plan is not None
+    program = compile_program(plan, chain, plan.global_batch, "train")
     limit = cluster.device.memory_bytes
-    table = _table(f"plan: {planned.shape}, order {plan.order}")
+    table = _table(f"plan: {candidate.shape}, order {plan.order}")
     for name, style in (
         ("stage", "left"),
         ("layers", "left"),
