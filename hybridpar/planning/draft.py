@@ -153,7 +153,9 @@ class Drafting:
         return fresh + kept
 
     def _points_inside(self, start: int, stop: int) -> list[int]:
-        return [start, *(c for c in self.cut_points if start < c < stop), stop]
+        """Return where a middle may be cut so that every segment has parameters."""
+        inside = (c for c in self.cut_points if start < c < stop and self.chain.layers[c].parameters)
+        return [start, *inside, stop]
 
     def balanced(self, start: int, stop: int, parts: int, micro_batch: int) -> list[int]:
         """Cut layers into runs whose slowest is as fast as possible (dynamic program over cut points)."""
