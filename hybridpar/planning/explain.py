@@ -20,25 +20,31 @@ def _verdict(candidate: Candidate, planned: Planned, best_s: float) -> str:
         return f"impossible: {candidate.reason}"
     ratio = candidate.prediction.step_s / best_s if best_s else 1.0
     if candidate.shape == planned.shape:
-        return "chosen" if ratio == 1.0 else f"chosen as asked, {ratio:.2f}x the fastest"
-    return "fastest" if ratio == 1.0 else f"{ratio:.2f}x the fastest"
+        return "chosen" if ratio == 1.0 else f"chosen as asked, takes {ratio:.2f}x the fastest"
+    return "fastest" if ratio == 1.0 else f"takes {ratio:.2f}x the fastest"
 
 
 def reason(planned: Planned) -> str:
-    """Say why the chosen plan wins over the runner-up, or what it costs where the user asked for it."""
+    """Say why the chosen plan wins over the runner-up and over data parallelism, or what it costs if asked for."""
     others = [c for c in planned.candidates if c.plan is not None and c.shape != planned.shape]
     if not others:
         return f"{planned.shape} is the only shape that is possible here."
     rival = min(others, key=lambda c: c.prediction.step_s)
-    own, other = planned.chosen.prediction, rival.prediction
+    lines = [_compare(planned.chosen, rival)]
+    lines += [_compare(planned.chosen, c) for c in others if c.shape == "data_parallel" and c is not rival]
+    return " ".join(lines)
+
+
+def _compare(chosen: Candidate, rival: Candidate) -> str:
+    own, other = chosen.prediction, rival.prediction
     faster = own.step_s <= other.step_s
     winner, loser = (own, other) if faster else (other, own)
-    names = (planned.shape, rival.shape) if faster else (rival.shape, planned.shape)
+    names = (chosen.shape, rival.shape) if faster else (rival.shape, chosen.shape)
     head = f"{names[0]} is {loser.step_s / winner.step_s:.2f}x as fast as {names[1]}"
     if not faster:
-        head = f"{planned.shape} was asked for; {head}"
+        head = f"{chosen.shape} was asked for; {head}"
     differences = _differences(winner, loser)
-    return f"{head}: it {'; it '.join(differences)}." if differences else f"{head}; they differ in nothing else."
+    return f"{head}: it {'; it '.join(differences)}." if differences else f"{head}."
 
 
 def _differences(winner: Prediction, loser: Prediction) -> list[str]:

@@ -180,17 +180,21 @@ class Executor:
 
     def _forward(self, state: _Step, key: Key) -> None:
         block, micro_batch = key
-        start, stop = state.program.interval(block, micro_batch, self.rank)
         x = self._batch_slice(state, micro_batch) if block == 0 else state.inputs.pop(key)
-        ids = torch.arange(start, stop, device=self.device) + self._first_sample
         train = state.program.mode == "train"
         if train and block > 0:
             x = x.detach().requires_grad_()
-        y = self.blocks[block](x, Keys(self.seed, state.number, ids))
+        modules = self.blocks[block]
+        y = modules(x, self._keys(state, key) if train and modules.draws else None)
         if train:
             edge = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
             state.saved[key] = x, edge
         state.outputs[key] = y.detach()
+
+    def _keys(self, state: _Step, key: Key) -> Keys:
+        start, stop = state.program.interval(*key, self.rank)
+        first = self._first_sample
+        return Keys(self.seed, state.number, torch.arange(first + start, first + stop, device=self.device))
 
     def _batch_slice(self, state: _Step, micro_batch: int) -> torch.Tensor:
         assert state.batch is not None

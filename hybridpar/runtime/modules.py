@@ -55,7 +55,12 @@ class BlockModules(nn.Module):
         self.owned = owned
         self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
 
-    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
+    @property
+    def draws(self) -> bool:
+        """Whether a forward in training needs keys."""
+        return bool(self._dropouts)
+
+    def forward(self, x: torch.Tensor, keys: Keys | None) -> torch.Tensor:
         """Run the layers on (samples, ...); ``keys`` belong to the samples."""
         for dropout in self._dropouts:
             dropout.keys = keys
