@@ -14,6 +14,8 @@ from hybridpar.cluster.describe import from_config
 from hybridpar.cluster.topology import Cluster
 from hybridpar.config import Config
 from hybridpar.model.chain import Chain
+from hybridpar.planning.check import check
+from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.search import Candidate, Planned, assess, search
 from hybridpar.profiling.analytic import estimate
@@ -104,9 +106,15 @@ def measured(config: Config, traced: Traced, report: Report) -> Profile:
 
 
 def make_plan(config: Config, subject: Subject) -> Planned:
-    """Return the plan: searched for, or read from a file and assessed on this cluster. Raises HybridparError."""
+    """Return the plan: searched for, or read from a file and assessed on this cluster.
+
+    Its program has passed the deadlock check. Raises HybridparError.
+    """
     if config.plan.shape != "from_file":
-        return search(subject.chain, subject.profile, subject.cluster, config.request())
-    plan = Plan.load(Path(str(config.plan.path)), subject.chain)
-    plan = assess(plan, subject.chain, subject.profile, subject.cluster)
-    return Planned(plan, "from_file", (Candidate("from_file", plan),), 1)
+        planned = search(subject.chain, subject.profile, subject.cluster, config.request())
+    else:
+        plan = Plan.load(Path(str(config.plan.path)), subject.chain)
+        plan = assess(plan, subject.chain, subject.profile, subject.cluster)
+        planned = Planned(plan, "from_file", (Candidate("from_file", plan),), 1)
+    check(compile_program(planned.plan, subject.chain, planned.plan.global_batch, "train"))
+    return planned

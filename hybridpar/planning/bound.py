@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from hybridpar.cluster.collectives import all_reduce
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks, positions
-from hybridpar.planning.compile import is_zero, parameter_count
+from hybridpar.planning.compile import bucket_count, is_zero
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.layout import length
 from hybridpar.planning.plan import Plan
@@ -29,7 +29,7 @@ def lower_bound(plan: Plan, chain: Chain, costs: Costs) -> float:
         for index, rank in enumerate(position.ranks):
             work[rank] += _rank_time(plan, chain, position, own[position.index], index, costs)
         if position.replicated and not is_zero(plan, position):
-            sizes = [parameter_count(chain, b.layers) * plan.itemsize for b in own[position.index]]
+            sizes = [bucket_count(chain, position, b) * plan.itemsize for b in own[position.index]]
             times = [all_reduce(costs.cluster, position.ranks, s) for s in sizes if s]
             reductions = max(reductions, sum(times))
     node: dict[int, float] = defaultdict(float)

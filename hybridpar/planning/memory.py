@@ -10,7 +10,7 @@ from typing import Literal
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position
-from hybridpar.planning.compile import is_zero, parameter_count
+from hybridpar.planning.compile import bucket_count, is_zero, parameter_count
 from hybridpar.planning.layout import length
 from hybridpar.planning.program import Action, Operation, Program
 
@@ -70,7 +70,7 @@ def memory(program: Program, rank: int) -> Memory:
 def _owned_elements(block: Block, position: Position, rank: int, chain: Chain) -> int:
     """Parameter elements of a block on one of its ranks."""
     if not block.spans:
-        return parameter_count(chain, block.layers)
+        return bucket_count(chain, position, block)
     shard, total = position.ranks.index(rank), 0
     for span, layer in zip(block.spans[shard], chain.layers[slice(*block.layers)], strict=False):
         if layer.linear is None:

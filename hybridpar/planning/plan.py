@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
-from hybridpar.planning.layout import Interval, chunks, length
+from hybridpar.planning.layout import Interval, chunks, length, split
 from hybridpar.schema import from_data, read_json, to_data
 
 SCHEMA_VERSION = 1
@@ -262,37 +261,37 @@ def _validate_tail(stage: Stage, chain: Chain) -> None:
         stage.sharding,
         f"must have {len(linears)} entries, column or row for each linear layer",
     )
+    widths = [(f"entering layer {chain.layers[first].name}", chain.layers[first].in_shape[0])]
     for layer in linears:
-        assert layer.linear is not None
-        width = min(layer.linear.out_features, layer.linear.in_features)
+        if layer.linear is not None:
+            widths.append((f"of layer {layer.name}", layer.linear.out_features))
+            widths.append((f"entering layer {layer.name}", layer.linear.in_features))
+    for what, width in widths:
+        empty = [i for i, part in enumerate(split(width, stage.segments[0].weights)) if not length(part)]
         _require(
-            shards <= width,
+            not empty,
             "tail.ranks",
-            shards,
-            f"shards are more than the {width} features of layer {layer.name}",
-        )
-    if stage.sharding[0] == "row":
-        width = chain.layers[first].in_shape[0]
-        _require(
-            shards <= width, "tail.ranks", shards, f"shards are more than the {width} features that enter the tail"
+            f"{shards} shards",
+            f"leave shard {empty[:1]} none of the {width} features {what}; use fewer ranks or more even shares",
         )
 
 
 def _validate_ties(plan: Plan, chain: Chain) -> None:
-    def place(layer: int) -> tuple[int, int]:
-        return next(
-            (i, j)
-            for i, stage in enumerate(plan.stages)
-            for j, segment in enumerate(stage.segments)
-            if segment.layers[0] <= layer < segment.layers[1]
-        )
-
-    check: Callable[[tuple[int, ...]], bool] = lambda layers: len({place(i) for i in layers}) == 1  # noqa: E731
+    """Layers that share a parameter must lie in one segment, and not in a sharded one, whose slices differ."""
+    places = [(stage, segment) for stage in plan.stages for segment in stage.segments]
     for parameter, layers in chain.tied:
-        names = ", ".join(chain.layers[i].name for i in layers)
-        _require(
-            check(layers),
-            "stages",
-            f"layers {names}",
-            f"share parameter {parameter} and must lie in one segment; move the cut",
+        names = f"layers {', '.join(chain.layers[i].name for i in layers)}"
+        homes = {
+            number
+            for number, (_, segment) in enumerate(places)
+            for i in layers
+            if segment.layers[0] <= i < segment.layers[1]
+        }
+        remedy = f"share parameter {parameter} and must lie in one segment; move the cut"
+        _require(len(homes) == 1, "stages", names, remedy)
+        stage, segment = places[homes.pop()]
+        sharded = stage.kind == "tail" and len(segment.ranks) > 1
+        remedy = (
+            f"share parameter {parameter}, which a tail of several shards cannot hold; move the cut behind them"
         )
+        _require(not sharded, "tail.layers", names, remedy)

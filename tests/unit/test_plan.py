@@ -1,0 +1,46 @@
+"""Plans that cannot run are refused with the field named."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from hybridpar.errors import PlanError
+from hybridpar.model.chain import Chain
+from hybridpar.model.trace import trace
+from hybridpar.planning.plan import Plan, Segment, Stage, validate
+from tests.support.training import small_vgg
+
+
+def chain(classes: int = 7) -> Chain:
+    return trace(small_vgg(classes=classes), (2, 6, 6), "small").chain
+
+
+def plan_with_tail(model: Chain, shares: tuple[float, ...], start: int = 7) -> Plan:
+    world = len(shares)
+    front = Stage("front", 1, (Segment((0, start), tuple(range(world))),))
+    sharding = ("column",) * sum(1 for layer in model.layers[start:] if layer.linear)
+    tail = Stage("tail", 4, (Segment((start, len(model.layers)), tuple(range(world)), shares),), sharding)
+    return Plan(model.model, model.fingerprint, world, 12, "float64", (front, tail))
+
+
+def test_a_shard_without_features_is_refused() -> None:
+    """Uneven shares of few classes once left a shard with no logits, which failed in the middle of a step."""
+    model = chain()
+    validate(plan_with_tail(model, (2.0, 1.0)), model)
+    with pytest.raises(PlanError, match=r"plan\.tail\.ranks: 2 shards leave shard \[1\] none of the 6 features"):
+        validate(plan_with_tail(model, (20.0, 1.0)), model)
+
+
+def test_tied_layers_stay_together_and_out_of_shards() -> None:
+    """Each shard of a tied linear once got a copy of its own, and the copies drifted apart without an error."""
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    tied = trace(nn.Sequential(nn.Linear(4, 6), first, nn.ReLU(), second), (4,), "tied").chain
+    assert tied.tied
+    with pytest.raises(PlanError, match=r"plan\.tail\.layers: layers 1, 3 share parameter"):
+        validate(plan_with_tail(tied, (1.0, 1.0), start=1), tied)
+    with pytest.raises(PlanError, match=r"plan\.stages: layers 1, 3 share parameter"):
+        validate(plan_with_tail(tied, (1.0, 1.0), start=2), tied)
+    one = Stage("front", 1, (Segment((0, 4), (0, 1)),))
+    validate(Plan("tied", tied.fingerprint, 2, 12, "float64", (one,)), tied)
