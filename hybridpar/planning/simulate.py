@@ -9,7 +9,7 @@ others, as an operating system does.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -50,7 +50,11 @@ class Timeline:
 
 
 def simulate(program: Program, costs: Costs, steps: int = 2) -> Timeline:
-    """Run ``steps`` steps of the program in simulated time. The program must pass the deadlock check."""
+    """Run ``steps`` steps of the program in simulated time. The program must pass the deadlock check.
+
+    Ranks that are through go on with the step after, until all are: its work competes for cores and cards with the
+    end of the last step as it does at the end of every other.
+    """
     return _Simulation(program, costs, steps).run()
 
 
@@ -134,16 +138,17 @@ class _Simulation:
         self.waiting: dict[int, tuple[int, int]] = {}
         self.cards: dict[tuple[int, str], float] = defaultdict(float)
         self.ends = [0.0] * steps
-        self.finished: Counter[int] = Counter()
+        self.ended = 0
         self.spans: list[Span] = []
         self.cost = [[costs.action(program, r, a) for a in actions] for r, actions in enumerate(program.actions)]
         self.seconds = [costs.operation(program, o) if len(o.ranks) > 1 else 0.0 for o in program.operations]
 
     def run(self) -> Timeline:
         """Process events until all ranks are through."""
-        for rank in range(self.program.plan.world):
+        world = self.program.plan.world
+        for rank in range(world):
             self._proceed(rank, 0.0)
-        while self.events:
+        while self.events and self.ended < world:
             now, _, version, what = heapq.heappop(self.events)
             if isinstance(what, int):
                 if version == self.nodes[what].version:
@@ -162,7 +167,7 @@ class _Simulation:
         while True:
             if self.at[rank] == len(actions):
                 self._end_step(rank, now)
-                if self.step[rank] == self.steps:
+                if self.ended == self.program.plan.world:
                     return
                 continue
             number = self.at[rank]
@@ -181,7 +186,9 @@ class _Simulation:
 
     def _end_step(self, rank: int, now: float) -> None:
         step = self.step[rank]
-        self.ends[step] = max(self.ends[step], now)
+        if step < self.steps:
+            self.ends[step] = max(self.ends[step], now)
+            self.ended += step == self.steps - 1
         self.step[rank], self.at[rank] = step + 1, 0
 
     def _compute(self, rank: int, seconds: float, now: float) -> None:
