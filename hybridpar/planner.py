@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hybridpar.cluster.describe import from_config
 from hybridpar.cluster.topology import Cluster
 from hybridpar.config import Config
+from hybridpar.host import keep_freed_memory
 from hybridpar.model.chain import Chain
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
@@ -78,7 +79,7 @@ def _described(profile: Profile, config: Config) -> Chain:
 
 
 def measured(config: Config, traced: Traced, report: Report) -> Profile:
-    """Time the model's layers on this machine's device, or take the cached times. Raises ProfileError."""
+    """Time the model's layers on this machine's device as a run would, or take the cached times."""
     import torch  # noqa: PLC0415 - torch takes seconds to import
 
     from hybridpar.profiling.cache import cache_directory, cache_key, cached  # noqa: PLC0415
@@ -89,6 +90,7 @@ def measured(config: Config, traced: Traced, report: Report) -> Profile:
     precision = config.train.precision
 
     def make() -> Profile:
+        keep_freed_memory()
         return measure(
             traced.modules,
             traced.chain,

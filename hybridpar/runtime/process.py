@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from hybridpar.errors import HybridparError, LaunchError, PlanError
+from hybridpar.host import keep_freed_memory
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.compile import communicators
 from hybridpar.planning.plan import Plan
@@ -93,8 +94,10 @@ class Process:
         self._store = _open_store(self.place, self.timeout)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        elif self.place.local_world > 1:
-            torch.set_num_threads(1)
+        else:
+            keep_freed_memory()
+            if self.place.local_world > 1:
+                torch.set_num_threads(1)
 
     def agree(self, make: Callable[[], Plan]) -> Plan:
         """Return the plan that ``make`` gives on rank 0, on every rank; only rank 0 calls ``make``.
