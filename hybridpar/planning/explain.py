@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridpar.planning.plan import Prediction
-from hybridpar.planning.search import Candidate, Planned
+from hybridpar.planning.search import TIE, Candidate, Planned
 
 MUCH = 0.02
 """Share by which two figures must differ to be named as a reason."""
@@ -19,9 +19,10 @@ def _verdict(candidate: Candidate, planned: Planned, best_s: float) -> str:
     if candidate.plan is None:
         return f"impossible: {candidate.reason}"
     ratio = candidate.prediction.step_s / best_s if best_s else 1.0
+    fastest = ratio <= 1 + TIE
     if candidate.shape == planned.shape:
-        return "chosen" if ratio == 1.0 else f"chosen as asked, takes {ratio:.2f}x the fastest"
-    return "fastest" if ratio == 1.0 else f"takes {ratio:.2f}x the fastest"
+        return "chosen" if fastest else f"chosen as asked, takes {ratio:.2f}x the fastest"
+    return "fastest" if fastest else f"takes {ratio:.2f}x the fastest"
 
 
 def reason(planned: Planned) -> str:
@@ -37,7 +38,7 @@ def reason(planned: Planned) -> str:
 
 def _compare(chosen: Candidate, rival: Candidate) -> str:
     own, other = chosen.prediction, rival.prediction
-    faster = own.step_s <= other.step_s
+    faster = own.step_s <= other.step_s * (1 + TIE)
     winner, loser = (own, other) if faster else (other, own)
     names = (chosen.shape, rival.shape) if faster else (rival.shape, chosen.shape)
     head = f"{names[0]} is {loser.step_s / winner.step_s:.2f}x as fast as {names[1]}"

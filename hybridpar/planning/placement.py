@@ -40,6 +40,10 @@ def _check_pin(kind: Kind, pin: Pin, world: int) -> None:
         bad = [r for r in pin.ranks if not 0 <= r < world]
         if bad or not pin.ranks:
             raise PlanError(f"plan.{kind}.ranks: {list(pin.ranks)} must lie in 0..{world - 1}")
+        if pin.degree is not None and kind != "middle" and len(pin.ranks) != pin.degree:
+            raise PlanError(
+                f"plan.{kind}.degree: {pin.degree} is not the number of pinned ranks {list(pin.ranks)}"
+            )
         if pin.degree is not None and len(pin.ranks) % pin.degree:
             raise PlanError(f"plan.{kind}.degree: {pin.degree} does not divide the {len(pin.ranks)} pinned ranks")
     if pin.degree is not None and pin.degree > world:
@@ -60,6 +64,11 @@ def _stage_options(kind: Kind, world: int, pin: Pin, *, alone: bool) -> Iterator
     if kind == "middle":
         yield from _middle_options(everyone, pin, alone=alone)
         return
+    if alone and pin.degree is not None and pin.degree < world:
+        raise PlanError(
+            f"plan.{kind}.degree: {pin.degree} leaves {world - pin.degree} of the cluster's {world} ranks without "
+            "work; use them all, another shape, or fewer devices"
+        )
     sizes = [pin.degree] if pin.degree is not None else ([world] if alone else _sizes(world))
     for size in sizes:
         yield (everyone[:size],) if kind == "front" else (everyone[world - size :],)
@@ -79,6 +88,11 @@ def _middle_options(everyone: tuple[int, ...], pin: Pin, *, alone: bool) -> Iter
     degrees = (
         [pin.degree] if pin.degree is not None else sorted({d for d in (2, 3, 4, 8, world) if d <= world} or {1})
     )
+    if alone and pin.degree is not None and world % pin.degree:
+        raise PlanError(
+            f"plan.middle.degree: {pin.degree} segments cannot share the cluster's {world} ranks evenly; use a "
+            "divisor of it, another shape, or fewer devices"
+        )
     for degree in degrees:
         if world % degree == 0:
             yield _groups(everyone, degree)

@@ -23,7 +23,7 @@ from hybridpar.planning.draft import Draft, Drafting
 from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.placement import Groups, placements
 from hybridpar.planning.plan import Kind, Plan, Prediction, validate
-from hybridpar.planning.request import SHAPES, STAGES_OF, Request, Shape
+from hybridpar.planning.request import SHAPES, STAGES_OF, Pin, Request, Shape
 from hybridpar.planning.simulate import predict, simulate
 from hybridpar.profiling.record import Profile
 
@@ -37,6 +37,8 @@ WORTHWHILE = 0.002
 """Share of the step time by which a neighbour must be better."""
 WORTHWHILE_BYTES = 0.1
 """Likewise of the bytes above the memory limit, as long as nothing fits."""
+TIE = 1e-9
+"""Share of the step time within which shapes are equally fast; the simpler one wins."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ def search(chain: Chain, profile: Profile, cluster: Cluster, request: Request) -
         ProfileError: the profile belongs to another model.
     """
     profile.check(chain)
-    _check_pins(request)
+    _check_pins(request, chain)
     scorer = _Scorer(chain, profile, cluster, request)
     candidates = tuple(_best(shape, scorer, request) for shape in SHAPES)
-    able = [c for c in candidates if c.plan is not None and request.shape in {"auto", c.shape}]
+    able = [c for c in candidates if c.plan is not None and c.shape in _wanted(request)]
     if not able:
         _refuse(request, candidates, scorer)
-    chosen = min(able, key=lambda c: c.prediction.step_s)
+    fastest_s = min(c.prediction.step_s for c in able)
+    chosen = next(c for c in able if c.prediction.step_s <= fastest_s * (1 + TIE))
     assert chosen.plan is not None
     return Planned(chosen.plan, chosen.shape, candidates, scorer.tried)
 
@@ -188,14 +191,54 @@ class _Scorer:
         return replace(plan, prediction=predict(program, self.costs))
 
 
-def _check_pins(request: Request) -> None:
-    if request.shape == "auto":
-        return
+def _wanted(request: Request) -> tuple[Shape, ...]:
+    """Return the shapes to choose from: the one that was asked for, or all that have the pinned stages."""
+    if request.shape != "auto":
+        return (request.shape,)
+    return tuple(s for s in SHAPES if _pinned(request) <= set(STAGES_OF[s]))
+
+
+def _pinned(request: Request) -> set[Kind]:
+    return {kind for kind, pin in request.pins.items() if pin != Pin()}
+
+
+def _check_pins(request: Request, chain: Chain) -> None:
+    """Raise PlanError for pins that no placement could respect."""
     for kind, pin in request.pins.items():
-        if pin != type(pin)() and kind not in STAGES_OF[request.shape]:
+        if kind in _pinned(request) and request.shape != "auto" and kind not in STAGES_OF[request.shape]:
             raise PlanError(
                 f"plan.{kind}: shape {request.shape} has no {kind}; drop the override or use plan=three_stage"
             )
+        if pin.shares is not None and kind == "middle":
+            raise PlanError(
+                f"plan.middle.shares: {list(pin.shares)} cannot be pinned, since the replicas of a segment share "
+                "its samples evenly; drop it, or give shares of the front or the tail"
+            )
+        if pin.sharding is not None and kind != "tail":
+            raise PlanError(f"plan.{kind}.sharding: {list(pin.sharding)} belongs to the tail only; drop it")
+        if pin.in_flight is not None and pin.in_flight < 1:
+            raise PlanError(f"plan.{kind}.in_flight: {pin.in_flight} is below 1; give a number of samples")
+        last = len(chain.layers)
+        if pin.layers is not None and not 0 <= pin.layers[0] < pin.layers[1] <= last:
+            raise PlanError(
+                f"plan.{kind}.layers: {list(pin.layers)} is no run of layers of {chain.model}; "
+                f"give [first,end] with 0 <= first < end <= {last}"
+            )
+
+
+def _check_layers(kinds: tuple[Kind, ...], drafting: Drafting, request: Request) -> None:
+    """Raise PlanError where pinned layers leave a gap, overlap, or miss an end of the chain."""
+    last = len(drafting.chain.layers)
+    edges: dict[int, tuple[int, str]] = {0: (0, "the first layer"), len(kinds): (last, "the last layer")}
+    for i, kind in enumerate(kinds):
+        pinned = request.pin(kind).layers
+        for edge, at in ((i, pinned[0]), (i + 1, pinned[1])) if pinned else ():
+            known, what = edges.setdefault(edge, (at, f"plan.{kind}.layers"))
+            if known != at:
+                side = "start" if edge == i else "end"
+                raise PlanError(
+                    f"plan.{kind}.layers: {list(pinned or ())} must {side} at {known}, as {what} does; change it"
+                )
 
 
 def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
@@ -207,8 +250,15 @@ def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
     promising = sorted(starts, key=scorer.bound)[:SCORED_STARTS]
     ranked = sorted(promising, key=scorer.score)
     best = min((_improve(d, scorer) for d in ranked[:KEPT_STARTS]), key=scorer.score, default=None)
+    if best is not None and scorer.score(best)[0] == 1:
+        lean = (_sized(draft, scorer.drafting, request, lean=True) for draft in promising)
+        best = next((_improve(d, scorer) for d in lean if scorer.fits(d)), best)
     if best is None:
-        return Candidate(shape, None, "the pinned ranks and degrees fit no placement of this shape")
+        return Candidate(
+            shape,
+            None,
+            f"no placement on {scorer.cluster.world} ranks gives each stage a layer and respects the pins",
+        )
     plan = scorer.predicted(best)
     if plan is None:
         return Candidate(shape, None, scorer.reasons[best], over_memory=scorer.score(best)[0] == 1)
@@ -230,25 +280,26 @@ def _starts(shape: Shape, drafting: Drafting, request: Request) -> Iterator[Draf
     kinds = STAGES_OF[shape]
     if "tail" in kinds and drafting.chain.tail_start == len(drafting.chain.layers):
         raise PlanError("the model does not end in linear layers, so no tail can be tensor-parallel")
+    _check_layers(kinds, drafting, request)
     for ranks in placements(kinds, drafting.world, request):
         cuts = _first_cuts(drafting, kinds, ranks, request)
         if cuts is None:
             continue
         order = request.order or "one_forward_one_backward"
         draft = Draft(kinds, cuts, ranks, (1,) * len(kinds), (), order)
-        draft = replace(draft, micro_batches=_first_sizes(drafting, draft, request))
+        draft = _sized(draft, drafting, request, lean=False)
         yield replace(draft, sharding=drafting.resized_sharding(draft))
 
 
-def _first_sizes(drafting: Drafting, draft: Draft, request: Request) -> tuple[int, ...]:
-    """Start from middling micro-batches; where they have to differ, from the nearest that do."""
+def _sized(draft: Draft, drafting: Drafting, request: Request, *, lean: bool) -> Draft:
+    """Give a draft middling micro-batches, or the least; where they have to differ, the nearest that do."""
     chosen: list[int] = []
     for i, kind in enumerate(draft.kinds):
         sizes = drafting.sizes(draft, i)
-        middling = sizes[max(len(sizes) - FIRST_SIZE[kind], 0)]
-        free = [s for s in sizes if not request.distinct or s not in chosen] or [middling]
-        chosen.append(min(free, key=lambda s: abs(s - middling)))
-    return tuple(chosen)
+        wanted = sizes[0] if lean else sizes[max(len(sizes) - FIRST_SIZE[kind], 0)]
+        free = [s for s in sizes if not request.distinct or s not in chosen] or [wanted]
+        chosen.append(min(free, key=lambda s: abs(s - wanted)))
+    return replace(draft, micro_batches=tuple(chosen))
 
 
 def _first_cuts(
@@ -276,36 +327,38 @@ def _first_cuts(
 
 
 def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: _Scorer) -> NoReturn:
-    wanted = [c for c in candidates if request.shape in {"auto", c.shape}]
+    wanted = [c for c in candidates if c.shape in _wanted(request)]
     reasons = "; ".join(f"{c.shape}: {c.reason}" for c in wanted)
-    if not all(c.over_memory for c in wanted):
+    if not any(c.over_memory for c in wanted):
         raise PlanError(f"no plan is possible: {reasons}")
-    fitting = _fitting_batch(request, scorer)
-    advice = f"train.global_batch={fitting} would fit" if fitting else "even a global batch of 1 does not fit"
-    raise MemoryLimitError(f"no plan fits into memory: {reasons}; {advice}; or use devices with more memory")
+    raise MemoryLimitError(
+        f"no plan fits into memory: {reasons}; {_advice(request, scorer)}; or use devices with more memory"
+    )
 
 
-def _fitting_batch(request: Request, scorer: _Scorer) -> int | None:
-    """Return the largest half, quarter, ... of the global batch at which the leanest plans of the shape fit."""
-    batch = request.global_batch // 2
-    free = {kind: replace(pin, micro_batch=None, in_flight=None) for kind, pin in request.pins.items()}
-    while batch:
-        smaller = replace(request, global_batch=batch, pins=free)
-        trial = _Scorer(scorer.chain, scorer.costs.profile, scorer.cluster, smaller)
-        if any(trial.fits(draft) for draft in _leanest(trial, smaller)):
-            return batch
-        batch //= 2
-    return None
+def _advice(request: Request, scorer: _Scorer) -> str:
+    """Say which half, quarter, ... of the global batch would fit, if need be without the pinned micro-batches."""
+    freed = {kind: replace(pin, micro_batch=None, in_flight=None) for kind, pin in request.pins.items()}
+    for pins, condition in ((request.pins, ""), (freed, " with no micro_batch and in_flight pinned")):
+        batch = request.global_batch if pins != request.pins else request.global_batch // 2
+        while batch:
+            smaller = replace(request, global_batch=batch, pins=pins)
+            trial = _Scorer(scorer.chain, scorer.costs.profile, scorer.cluster, smaller)
+            if any(trial.fits(draft) for draft in _leanest(trial, smaller)):
+                return f"train.global_batch={batch}{condition} would fit"
+            batch //= 2
+        if freed == request.pins:
+            break
+    return "even a global batch of 1 does not fit"
 
 
 def _leanest(scorer: _Scorer, request: Request) -> Iterator[Draft]:
-    """Yield the placements of the wanted shapes with the smallest micro-batches."""
-    for shape in SHAPES:
-        if request.shape in {"auto", shape}:
-            with contextlib.suppress(PlanError):
-                for draft in _starts(shape, scorer.drafting, request):
-                    least = [scorer.drafting.sizes(draft, i)[0] for i in range(len(draft.kinds))]
-                    yield replace(draft, micro_batches=tuple(least))
+    """Yield the most promising placements of the wanted shapes with the smallest micro-batches."""
+    for shape in _wanted(request):
+        with contextlib.suppress(PlanError):
+            starts = sorted(_starts(shape, scorer.drafting, request), key=scorer.bound)
+            for draft in starts[:SCORED_STARTS]:
+                yield _sized(draft, scorer.drafting, request, lean=True)
 
 
 def memory_line(plan: Plan, rank: int, peak: int, cluster: Cluster) -> str:
