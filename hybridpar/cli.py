@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,12 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if given[0] == "--version":
         sys.stdout.write(f"hybridpar {__version__}\n")
         raise SystemExit(0)
+    raise SystemExit(_run(given[0], given[1:]))
+
+
+def _run(command: str, overrides: Sequence[str]) -> int:
+    """Run a command and return its exit code; a mistake that all ranks of a node make is told once."""
     try:
-        _command(given[0])(compose(given[1:]))
+        _command(command)(compose(overrides))
     except HybridparError as e:
-        sys.stderr.write(f"hybridpar: {e}\n")
-        raise SystemExit(2) from None
-    raise SystemExit(0)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"hybridpar: {e}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("hybridpar: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # Whoever read has left: nothing is flushed to them at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _command(name: str) -> Callable[[Config], None]:
@@ -105,6 +118,8 @@ def profile(config: Config) -> None:
 
     if config.out is None:
         raise ConfigError("out: missing; name the file for the profile, as in out=profile.json")
+    if not Path(config.out).resolve().parent.is_dir():
+        raise ConfigError(f"out: {config.out} lies in no existing folder; make it first")
     if config.profile.kind != "measured":
         raise ConfigError(f"profile={config.profile.kind} cannot be measured; use profile=measured")
     traced, _ = load_model(config)

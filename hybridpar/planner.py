@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hybridpar.cluster.describe import from_config
 from hybridpar.cluster.topology import Cluster
 from hybridpar.config import Config
+from hybridpar.errors import ProfileError
 from hybridpar.host import keep_freed_memory
 from hybridpar.model.chain import Chain
 from hybridpar.planning.check import check
@@ -58,35 +59,50 @@ def prepare(
     model where it was traced already. ``world`` is the number of ranks of a local cluster that names none.
     Raises HybridparError for whatever does not fit together.
     """
-    cluster = from_config(config.cluster, world=world)
+    cluster = from_config(config.cluster, world=world, device=config.train.device)
     if config.profile.kind == "from_file":
         profile = Profile.load(Path(str(config.profile.path)))
-        chain = traced.chain if traced is not None else _described(profile, config)
+        chain = traced.chain if traced is not None else _described(profile, config, report)
         profile.check(chain)
+        _check_precision(profile, config)
         return Subject(chain, profile, cluster)
     traced = traced or load_model(config)[0]
     if config.profile.kind == "analytic":
         profile = estimate(traced.chain, cluster.device, config.train.precision)
     else:
-        profile = measured(config, traced, report)
+        on_cpu = cluster.device.kind == "cpu" and config.cluster.get("kind") == "local"
+        profile = measured(config, traced, report, on_cpu=on_cpu)
     return Subject(traced.chain, profile, cluster)
 
 
-def _described(profile: Profile, config: Config) -> Chain:
-    if profile.described is None:
+def _described(profile: Profile, config: Config, report: Report) -> Chain:
+    """Return the profile's own chain; it stands in for the configured model."""
+    chain = profile.described
+    if chain is None:
         return load_model(config)[0].chain
-    return profile.described
+    if (chain.model, chain.in_shape) != (config.model.name, config.model.in_shape):
+        report(f"planning model {chain.model} of the profile (not {config.model.name} of the configuration)")
+    return chain
 
 
-def measured(config: Config, traced: Traced, report: Report) -> Profile:
+def _check_precision(profile: Profile, config: Config) -> None:
+    if profile.dtype != config.train.precision:
+        raise ProfileError(
+            f"the profile was taken in {profile.dtype}, but train.precision={config.train.precision}; "
+            f"set train.precision={profile.dtype}, or profile again"
+        )
+
+
+def measured(config: Config, traced: Traced, report: Report, *, on_cpu: bool = False) -> Profile:
     """Time the model's layers on this machine's device as a run would, or take the cached times."""
     import torch  # noqa: PLC0415 - torch takes seconds to import
 
     from hybridpar.profiling.cache import cache_directory, cache_key, cached  # noqa: PLC0415
     from hybridpar.profiling.measure import device_name, measure  # noqa: PLC0415
 
-    choice, settings = config.train.device, config.profile
-    device = "cuda" if choice == "cuda" or (choice == "auto" and torch.cuda.is_available()) else "cpu"
+    settings = config.profile
+    on_cpu = on_cpu or config.train.device == "cpu" or not torch.cuda.is_available()
+    device = "cpu" if on_cpu else "cuda"
     precision = config.train.precision
 
     def make() -> Profile:

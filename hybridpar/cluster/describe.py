@@ -9,16 +9,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pynvml
 import yaml
 
-from hybridpar.cluster.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, CUDA_OVERHEAD_S, DEVICES, custom, scaled
+from hybridpar.cluster.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, CUDA_OVERHEAD_S, DEVICES, custom
 from hybridpar.cluster.topology import Cluster, Device, Link, Node
 from hybridpar.errors import ClusterError
 from hybridpar.schema import from_data, to_data
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+"""What a job runs on; auto: one GPU per rank where there are enough, else the CPU."""
 
 # Two gloo processes of one thread each on a machine with 2 AMD EPYC cores over the loopback interface, PyTorch
 # 2.14, measured on 2026-11-23 as half of a ping-pong's median time: 1 KiB 59 us, 16 KiB 79 us, 64 KiB 91 us,
@@ -46,11 +49,14 @@ class NodeGroup:
     site: str = "site0"
 
 
-def from_config(data: Mapping[str, Any], where: str = "cluster", world: int | None = None) -> Cluster:
+def from_config(
+    data: Mapping[str, Any], where: str = "cluster", world: int | None = None, device: DeviceChoice = "auto"
+) -> Cluster:
     """Build the cluster of a ``cluster`` config group.
 
     ``kind`` says where it comes from: ``preset`` (the fields stand in ``data``), ``from_file`` (in the YAML file
-    ``path``) or ``local`` (this machine with ``world`` ranks; the argument ``world`` where the config has none).
+    ``path``) or ``local`` (this machine with ``world`` ranks, the argument ``world`` where the config has none, on
+    ``device``).
     For the latter two, fields of ``data`` that are not null replace what was read or detected, and a device preset
     replaces the whole device.
     Raises ClusterError naming the field, with ``where`` before it.
@@ -61,7 +67,7 @@ def from_config(data: Mapping[str, Any], where: str = "cluster", world: int | No
         return from_mapping(rest, where)
     if kind == "local":
         ranks = data.get("world")
-        return from_mapping(_over(_plain(local(world if ranks is None else ranks)), rest), where)
+        return from_mapping(_over(_plain(local(world if ranks is None else ranks, device)), rest), where)
     if kind == "from_file":
         path = data.get("path")
         if not path or path == "???":
@@ -116,21 +122,25 @@ def save(cluster: Cluster, path: Path) -> None:
     path.write_text(yaml.safe_dump(_plain(cluster), sort_keys=False))
 
 
-def local(world: int | None = None) -> Cluster:
-    """Describe this machine as one node of ``world`` ranks.
+def local(world: int | None = None, choice: DeviceChoice = "auto") -> Cluster:
+    """Describe this machine as one node of ``world`` ranks, on the device that a job of so many would run on.
 
-    With NVIDIA GPUs: one rank per GPU, or ``world`` ranks that share them evenly. Without: ``world`` ranks (or one
-    per usable core, at least 2) on the usable cores, each with an equal share of the available memory. Rates come
-    from the device presets, links from constants of this module and NVML. Raises ClusterError for a world below 1
-    and for GPUs that differ or cannot be described.
+    With at least ``world`` NVIDIA GPUs: one rank per GPU. Else, or where ``choice`` is cpu: ``world`` ranks (or
+    one per usable core, at least 2) on the usable cores, each with an equal share of the available memory. Rates come
+    from the device presets, links from constants of this module and NVML. Raises ClusterError for a world below 1,
+    for GPUs that differ or cannot be described, and where ``choice`` is cuda and there are fewer than ranks.
     """
     if world is not None and world < 1:
         raise ClusterError(f"world: {world} is below 1; a job has at least one rank")
-    gpu = _gpus()
-    if gpu is not None:
+    gpu = None if choice == "cpu" else _gpus()
+    if gpu is not None and gpu[0] >= (world or 1):
         count, device, link = gpu
-        ranks = count if world is None else world
-        return Cluster("local", scaled(device, math.ceil(ranks / count)), (Node(ranks),), {"node": link})
+        return Cluster("local", device, (Node(count if world is None else world),), {"node": link})
+    if choice == "cuda":
+        raise ClusterError(
+            f"train.device=cuda needs one GPU per rank, but there are {gpu[0] if gpu else 0} for {world or 1} "
+            "ranks; start fewer ranks, or set train.device=cpu"
+        )
     cores = usable_cores()
     ranks = max(2, cores) if world is None else world
     device = custom({"preset": "cpu_core", "memory_bytes": usable_memory_bytes() / ranks}, "device")

@@ -26,6 +26,8 @@ class Device:
     overhead_s: float
     """Fixed cost of starting one layer's kernels."""
     kind: Literal["cuda", "cpu"] = "cuda"
+    action_s: float = 0.0
+    """What the executor itself takes per action on a CPU that also computes; a GPU computes meanwhile."""
 
 
 @dataclass(frozen=True)

@@ -52,4 +52,6 @@ def _rank_time(plan: Plan, chain: Chain, position: Position, own: list[Block], i
         if size
         for block in own
     )
+    if is_zero(plan, position):
+        return passes
     return passes + costs.update(chain, plan.itemsize, own, index)

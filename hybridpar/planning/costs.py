@@ -20,6 +20,10 @@ COPY_PASSES = 2
 """A copy reads and writes every byte."""
 
 
+HOST_ACTIONS = {"forward", "backward", "score", "loss", "norm", "update", "start"}
+"""Actions that cost the executor a device's ``action_s``."""
+
+
 class Costs:
     """Seconds of actions and operations."""
 
@@ -28,7 +32,30 @@ class Costs:
         self._passes: dict[tuple[Interval, tuple[Span, ...], int, str], float] = {}
 
     def action(self, program: Program, rank: int, action: Action) -> float:
-        """Return the seconds that an action keeps its rank's device busy."""
+        """Return the seconds that an action keeps its rank busy.
+
+        Without a GPU that includes the executor itself, and moving messages between memory and sockets.
+        """
+        seconds = self._device_time(program, rank, action)
+        if self.cluster.device.kind == "cpu":
+            seconds += self.cluster.device.action_s * (action.kind in HOST_ACTIONS)
+            seconds += self._moving_time(program, action)
+        return seconds
+
+    def _moving_time(self, program: Program, action: Action) -> float:
+        """Seconds of a core per message, as fast as the link within a node: the sender's at its start.
+
+        A collective's ring sends and receives alike; its bytes count at the wait.
+        """
+        if action.operation is None:
+            return 0.0
+        operation = program.operations[action.operation]
+        rate = self.cluster.link("node").bytes_per_s
+        if operation.kind == "send":
+            return operation.bytes / rate * (action.kind == "start")
+        return wire_bytes(operation) / len(operation.ranks) / rate * (action.kind == "wait")
+
+    def _device_time(self, program: Program, rank: int, action: Action) -> float:
         if action.kind in {"forward", "backward"}:
             block = program.blocks[action.block or 0]
             samples = length(program.interval(block.index, action.micro_batch or 0, rank))

@@ -82,7 +82,8 @@ class Drafting:
         share = self.share(draft, stage)
         parts = {-(-share // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)}
         powers = {1 << k for k in range(share.bit_length()) if 1 << k <= share <= 64 << k}
-        return sorted(parts | powers)
+        least = min(self.request.least_micro_batch, share)
+        return sorted(size for size in parts | powers if size >= least)
 
     def neighbours(self, draft: Draft) -> Iterator[Draft]:
         """Yield the drafts that differ in one choice: a micro-batch, a cut, one linear's sharding, the order."""

@@ -58,6 +58,8 @@ class Request:
     bucket_bytes: int = 8 * 2**20
     distinct: bool = False
     """Only plans whose stages all have different micro-batch sizes."""
+    least_micro_batch: int = 1
+    """No smaller micro-batches, apart from pinned ones."""
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:

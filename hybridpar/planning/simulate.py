@@ -94,6 +94,21 @@ def _stage_predictions(program: Program, costs: Costs) -> tuple[StagePrediction,
     return tuple(result)
 
 
+def _folded(program: Program, rank: int, costs: Costs) -> list[float]:
+    """Return the seconds of a rank's actions; what starts and waits cost counts with the next computation."""
+    actions = program.actions[rank]
+    seconds = [costs.action(program, rank, action) for action in actions]
+    carried, last = 0.0, None
+    for i, action in enumerate(actions):
+        if action.operation is not None:
+            carried, seconds[i] = carried + seconds[i], 0.0
+        elif seconds[i] > 0:
+            carried, seconds[i], last = 0.0, seconds[i] + carried, i
+    if last is not None:
+        seconds[last] += carried
+    return seconds
+
+
 class _Node:
     """The cores of a node, shared evenly by the ranks that compute."""
 
@@ -140,7 +155,7 @@ class _Simulation:
         self.ends = [0.0] * steps
         self.ended = 0
         self.spans: list[Span] = []
-        self.cost = [[costs.action(program, r, a) for a in actions] for r, actions in enumerate(program.actions)]
+        self.cost = [_folded(program, rank, costs) for rank in range(program.plan.world)]
         self.seconds = [costs.operation(program, o) if len(o.ranks) > 1 else 0.0 for o in program.operations]
 
     def run(self) -> Timeline:

@@ -43,11 +43,13 @@ def show(
 def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
     shape = "x".join(map(str, chain.in_shape))
     source = "measured" if profile.source == "measured" else "estimated from the device's data sheet"
+    unkeyed = [layer.name for layer in chain.layers if layer.random == "unkeyed"]
+    random = f"\nrandom numbers that depend on the plan (no parity with one process): {', '.join(unkeyed)}"
     return (
         f"{plan.model}: {len(chain.layers)} layers, {_count(chain.parameter_count)} parameters, input {shape}, "
         f"global batch {plan.global_batch}, {plan.precision}\n"
         f"{cluster.name}: {cluster.world} ranks on {_plural(len(cluster.nodes), 'node')}, {cluster.device.name}, "
-        f"layer times {source} ({profile.device})"
+        f"layer times {source} ({profile.device}){random if unkeyed else ''}"
     )
 
 

@@ -142,17 +142,19 @@ class Process:
     def connect(self, plan: Plan) -> ProcessGroups:
         """Make the process groups of a plan and one connection per pair of ranks that exchange anything.
 
-        Raises LaunchError, before any process group exists, where the plan is for another number of processes.
+        A default group that exists already, of an earlier job or the user's own, is used. Raises LaunchError,
+        before any process group exists, where the plan is for another number of processes.
         """
         check_world(plan, self.world)
         cuda = self.device.type == "cuda"
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=self._store,
-            rank=self.rank,
-            world_size=self.world,
-            timeout=self.timeout,
-        )
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=self.timeout,
+            )
         result, self.groups = create_communicators(plan, self.rank, "nccl" if cuda else "gloo", self.timeout)
         _warm_up(plan, self.rank, self.groups, self.device)
         return result

@@ -21,7 +21,7 @@ from hybridpar.cluster.collectives import (
     reduce_scatter,
     wire_bytes_all_reduce,
 )
-from hybridpar.cluster.devices import DEVICES, device, scaled
+from hybridpar.cluster.devices import DEVICES, device
 from hybridpar.cluster.topology import Cluster, Link, Node
 from hybridpar.errors import ClusterError
 
@@ -219,13 +219,6 @@ def test_overrides_replace_fields_and_merge_rates():
 def test_wrong_devices_are_named(name, overrides, message):
     with pytest.raises(ClusterError, match=message):
         device(name, **overrides)
-
-
-def test_a_shared_device_is_split_evenly():
-    half = scaled(DEVICES["A100"], 2)
-    assert half.memory_bytes == 40e9
-    assert half.flops_per_s["float32"] * 2 == DEVICES["A100"].flops_per_s["float32"]
-    assert half.overhead_s == DEVICES["A100"].overhead_s
 
 
 # --- descriptions
@@ -446,7 +439,16 @@ def test_known_gpus_take_their_preset_and_real_memory(gpus):
     assert c.device == device("V100", memory_bytes=10e9)
     assert c.links["node"].bytes_per_s == pytest.approx(2 * 25e9 * 0.8)
     assert describe.local(2).device == c.device
-    assert describe.local(8).device.memory_bytes == 5e9
+    assert describe.local(4, "cuda").device.kind == "cuda"
+    assert describe.local(2, "cpu").device.kind == "cpu"
+
+
+def test_a_job_with_more_ranks_than_gpus_is_planned_for_the_cpu_it_runs_on(gpus):
+    gpus.names = ["Tesla V100-SXM2-16GB"]
+    assert describe.local(1).device.kind == "cuda"
+    assert describe.local(4).device.kind == "cpu"
+    with pytest.raises(ClusterError, match="there are 1 for 4 ranks"):
+        describe.local(4, "cuda")
 
 
 def test_unknown_gpus_are_described_by_their_clocks(gpus):
