@@ -1,28 +1,52 @@
 """The configuration of a job: Hydra at the edge, plain frozen objects inside.
 
 This is the only module that knows Hydra. ``compose`` reads the groups below ``conf/``, applies overrides, and
-converts the result once.
+converts the result once into the sections of ``hybridpar.sections``.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from hybridpar.data.spec import DataSpec
 from hybridpar.errors import ConfigError, PlanError
-from hybridpar.planning.plan import Kind, OrderRule, Precision, Recipe
-from hybridpar.planning.request import Pin, Request, Shape
+from hybridpar.planning.plan import Recipe, validate_recipe
+from hybridpar.planning.request import Request
 from hybridpar.schema import from_data
+from hybridpar.sections import (
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    PlanConfig,
+    ProfileConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    nearest,
+)
+
+__all__ = [
+    "Config",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "PlanConfig",
+    "ProfileConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "compose",
+    "conf_dir",
+]
 
 T = TypeVar("T")
 
 _OPEN = re.compile(r"^(model|optimizer)\.options\.")
-"""Mappings that take any key: whoever gets the options checks their names."""
+"""Mappings that take any key: their sections or whoever gets the options check the names."""
 
 
 class _FieldError(ConfigError):
@@ -50,10 +74,21 @@ class Config:
     """All of it as YAML."""
 
     def __post_init__(self) -> None:
-        if self.optimizer.sharding == "zero1" and self.train.precision != "float32":
+        validate_recipe(Recipe(self.optimizer.clip is not None, self.optimizer.sharding), self.train.precision)
+        path = self.cluster.get("path")
+        if path is not None and self.cluster.get("kind") != "from_file":
+            remedy = _from_file("cluster", path)
+            raise ConfigError(f"cluster.path: {path} is read by cluster=from_file only; {remedy}")
+
+    def refuse_for_training(self) -> None:
+        """Raise ConfigError where a key is set that a training would take no notice of."""
+        given = {"format": self.format, "out": self.out, "explain": str(self.explain).lower()}
+        without = {"format": "text", "out": None, "explain": "false"}
+        idle = [f"{key}={value}" for key, value in given.items() if value != without[key]]
+        if idle:
             raise ConfigError(
-                f"optimizer.sharding=zero1 keeps float32 state, but train.precision={self.train.precision}; "
-                "set train.precision=float32 or optimizer.sharding=none"
+                f"{' '.join(idle)}: of no effect on a training, which writes to run.dir; leave it out, or see the "
+                "plan with `hybridpar plan`"
             )
 
     def request(self) -> Request:
@@ -69,6 +104,7 @@ class Config:
             order=self.plan.order,
             bucket_bytes=self.plan.bucket_bytes,
             distinct=self.plan.distinct,
+            least_micro_batch=self.plan.least_micro_batch,
         )
 
     def recipe(self) -> Recipe:
@@ -178,17 +214,28 @@ def _unreadable(overrides: Sequence[str], cause: Exception) -> NoReturn:
     for override in overrides:
         key = _key(override)
         if (full_key and (key == full_key or key.startswith(f"{full_key}."))) or f"'{key}'" in str(cause):
-            name = override.split("=", maxsplit=1)[0]
-            if "=" not in override:
+            name, equals, value = override.partition("=")
+            if not equals:
                 break
-            known = _known(overrides)
-            hint = nearest(key, known) or f"; there are {', '.join(k for k in known if '.' not in k)}"
-            raise ConfigError(f"unknown override {name}{hint}") from cause
+            raise ConfigError(f"unknown override {name}{_hint(key, value, overrides)}") from cause
     text = getattr(cause, "override", None)
     named = f"override {text!r}" if text else "the overrides"
     raise ConfigError(
         f"cannot read {named}: {_first_line(cause)}; write key=value, a list as key=[a,b], and quote other text"
     ) from cause
+
+
+def _hint(key: str, value: str, overrides: Sequence[str]) -> str:
+    """Return what the user of an unknown key may have meant."""
+    group, _, field = key.partition(".")
+    if field == "path" and "from_file" in _choices(conf_dir() / group):
+        return f"; {_from_file(group, value)}"
+    known = _known(overrides)
+    return nearest(key, known) or f"; there are {', '.join(k for k in known if '.' not in k)}"
+
+
+def _from_file(group: str, path: str) -> str:
+    return f"use {group}=from_file {group}.path={path}"
 
 
 def _known(overrides: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@
     |   `-- MemoryLimitError    a plan needs more memory than a device has
     |-- ProgramError            a program would hang, or its actions do not fit together
     |-- DataError               a data set is missing or malformed
+    |-- DivergenceError         the training left the finite numbers
     `-- LaunchError             the job was started in a way that cannot work (world size, backend)
 
 Everything else that is raised is a bug of ours or a fault of the machine: exit code 1, with its traceback.
@@ -51,6 +52,10 @@ class ProgramError(HybridparError):
 
 class DataError(HybridparError):
     """A data set is missing or malformed."""
+
+
+class DivergenceError(HybridparError):
+    """The training left the finite numbers."""
 
 
 class LaunchError(HybridparError):

@@ -126,9 +126,11 @@ def local(world: int | None = None, choice: DeviceChoice = "auto") -> Cluster:
     """Describe this machine as one node of ``world`` ranks, on the device that a job of so many would run on.
 
     With at least ``world`` NVIDIA GPUs: one rank per GPU. Else, or where ``choice`` is cpu: ``world`` ranks (or
-    one per usable core, at least 2) on the usable cores, each with an equal share of the available memory. Rates come
-    from the device presets, links from constants of this module and NVML. Raises ClusterError for a world below 1,
-    for GPUs that differ or cannot be described, and where ``choice`` is cuda and there are fewer than ranks.
+    one per usable core, at least 2) on the usable cores, each with an equal share of the available memory. Rates
+    come from the device presets, links from constants of this module and NVML.
+
+    Raises ClusterError for a world below 1, for GPUs that differ or cannot be described, and where ``choice`` is
+    cuda but ranks outnumber the GPUs.
     """
     if world is not None and world < 1:
         raise ClusterError(f"world: {world} is below 1; a job has at least one rank")

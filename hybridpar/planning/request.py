@@ -64,6 +64,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.global_batch < 1:
             raise PlanError(f"train.global_batch: {self.global_batch} is below 1; give a number of samples")
+        if self.least_micro_batch < 1:
+            raise PlanError(f"plan.least_micro_batch: {self.least_micro_batch} is below 1; give a size")
 
     def pin(self, kind: Kind) -> Pin:
         """Return the pins of a stage."""

@@ -1,0 +1,224 @@
+"""The sections of a job's configuration: plain frozen objects that know neither Hydra nor torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hybridpar.errors import ConfigError, PlanError
+from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
+from hybridpar.planning.plan import Kind, OrderRule, Precision
+from hybridpar.planning.request import Pin, Shape
+
+_ANY = ("weight_decay", "maximize", "foreach", "differentiable")
+_ADAM = ("betas", "eps", "amsgrad", "capturable", "fused", *_ANY)
+OPTIMIZER_OPTIONS = {
+    "SGD": ("momentum", "dampening", "nesterov", "fused", *_ANY),
+    "Adam": (*_ADAM, "decoupled_weight_decay"),
+    "AdamW": _ADAM,
+    "RMSprop": ("alpha", "eps", "momentum", "centered", "capturable", *_ANY),
+}
+"""Arguments of the optimizers that are known without torch; a test compares them with torch's own."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return ``; did you mean ...?`` with the known name nearest to ``name``, or nothing where none is near."""
+    leaf = name.rsplit(".", maxsplit=1)[-1]
+    same = [k for k in known if k.rsplit(".", maxsplit=1)[-1].lower() == leaf.lower()]
+    near = same[:1] or difflib.get_close_matches(name, known, n=1)
+    if not near:
+        leaves = {k.rsplit(".", maxsplit=1)[-1]: k for k in reversed(known)}
+        near = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_options(name: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ConfigError for an option that the optimizer ``name``, which has the ``known`` ones, does not have."""
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"optimizer.options.{option}: {name} has no such option{nearest(option, sorted(known))} "
+                f"(options: {', '.join(known)})"
+            )
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: {value} {remedy}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model. Raises ConfigError for a value out of range."""
+
+    name: str
+    builder: str
+    """``module:function``, resolved by ``hybridpar.model.build``."""
+    in_shape: tuple[int, ...]
+    """Of one input sample."""
+    classes: int
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the builder."""
+
+    def __post_init__(self) -> None:
+        fits = bool(self.in_shape) and min(self.in_shape) >= 1
+        _require(fits, "model.in_shape", list(self.in_shape), "must be positive sizes, as in [3,224,224]")
+        _require(self.classes >= 1, "model.classes", self.classes, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Where the layers' times come from."""
+
+    kind: Literal["analytic", "measured", "from_file"]
+    path: str | None = None
+    micro_batches: tuple[int, ...] = ()
+    """Samples per timed forward, of a measured profile."""
+    budget_s: float = 60.0
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.kind != "from_file":
+            raise ConfigError(
+                f"profile.path: {self.path} is read by profile=from_file only; "
+                f"use profile=from_file profile.path={self.path}"
+            )
+        least = min(self.micro_batches, default=1)
+        _require(least >= 1, "profile.micro_batches", list(self.micro_batches), "must be positive")
+        _require(self.budget_s > 0, "profile.budget_s", self.budget_s, "must be above 0 seconds")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What the planner is asked for; the fields of the stages are pins."""
+
+    shape: Literal[Shape, "from_file"]
+    path: str | None = None
+    """The plan's file, of ``from_file``."""
+    front: Pin = field(default_factory=Pin)
+    middle: Pin = field(default_factory=Pin)
+    tail: Pin = field(default_factory=Pin)
+    order: OrderRule | None = None
+    bucket_bytes: int = 8 * 2**20
+    distinct: bool = False
+    """Only plans whose stages all have different micro-batch sizes."""
+    least_micro_batch: int = 1
+    """No smaller micro-batches, apart from pinned ones."""
+
+    def __post_init__(self) -> None:
+        if self.bucket_bytes < 1:
+            raise PlanError(f"bucket_bytes: {self.bucket_bytes} is below 1")
+        if self.path is not None and self.shape != "from_file":
+            raise PlanError(
+                f"path: {self.path} is read by plan=from_file only; use plan=from_file plan.path={self.path}"
+            )
+
+    @property
+    def pins(self) -> dict[Kind, Pin]:
+        """The pins of the stages that have any."""
+        given: dict[Kind, Pin] = {"front": self.front, "middle": self.middle, "tail": self.tail}
+        return {kind: pin for kind, pin in given.items() if pin != Pin()}
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate goes over the steps."""
+
+    name: Literal["constant", "cosine", "step"] = "constant"
+    warmup_steps: int = 0
+    """First steps, in which the rate grows linearly to the learning rate; fewer than the training's."""
+    minimum: float = 0.0
+    """Where the cosine ends, as a share of the learning rate."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the training at which ``step`` multiplies by ``factor``."""
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        where = "optimizer.schedule"
+        _require(self.warmup_steps >= 0, f"{where}.warmup_steps", self.warmup_steps, "must be 0 or more")
+        _require(0 <= self.minimum <= 1, f"{where}.minimum", self.minimum, "must lie in 0..1")
+        inside = all(0 < m < 1 for m in self.milestones)
+        _require(inside, f"{where}.milestones", list(self.milestones), "must lie between 0 and 1")
+        _require(self.factor > 0, f"{where}.factor", self.factor, "must be above 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer. Raises ConfigError for values that are out of range or do not go together."""
+
+    name: str = "SGD"
+    """A class of ``torch.optim``."""
+    lr: float = 0.01
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the class; ``runtime.optimizer`` checks those of a class that is not known here."""
+    sharding: Literal["none", "zero1"] = "none"
+    clip: float | None = None
+    """Largest global norm of the gradients; None: no clipping."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, "optimizer.lr", self.lr, "must be 0 or more")
+        _require(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "must be above 0, or null")
+        if self.name in OPTIMIZER_OPTIONS:
+            check_options(self.name, self.options, OPTIMIZER_OPTIONS[self.name])
+
+    @property
+    def state_count(self) -> int | None:
+        """Tensors of a parameter's size that the optimizer keeps; None: ``runtime.optimizer`` can measure it."""
+        on = {name for name, value in self.options.items() if value}
+        if self.name == "SGD":
+            return int("momentum" in on)
+        if self.name in {"Adam", "AdamW"}:
+            return 2 + ("amsgrad" in on)
+        if self.name == "RMSprop":
+            return 1 + ("momentum" in on) + ("centered" in on)
+        return None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training itself."""
+
+    global_batch: int = 64
+    epochs: int = 1
+    steps: int | None = None
+    """Train for this many, over as many epochs as they take; None: all steps of ``epochs``."""
+    drop_last: bool = False
+    seed: int = 0
+    precision: Precision = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every: int | None = 1
+    """Epochs between evaluations; None: only at the end."""
+    log_every: int = 10
+    mode: Literal["auto", "progress", "plain", "quiet"] = "auto"
+    timeout_s: float = 300.0
+    """Of one communication."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "epochs", "steps", "eval_every", "log_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name}", value, "must be at least 1")
+        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "must lie in 0..2**63-1")
+        _require(self.timeout_s > 0, "train.timeout_s", self.timeout_s, "must be above 0 seconds")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Sampling of the GPUs."""
+
+    mode: Literal["auto", "off", "required"] = "auto"
+    interval_s: float = DEFAULT_INTERVAL_S
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+    def __post_init__(self) -> None:
+        Settings(path="", parent=0, interval_s=self.interval_s, max_bytes=self.max_bytes)  # checks the ranges
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a training job writes."""
+
+    dir: str | None = None
+    """None: ``runs/<model>-<data>-<time>``."""
