@@ -173,6 +173,7 @@ def validate(plan: Plan, chain: Chain) -> None:
     _require(plan.global_batch >= 1, "global_batch", plan.global_batch, "must be at least 1")
     _require(plan.world >= 1, "world", plan.world, "must be at least 1")
     _require(plan.bucket_bytes >= 1, "bucket_bytes", plan.bucket_bytes, "must be at least 1")
+    validate_recipe(plan.recipe, plan.precision)
     _require(bool(plan.stages), "stages", plan.stages, "must not be empty")
     kinds = [s.kind for s in plan.stages]
     _require(kinds == sorted(set(kinds), key=KINDS.index), "stages", kinds, "must be front, middle, tail in order")
@@ -193,6 +194,26 @@ def validate(plan: Plan, chain: Chain) -> None:
         "are ranks without any stage; place a stage there, or lower the world",
     )
     _validate_ties(plan, chain)
+
+
+def validate_recipe(recipe: Recipe, precision: Precision) -> None:
+    """Raise PlanError, naming the field, for demands on a step that exclude each other."""
+    if recipe.sharding != "zero1":
+        return
+    _require(
+        not recipe.clipping,
+        "recipe.clipping",
+        recipe.clipping,
+        "does not work with sharding=zero1, which never has whole gradients to take the global norm of; "
+        "set optimizer.clip=null or optimizer.sharding=none",
+    )
+    _require(
+        precision == "float32",
+        "recipe.sharding",
+        recipe.sharding,
+        f"keeps float32 state, but the precision is {precision}; "
+        "set train.precision=float32 or optimizer.sharding=none",
+    )
 
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from hybridpar.config import OptimizerConfig
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.runtime import zero
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Process
+from hybridpar.sections import OptimizerConfig
 from tests.support.training import Case, make_case
 
 STEPS = 4
@@ -92,11 +92,6 @@ def test_sharded_state_gives_the_same_training(results: list[dict], optimizer: s
 def test_replicas_stay_equal(results: list[dict]) -> None:
     first, second = (per_rank["momentum", "zero1"][1] for per_rank in results)
     assert torch.equal(first["0.weight"], second["0.weight"])
-
-
-def test_clipping_and_sharding_refuse_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"optimizer\.clip=1\.0 does not work with optimizer\.sharding=zero1"):
-        OptimizerConfig(clip=1.0, sharding="zero1")
 
 
 def test_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

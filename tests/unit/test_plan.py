@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.model.trace import trace
-from hybridpar.planning.plan import Plan, Segment, Stage, validate
+from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from tests.support.training import small_vgg
 
 
@@ -44,3 +46,14 @@ def test_tied_layers_stay_together_and_out_of_shards() -> None:
         validate(plan_with_tail(tied, (1.0, 1.0), start=2), tied)
     one = Stage("front", 1, (Segment((0, 4), (0, 1)),))
     validate(Plan("tied", tied.fingerprint, 2, 12, "float64", (one,)), tied)
+
+
+def test_a_recipe_that_contradicts_itself_is_refused() -> None:
+    """Only the configuration once refused it; a plan made in Python got as far as its first update."""
+    model = chain()
+    plan = replace(plan_with_tail(model, (1.0, 1.0)), precision="float32", recipe=Recipe(sharding="zero1"))
+    validate(plan, model)
+    with pytest.raises(PlanError, match=r"plan\.recipe\.clipping: True does not work with sharding=zero1"):
+        validate(replace(plan, recipe=Recipe(clipping=True, sharding="zero1")), model)
+    with pytest.raises(PlanError, match=r"plan\.recipe\.sharding: zero1 keeps float32 state, but .* float64"):
+        validate(replace(plan, precision="float64"), model)
