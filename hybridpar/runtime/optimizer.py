@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from hybridpar.config import OptimizerConfig, ScheduleConfig, nearest
 from hybridpar.errors import ConfigError
 from hybridpar.runtime.update import OptimizerFactory
+from hybridpar.sections import OptimizerConfig, ScheduleConfig, check_options, nearest
 
 Rate = Callable[[int], float]
 """Learning rate of a step, counted from 0."""
@@ -46,9 +46,14 @@ def make_rate(lr: float, schedule: ScheduleConfig, steps: int) -> Rate:
     With w warm-up steps it is ``lr (step + 1) / w`` below w. After that, with t the share of the remaining steps
     that is done: ``lr`` (constant), ``lr (m + (1 - m) (1 + cos(pi t)) / 2)`` (cosine, m its minimum; Loshchilov
     and Hutter, "SGDR", ICLR 2017, equation 5), or ``lr`` times the factor for every milestone below or at
-    ``step / steps`` (step).
+    ``step / steps`` (step). Raises ConfigError where the warm-up takes all steps.
     """
     warmup = schedule.warmup_steps
+    if warmup >= steps:
+        raise ConfigError(
+            f"optimizer.schedule.warmup_steps: {warmup}, but the training has {steps} steps and would never leave "
+            "the warm-up; set it below, or train longer"
+        )
 
     def rate(step: int) -> float:
         if step < warmup:
@@ -66,12 +71,7 @@ def make_rate(lr: float, schedule: ScheduleConfig, steps: int) -> Rate:
 def _factory(config: OptimizerConfig) -> OptimizerFactory:
     kind = _kind(config.name)
     names = [p for p in inspect.signature(kind).parameters if p not in {"params", "lr"}]
-    for name in config.options:
-        if name not in names:
-            raise ConfigError(
-                f"optimizer.options.{name}: {config.name} has no such option{nearest(name, names)} "
-                f"(options: {', '.join(names)})"
-            )
+    check_options(config.name, config.options, names)
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         try:

@@ -92,10 +92,10 @@ class Updater:
             parameter.grad = view
 
     def set_rate(self, rate: float) -> None:
-        """Set the learning rate of all optimizers, in proportion to each group's ``rate_factor`` (default 1)."""
+        """Set the learning rate of all optimizers."""
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("rate_factor", 1.0)
+                group["lr"] = rate
         for engine in self._engines.values():
             engine.set_rate(rate)
 

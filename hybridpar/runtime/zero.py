@@ -90,10 +90,10 @@ class ZeroEngine:
         self._engine.step()
 
     def set_rate(self, rate: float) -> None:
-        """Set the learning rate, in proportion to each group's ``rate_factor`` (default 1)."""
+        """Set the learning rate."""
         if self._engine is not None:
             for group in self._engine.optimizer.param_groups:
-                group["lr"] = rate * group.get("rate_factor", 1.0)
+                group["lr"] = rate
 
 
 class _Replicas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 import yaml
 
-from hybridpar.config import OptimizerConfig, ScheduleConfig, compose, conf_dir
+from hybridpar.config import compose, conf_dir
 from hybridpar.errors import ConfigError, HybridparError, PlanError
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
+from hybridpar.sections import OPTIMIZER_OPTIONS, OptimizerConfig, ScheduleConfig
 
 
 def test_the_defaults_are_plain_frozen_objects() -> None:
@@ -77,7 +79,10 @@ def test_options_take_any_key_and_their_owner_checks_it() -> None:
     with pytest.raises(
         ConfigError, match=r"optimizer.options.momentm: SGD has no such option; did you mean momentum\?"
     ):
-        make_factory(compose(["optimizer.options.momentm=0.9"]).optimizer)
+        compose(["optimizer.options.momentm=0.9"])
+    custom = compose(["optimizer=custom", "optimizer.name=NAdam", "optimizer.options.momentum_decai=0.1"])
+    with pytest.raises(ConfigError, match=r"NAdam has no such option; did you mean momentum_decay\?"):
+        make_factory(custom.optimizer)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +114,13 @@ def test_options_take_any_key_and_their_owner_checks_it() -> None:
         (["optimizer.lr=-1"], "optimizer.lr: -1.0 must be 0 or more"),
         (["optimizer.clip=0"], "optimizer.clip: 0.0 must be above 0"),
         (["optimizer.schedule.minimum=2"], "optimizer.schedule.minimum: 2.0 must lie in 0..1"),
-        (["optimizer.sharding=zero1", "optimizer.clip=1"], "optimizer.clip=1.0 does not work with"),
-        (["optimizer.sharding=zero1", "train.precision=float64"], "set train.precision=float32"),
+        (["monitor.interval_s=0.01"], "monitor.interval_s: 0.01 is not in 0.12..3600"),
+        (["monitor.max_bytes=1"], "monitor.max_bytes: 1 is below 65536"),
+        (["plan.path=x.json"], "unknown override plan.path; use plan=from_file plan.path=x.json"),
+        (["profile.path=x"], "unknown override profile.path; use profile=from_file profile.path=x"),
+        (["+profile.path=x"], "profile.path: x is read by profile=from_file only; use profile=from_file"),
+        (["cluster.path=x"], "unknown override cluster.path; use cluster=from_file cluster.path=x"),
+        (["+cluster.path=x"], "cluster.path: x is read by cluster=from_file only; use cluster=from_file"),
         (["profile=measured", "profile.budget_s=0"], "profile.budget_s: 0.0 must be above 0 seconds"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
@@ -129,11 +139,21 @@ def test_a_mistake_is_named_in_one_line(overrides: list[str], message: str) -> N
         ("plan.front.degree=-1", "plan.front: degree: -1 is below 1"),
         ("plan.tail.sharding=[column,rwo]", r"plan.tail.sharding\[1\]: 'rwo'"),
         ("plan.bucket_bytes=0", "plan: bucket_bytes: 0 is below 1"),
+        ("+plan.path=x.json", "plan: path: x.json is read by plan=from_file only; use plan=from_file plan.path"),
+        ("optimizer.sharding=zero1 optimizer.clip=1", "set optimizer.clip=null or optimizer.sharding=none"),
+        ("optimizer.sharding=zero1 train.precision=float64", "set train.precision=float32 or optimizer.sharding"),
     ],
 )
-def test_a_mistake_in_a_pin_is_a_plan_error(override: str, message: str) -> None:
+def test_what_no_plan_can_be_is_a_plan_error(override: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        compose([override])
+        compose(override.split())
+
+
+@pytest.mark.parametrize("override", ["format=json", "out=plan.json", "explain=true"])
+def test_what_only_a_plan_is_printed_with_is_refused_for_a_training(override: str) -> None:
+    compose().refuse_for_training()
+    with pytest.raises(ConfigError, match=f"{override}: of no effect on a training.*hybridpar plan"):
+        compose([override]).refuse_for_training()
 
 
 def test_a_plan_from_a_file_is_no_request() -> None:
@@ -195,3 +215,16 @@ def test_learning_rates() -> None:
     assert [cosine(i) for i in (10, 60, 110, 200)] == pytest.approx([2.0, 1.1, 0.2, 0.2])
     step = make_rate(1.0, ScheduleConfig("step", milestones=(0.5, 0.75), factor=0.1), 100)
     assert [step(i) for i in (49, 50, 75)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_a_warm_up_that_never_ends_is_refused() -> None:
+    """A short training once stayed in the warm-up to its end, with a rate far below the one that was asked for."""
+    make_rate(1.0, ScheduleConfig(warmup_steps=9), 10)
+    with pytest.raises(ConfigError, match=r"warmup_steps: 10, but the training has 10 steps"):
+        make_rate(1.0, ScheduleConfig(warmup_steps=10), 10)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_OPTIONS)
+def test_known_options_are_those_of_torch(name: str) -> None:
+    arguments = set(inspect.signature(getattr(torch.optim, name)).parameters)
+    assert set(OPTIMIZER_OPTIONS[name]) == arguments - {"params", "lr"}
