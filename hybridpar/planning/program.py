@@ -20,7 +20,17 @@ Mode = Literal["train", "evaluate"]
 OperationKind = Literal["send", "all_reduce", "all_gather", "sharded_update"]
 
 Content = Literal[
-    "activation", "gradient", "label", "sum", "bucket", "statistics", "weight", "norm", "metrics", "zero"
+    "activation",
+    "gradient",
+    "label",
+    "sum",
+    "bucket",
+    "statistics",
+    "weight",
+    "norm",
+    "metrics",
+    "zero",
+    "running_statistics",
 ]
 """What an operation moves.
 
@@ -28,6 +38,8 @@ activation, gradient: a transfer of an exchange. label: all labels of the step, 
 the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
 statistics: the per-sample figures of a sharded cross-entropy. norm: squared gradient norm. metrics: loss and hits.
 zero: an update whose communication DeepSpeed does (gradients reduced to shards, parameters gathered).
+running_statistics: buffers of batch norms, averaged over the replicas before an evaluation. No program holds it,
+as it happens between two steps.
 """
 
 ActionKind = Literal["load", "forward", "score", "loss", "backward", "copy", "start", "wait", "norm", "update"]

@@ -273,7 +273,8 @@ class Job:
             flat = torch.cat([b.reshape(-1) for b in buffers])
             size = flat.numel() * flat.element_size()
             name = f"gradients:{position.name}"
-            operation = Operation(0, "all_reduce", "statistics", name, position.ranks, size)
+            # Between two steps, so it stands in no program and has no number of its own there.
+            operation = Operation(0, "all_reduce", "running_statistics", name, position.ranks, size)
             self._communicators.all_reduce(operation, flat).wait()
             flat /= len(position.ranks)
             for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
