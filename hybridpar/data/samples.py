@@ -112,7 +112,7 @@ class FileImages:
             with Image.open(path) as image:
                 image.draft("RGB", (width, height))  # a large JPEG is decoded at a smaller scale
                 fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError) as e:  # what Pillow raises for a damaged file
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # damaged, or far too large
             raise DataError(f"cannot decode {path}: {e}; replace or remove the file") from e
         return np.asarray(fitted)
 

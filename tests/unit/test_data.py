@@ -328,6 +328,15 @@ def test_errors_of_data_cross_the_worker_boundary(tmp_path: Path) -> None:
             next(iter(loader))
 
 
+def test_an_image_too_large_to_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's refusal is no OSError and once ended a job as a bug of ours, without the file's name."""
+    Image.new("RGB", (30, 30)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    samples = FileImages(tmp_path, ["huge.png"], torch.zeros(1, dtype=torch.int64), ImageTransform((3, 8, 8), 3))
+    with pytest.raises(DataError, match=rf"cannot decode {tmp_path / 'huge.png'}: .* exceeds limit"):
+        everything(samples)
+
+
 def test_ranks_that_read_nothing_start_no_workers(digits: Splits) -> None:
     loader = StepLoader(digits.test, EpochOrder.sequential(360, 100), lambda _: (), workers=2)
     assert epoch_of(loader) == [None] * 4
