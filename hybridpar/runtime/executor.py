@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -15,12 +15,11 @@ from hybridpar.model.keyed import Keys
 from hybridpar.planning.layout import Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators, Pending
+from hybridpar.runtime.lookup import Key, Lookup, Lookups
 from hybridpar.runtime.loss import CrossEntropy, Outcome
 from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.update import Updater
 
-Key = tuple[int, int]
-"""(block, micro-batch)."""
 Observer = Callable[[Program, Action, float, float], None]
 """Called after every action with its start and end (``time.perf_counter`` seconds)."""
 
@@ -44,11 +43,21 @@ class Metrics:
         return self.loss_sum / self.weight
 
 
+class _Started(NamedTuple):
+    """An operation between its start and its wait."""
+
+    pending: Pending
+    tensor: torch.Tensor
+    in_place: bool = True
+    """Whether what is received arrives where it is needed; else it has to be placed there."""
+
+
 @dataclass
 class _Step:
     """The values a rank holds while it runs a step."""
 
     program: Program
+    lookup: Lookup
     number: int
     batch: torch.Tensor | None
     labels: torch.Tensor
@@ -63,7 +72,7 @@ class _Step:
     """Of outputs, whole or in part."""
     input_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     figures: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
-    pending: dict[int, tuple[Pending, torch.Tensor]] = field(default_factory=dict)
+    pending: dict[int, _Started] = field(default_factory=dict)
     norm: torch.Tensor | None = None
 
 
@@ -88,6 +97,7 @@ class Executor:
         self.rank, self.blocks, self.communicators, self.updater = rank, blocks, communicators, updater
         self.seed, self.dtype, self.device = seed, dtype, device
         self.observer: Observer | None = None
+        self._lookups = Lookups(rank)
 
     def run(
         self,
@@ -105,7 +115,6 @@ class Executor:
         """
         state = self._begin(program, step, inputs, labels)
         train = program.mode == "train"
-        self._last_use = _last_uses(program, self.rank)
         self._first_sample = first_sample
         context = contextlib.nullcontext() if train else torch.no_grad()
         with context:
@@ -134,10 +143,12 @@ class Executor:
         if program.mode == "train":
             self.updater.zero()
         metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=self.device)
-        batch = None if inputs is None else inputs.to(self.device)
+        # From pinned memory the copy runs beside the CPU; from other memory torch waits for it.
+        batch = None if inputs is None else inputs.to(self.device, non_blocking=True)
         if batch is not None and batch.is_floating_point():
             batch = batch.to(self.dtype)
-        return _Step(program, step, batch, gathered.to(self.device), metrics)
+        lookup = self._lookups.of(program)
+        return _Step(program, lookup, step, batch, gathered.to(self.device), metrics)
 
     def _reports_labels(self, program: Program) -> bool:
         """Where all shards of a tail read the same samples, only the first one reports them."""
@@ -198,17 +209,13 @@ class Executor:
 
     def _batch_slice(self, state: _Step, micro_batch: int) -> torch.Tensor:
         assert state.batch is not None
-        at = 0
         start, stop = state.program.interval(0, micro_batch, self.rank)
-        for a, b in state.program.reads(self.rank):
-            if (a, b) == (start, stop):
-                rows = state.batch[at : at + stop - start]
-                if not state.program.blocks[0].spans:
-                    return rows
-                features = self._features(state, 0, "in")
-                return rows[:, features[0] : features[1]]
-            at += b - a
-        raise AssertionError("a micro-batch of the first block is one of the rank's intervals")
+        first = state.lookup.first_rows[micro_batch]
+        rows = state.batch[first : first + stop - start]
+        if not state.program.blocks[0].spans:
+            return rows
+        features = self._features(state, 0, "in")
+        return rows[:, features[0] : features[1]]
 
     def _score(self, state: _Step, key: Key) -> None:
         labels = self._labels(state, key)
@@ -319,25 +326,27 @@ class Executor:
             outputs = [torch.empty_like(own) for _ in operation.ranks]
             pending = self.communicators.all_gather(operation, outputs, own)
             state.figures[key] = outputs
-            state.pending[operation.index] = pending, own
+            state.pending[operation.index] = _Started(pending, own)
         elif operation.kind == "sharded_update":
             self.updater.sharded_update(operation.block or 0)
         else:
             tensor = self._reduced(state, operation)
-            state.pending[operation.index] = self.communicators.all_reduce(operation, tensor), tensor
+            state.pending[operation.index] = _Started(self.communicators.all_reduce(operation, tensor), tensor)
 
     def _start_transfer(self, state: _Step, operation: Operation) -> None:
         transfer, block = operation.transfer, operation.block or 0
         assert transfer is not None
+        in_place = True
         if operation.ranks[0] == self.rank:
             tensor = self._source(state, operation.content, block, transfer).contiguous()
             pending = self.communicators.send(operation, tensor)
         else:
             tensor = self._target(state, operation.content, block, transfer)
-            if transfer.add or not tensor.is_contiguous():
+            in_place = tensor.is_contiguous() and not transfer.add
+            if not in_place:
                 tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             pending = self.communicators.receive(operation, tensor)
-        state.pending[operation.index] = pending, tensor
+        state.pending[operation.index] = _Started(pending, tensor, in_place)
 
     def _reduced(self, state: _Step, operation: Operation) -> torch.Tensor:
         """Return the tensor that an all-reduce sums in place."""
@@ -357,20 +366,19 @@ class Executor:
     def _wait(self, state: _Step, operation: Operation) -> None:
         if operation.kind == "sharded_update":
             return
-        pending, tensor = state.pending.pop(operation.index)
+        pending, tensor, in_place = state.pending.pop(operation.index)
         pending.wait()
         block, micro_batch = operation.block or 0, operation.micro_batch or 0
         if operation.content == "sum" and operation.backward:
             state.gradients[block, micro_batch] = tensor
         elif operation.content == "sum":
             state.inputs[block + 1, micro_batch] = tensor
-        elif operation.transfer is not None and operation.transfer.target == self.rank:
+        elif operation.transfer is not None and not in_place:
             target = self._target(state, operation.content, block, operation.transfer)
-            if tensor.data_ptr() != target.data_ptr():
-                _place(target, tensor, add=operation.transfer.add)
+            _place(target, tensor, add=operation.transfer.add)
 
     def _free(self, state: _Step, number: int) -> None:
-        for kind, key in self._last_use.get(number, ()):
+        for kind, key in state.lookup.last_uses.get(number, ()):
             (state.outputs if kind == "activation" else state.input_gradients).pop(key, None)
 
 
@@ -379,27 +387,3 @@ def _place(target: torch.Tensor, part: torch.Tensor, *, add: bool) -> None:
         target += part
     else:
         target.copy_(part)
-
-
-def _last_uses(program: Program, rank: int) -> dict[int, list[tuple[str, Key]]]:
-    """Map an action's number to the outputs and input gradients that no later action needs."""
-    last: dict[tuple[str, Key], int] = {}
-    for number, action in enumerate(program.actions[rank]):
-        if action.kind == "copy" and action.transfer is not None:
-            source, content, block = action.transfer.source_micro_batch, str(action.content), action.block or 0
-        elif action.kind == "start" and action.operation is not None:
-            operation = program.operations[action.operation]
-            block, content = operation.block or 0, operation.content
-            if operation.transfer is not None and operation.ranks[0] == rank:
-                source = operation.transfer.source_micro_batch
-            elif content == "sum":
-                source, content = operation.micro_batch or 0, "gradient" if operation.backward else "activation"
-            else:
-                continue
-        else:
-            continue
-        last[str(content), (block + (content == "gradient"), source)] = number
-    result: dict[int, list[tuple[str, Key]]] = defaultdict(list)
-    for value, number in last.items():
-        result[number].append(value)
-    return result

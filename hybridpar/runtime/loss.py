@@ -10,6 +10,10 @@ TOP = 5
 """Evaluation counts hits among this many largest logits."""
 
 
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""Class numbers travel among floating figures as the bits of integers; float32 would round those above 2^24."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What the loss of one micro-batch gives."""
@@ -51,7 +55,7 @@ class CrossEntropy:
         count = min(TOP, logits.shape[1])
         values, classes = logits.topk(count, dim=1)
         padding = logits.new_full((len(logits), TOP - count), float("-inf"))
-        ids = (classes + self.first).to(logits.dtype)
+        ids = (classes + self.first).to(_INTEGERS[logits.dtype]).view(logits.dtype)
         return torch.cat([torch.stack(figures, dim=1), values, padding, ids, padding], dim=1)
 
     def combine(
@@ -87,7 +91,7 @@ class CrossEntropy:
 def _hits(stacked: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Count targets that are first, and among the first five, of all shards' candidates."""
     values = torch.cat(tuple(stacked[:, :, 3 : 3 + TOP]), dim=1)
-    classes = torch.cat(tuple(stacked[:, :, 3 + TOP :]), dim=1)
+    classes = torch.cat(tuple(stacked[:, :, 3 + TOP :]), dim=1).view(_INTEGERS[stacked.dtype])
     best = values.topk(TOP, dim=1).indices
-    hit = classes.gather(1, best) == labels[:, None].to(classes.dtype)
+    hit = classes.gather(1, best) == labels[:, None]
     return hit[:, 0].sum(dtype=torch.float64), hit.any(dim=1).sum(dtype=torch.float64)

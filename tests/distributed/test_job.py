@@ -1,25 +1,29 @@
-"""The job in a user's own loop: batches in every form, evaluation, statistics of batch norms."""
+"""The job in a user's own loop: batches in every form, optimizers, evaluation, statistics of batch norms."""
 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybridpar.config import OptimizerConfig
 from hybridpar.errors import DataError, PlanError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
+from hybridpar.runtime import lookup
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.executor import ActionError
 from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.loss import CrossEntropy
+from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.optimizer import make_factory
+from hybridpar.sections import OptimizerConfig
 from tests.support.threads import run_ranks
-from tests.support.training import make_case, train_single
+from tests.support.training import assemble, make_case, train_single, whole_model
 
 CASE = make_case(steps=3, samples=(13, 13, 9))
 OPTIMIZER = OptimizerConfig("SGD", 0.05, {"momentum": 0.9})
@@ -61,6 +65,79 @@ def test_a_step_takes_whole_batches_and_own_samples(form: str) -> None:
     expected = train_single(CASE).losses
     for losses in run_ranks(make_plan(), body):
         assert losses == pytest.approx(expected, rel=1e-10)
+
+
+def test_adamw_in_three_stages_equals_a_single_process() -> None:
+    case, factory = make_case(steps=10), make_factory(OptimizerConfig("AdamW", 0.01, {"weight_decay": 0.1}))
+
+    def body(rank: int, groups: ProcessGroups) -> tuple[list[float], list[Owned]]:
+        with building:
+            job = Job(make_plan(), case.traced, case.source, factory, groups, rank=rank, seed=7)
+        return [job.step(batch) for batch in case.data], list(job.parameters.values())
+
+    model = whole_model(case)
+    optimizer, expected = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1), []
+    for x, y in case.data:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    results = run_ranks(make_plan(), body)
+    assert all(losses == pytest.approx(expected, rel=1e-10) for losses, _ in results)
+    trained = assemble([owned for _, owned in results])
+    names = dict.fromkeys(n for per_layer in case.traced.names for n in per_layer.values())
+    for name, value in zip(names, model.parameters(), strict=True):
+        assert (trained[name] - value).norm() <= 1e-10 * value.norm(), name
+
+
+def make_alone() -> Plan:
+    """All layers on one rank."""
+    chain = CASE.traced.chain
+    front = Stage("front", 4, (Segment((0, len(chain.layers)), (0,)),))
+    return Plan(chain.model, chain.fingerprint, 1, 13, "float64", (front,))
+
+
+def test_what_a_program_says_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(lookup.Lookup):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(lookup, "Lookup", Counted)
+    job = make_job(0, ProcessGroups({}), make_alone())
+    for _ in range(3):
+        job.step(CASE.data[0])
+    assert len(made) == 1
+
+
+def test_inputs_are_copied_to_the_device_without_waiting() -> None:
+    """The loader pins them; a copy that waits would hold up the first forward."""
+    given: list[dict[str, Any]] = []
+
+    class Inputs(torch.Tensor):
+        def to(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            given.append(options)
+            return self.as_subclass(torch.Tensor).to(*arguments, **options)
+
+    x, y = CASE.data[0]
+    make_job(0, ProcessGroups({}), make_alone()).step((x.as_subclass(Inputs), y))
+    assert given == [{"non_blocking": True}]
+
+
+def test_class_numbers_beyond_float32_are_told_apart() -> None:
+    """2^24 and 2^24 + 1 are the same number in float32: a miss once counted as a hit."""
+    shard = CrossEntropy(2**24)
+    logits = torch.tensor([[0.0, 5.0, 1.0]]).repeat(3, 1)
+    labels = torch.arange(2**24, 2**24 + 3)
+    outcome = shard.combine(logits, labels, [shard.score(logits, labels, train=False)], 3.0, train=False)
+    assert (outcome.top1, outcome.top5) == (1, 3)
+    other = shard.combine(
+        logits[:1], labels[:1], [shard.score(logits[:1], labels[:1], train=False)], 1.0, train=False
+    )
+    assert (other.top1, other.top5) == (0, 1)
 
 
 def test_a_loader_feeds_steps_and_evaluations() -> None:
