@@ -5,15 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from hybridpar.cluster.describe import core_quota
 from hybridpar.errors import ProfileError
 from hybridpar.model.chain import Chain
 from hybridpar.profiling.record import SCHEMA_VERSION, Profile
+
+_METHOD = 2
+"""Counts the ways in which profiles were measured: those of an earlier one are not used again."""
+
+
+def device_name(device: str | torch.device) -> str:
+    """Name of the device's hardware, for the profile and its cache key."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    quota = f", {core_quota():g} of a core" if core_quota() < 1 else ""
+    return f"cpu ({names[0] if names else platform.machine()}{quota})"
 
 
 def cache_directory() -> Path:
@@ -23,8 +38,8 @@ def cache_directory() -> Path:
 
 
 def cache_key(chain: Chain, device: str, dtype: str, *settings: object) -> str:
-    """Hash over what a measured profile depends on: chain, device, dtype, torch, record version, ``settings``."""
-    facts = [chain.fingerprint, device, dtype, torch.__version__, SCHEMA_VERSION, *map(repr, settings)]
+    """Hash over what a measured profile depends on: chain, device, dtype, versions, ``settings``."""
+    facts = [chain.fingerprint, device, dtype, torch.__version__, SCHEMA_VERSION, _METHOD, *map(repr, settings)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -11,10 +11,11 @@ from hybridpar.cluster.devices import DEVICES, device
 from hybridpar.errors import ProfileError
 from hybridpar.model.chain import Chain, Layer, Linear, Parameter
 from hybridpar.model.trace import trace
+from hybridpar.profiling import cache as caching
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling.analytic import estimate
-from hybridpar.profiling.cache import cache_directory, cache_key, cached
-from hybridpar.profiling.measure import device_name, measure
+from hybridpar.profiling.cache import cache_directory, cache_key, cached, device_name
+from hybridpar.profiling.measure import measure
 from hybridpar.profiling.record import Profile
 
 SIZES = (1, 2, 4)
@@ -173,25 +174,127 @@ def test_measuring_changes_nothing():
     assert all(p.is_meta and p.grad is None for module in model.modules for p in module.parameters())
 
 
-def test_equal_layers_are_timed_once(monkeypatch):
+class Clock:
+    """A bench whose time passes only where a layer says so."""
+
+    now = 0.0
+
+    def mark(self):
+        return self.now
+
+
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, clock, forward_s, backward_s):
+        ctx.clock, ctx.backward_s = clock, backward_s
+        clock.now += forward_s
+        return x + weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.clock.now += ctx.backward_s
+        return gradient, gradient.sum(), None, None, None
+
+
+def test_a_pass_gives_each_layer_its_own_time():
+    clock, weight = Clock(), nn.Parameter(torch.ones(()))
+    times = [(1.0, 4.0), (2.0, 8.0), (16.0, 32.0)]
+
+    def twice(x):
+        clock.now += 64.0
+        return Slow.apply(x, weight, clock, 0.0, 128.0) + Slow.apply(x, weight, clock, 0.0, 256.0)
+
+    layers = [lambda x, t=t: Slow.apply(x, weight, clock, *t) for t in times] + [nn.Identity(), twice]
+    spans = measuring._pass(clock, layers, torch.rand(2, 3))
+    seconds = [measuring._seconds(*span) for span in spans]
+    assert seconds == [1.0, 4.0, 2.0, 8.0, 16.0, 32.0, 0.0, 0.0, 64.0, 384.0]
+
+
+def test_a_layer_without_gradient_has_no_backward():
+    clock, weight = Clock(), nn.Parameter(torch.ones(()))
+    layers = [torch.neg, lambda x: Slow.apply(x, weight, clock, 1.0, 2.0)]
+    assert [measuring._seconds(*span) for span in measuring._pass(clock, layers, torch.rand(2))] == [0, 0, 1, 2]
+    assert [measuring._seconds(*span) for span in measuring._pass(clock, [torch.neg], torch.rand(2))] == [0, 0]
+
+
+def test_a_view_changed_in_place_moves_time_to_a_neighbour_and_loses_none():
+    clock, weight = Clock(), nn.Parameter(torch.ones(()))
+
+    def slow(x):
+        return Slow.apply(x, weight, clock, 1.0, 2.0)
+
+    layers = [slow, slow, nn.Flatten(), nn.Dropout(inplace=True), slow]
+    spans = measuring._pass(clock, layers, torch.rand(2, 2, 2))
+    assert sum(measuring._seconds(*span) for span in spans) == 9.0
+
+
+def test_a_share_is_scaled_by_what_the_whole_layer_takes_longer_in_the_model():
+    whole = [[9.0, 9.0, 4.0, 3.0], [9.0, 9.0, 8.0, 5.0], [0.0, 0.0, 0.0, 0.0]]
+    alone = [[[2.0, 3.0], [2.0, 0.0]], [[1.0, 2.0], [1.5, 1.0]]]
+    entry = measuring._layer_profile("fc", 1, whole, alone, 2)
+    assert entry.forward_s == ((4.0, 8.0), (2.0, 6.0))
+    assert entry.backward_s == ((3.0, 5.0), (2.0, 1.0))
+    assert measuring._layer_profile("relu", 1, whole, [], 2).forward_s == ((4.0, 8.0),)
+    assert measuring._layer_profile("fc", 1, None, alone, 2).backward_s == ((3.0, 0.0), (2.0, 1.0))
+
+
+def spied(monkeypatch, name):
+    """Calls of a function of the module: its arguments and what it returned."""
+    calls, function = [], getattr(measuring, name)
+
+    def spy(*args):
+        result = function(*args)
+        calls.append((args, result))
+        return result
+
+    monkeypatch.setattr(measuring, name, spy)
+    return calls
+
+
+def test_layers_are_timed_in_the_model_and_shares_next_to_it_in_rounds(monkeypatch):
     model = traced(convolutional())
-    timed = []
-    time_job = measuring._time_job
+    visits, copied = spied(monkeypatch, "_visit"), spied(monkeypatch, "_real_copies")
+    measure(model.modules, model.chain, micro_batches=SIZES, fractions=(1.0, 0.5), budget_s=30)
+    sizes = [args[2] for args, _ in visits]
+    assert sizes == list(SIZES) * (len(sizes) // len(SIZES))
+    assert len(sizes) >= 3 * len(SIZES)
+    ((_, strands),) = copied
+    assert [len(strand.layers) for strand, _ in strands] == [len(model.chain.layers), 1, 1, 1, 1]
+    assert [strand.share for strand, _ in strands] == [1.0, 1.0, 0.5, 1.0, 0.5]
+    whole, wide, narrow = (modules for _, modules in strands[:3])
+    assert wide[0] in whole
+    assert narrow[0].out_features == wide[0].out_features // 2
+    assert all(p.is_meta for _, modules in strands for module in modules for p in module.parameters())
 
-    def count(bench, job, *rest):
-        timed.append(job)
-        return time_job(bench, job, *rest)
 
-    monkeypatch.setattr(measuring, "_time_job", count)
-    profile = measure(model.modules, model.chain, micro_batches=(1, 2), fractions=(1.0, 0.5), budget_s=5)
-    times = {layer.name: replace(layer, name="") for layer in profile.layers}
-    kinds = [layer.kind for layer in model.chain.layers]
-    convolutions = [i for i, kind in enumerate(kinds) if kind == "Conv2d"]
-    assert len(convolutions) == 3
-    first, second, third = (times[profile.layers[i].name] for i in convolutions)
-    assert second == third != first
+def test_a_model_beyond_the_memory_is_timed_layer_by_layer(monkeypatch):
+    model = traced(convolutional())
+    jobs = spied(monkeypatch, "_time_job")
+    whole = measuring._Strand(model.chain.layers, False)
+    need = measuring._need_bytes({whole: list(model.modules)}, 1, 4)
+    monkeypatch.setattr(measuring, "usable_memory_bytes", lambda: need / 0.8)
+    notes: list[str] = []
+    profile = measure(
+        model.modules, model.chain, micro_batches=(1,), fractions=(1.0, 0.5), budget_s=5, report=notes.append
+    )
+    assert "chain of 12 layers needs about" in notes[0]
+    assert "one by one" in notes[0]
+    strands = [strand for (_, job, *_), _ in jobs for strand in job]
     # Distinct: 2 convolutions, 1 batch norm, 1 relu, pool, flatten, 2 linear layers x 2 shares, dropout.
-    assert len(timed) == len(set(timed)) == 11
+    assert len(strands) == len(set(strands)) == 11
+    first, second, third = (
+        replace(times, name="")
+        for times, layer in zip(profile.layers, model.chain.layers, strict=True)
+        if layer.kind == "Conv2d"
+    )
+    assert second == third != first
+
+
+def test_a_module_that_two_layers_share_is_measured():
+    relu = nn.ReLU()
+    model = traced(nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu), (4,))
+    profile = measure(model.modules, model.chain, micro_batches=(1,), budget_s=1)
+    assert len(profile.layers) == 4
 
 
 def test_integer_inputs_and_float64_are_measured():
@@ -220,30 +323,33 @@ def test_a_spent_budget_ends_the_profile_and_is_reported():
 
 def test_memory_ends_the_profile_and_is_reported(monkeypatch):
     model = traced(nn.Sequential(nn.Linear(10, 10)), (10,))
-    monkeypatch.setattr(measuring, "usable_memory_bytes", lambda: 2200)
+    limit = measuring._need_bytes({measuring._Strand(model.chain.layers, False): []}, 2, 4) / 0.8 + 1
+    monkeypatch.setattr(measuring, "usable_memory_bytes", lambda: limit)
     notes: list[str] = []
-    profile = measure(model.modules, model.chain, micro_batches=(1, 2, 100), budget_s=5, report=notes.append)
+    profile = measure(
+        model.modules, model.chain, micro_batches=(1, 2, 100), fractions=(1.0,), budget_s=5, report=notes.append
+    )
     assert profile.micro_batches == (1, 2)
     assert "profile ends before micro-batch 100: layer Linear needs about" in notes[0]
     monkeypatch.setattr(measuring, "usable_memory_bytes", lambda: 100)
-    with pytest.raises(ProfileError, match="layer Linear does not fit into memory at micro-batch 1"):
+    with pytest.raises(ProfileError, match="micro-batch 1 does not fit into memory: layer Linear needs about"):
         measure(model.modules, model.chain, micro_batches=SIZES, budget_s=5)
 
 
 def test_running_out_of_memory_ends_the_profile(monkeypatch):
     model = traced(nn.Sequential(nn.Linear(10, 10)), (10,))
-    time_point = measuring._time_point
+    visit = measuring._visit
 
-    def limited(bench, job, module, size, left_s):
+    def limited(bench, strands, size, pass_s):
         if size > 2:
             raise torch.OutOfMemoryError
-        return time_point(bench, job, module, size, left_s)
+        return visit(bench, strands, size, pass_s)
 
-    monkeypatch.setattr(measuring, "_time_point", limited)
+    monkeypatch.setattr(measuring, "_visit", limited)
     notes: list[str] = []
     profile = measure(model.modules, model.chain, micro_batches=SIZES, budget_s=5, report=notes.append)
     assert profile.micro_batches == (1, 2)
-    assert "profile ends before micro-batch 4: out of memory in layer Linear" in notes[0]
+    assert notes == ["profile ends before micro-batch 4: layer Linear runs out of memory"]
 
 
 @pytest.mark.gpu
@@ -293,7 +399,7 @@ def test_a_broken_cache_is_replaced_and_a_read_only_one_does_without(tmp_path):
     assert cached(tmp_path / "file", "a", lambda: profile) == profile
 
 
-def test_keys_tell_apart_what_a_profile_depends_on():
+def test_keys_tell_apart_what_a_profile_depends_on(monkeypatch):
     chain = linear_chain()
     keys = {
         cache_key(chain, "cpu", "float32"),
@@ -304,6 +410,8 @@ def test_keys_tell_apart_what_a_profile_depends_on():
     }
     assert len(keys) == 5
     assert cache_key(chain, "cpu", "float32", (1, 2)) in keys
+    monkeypatch.setattr(caching, "_METHOD", 0)
+    assert cache_key(chain, "cpu", "float32", (1, 2)) not in keys
 
 
 def test_the_cache_lies_where_xdg_says(tmp_path, monkeypatch):
@@ -316,5 +424,5 @@ def test_the_cache_lies_where_xdg_says(tmp_path, monkeypatch):
 
 def test_a_cpu_with_a_quota_below_one_core_says_so(monkeypatch):
     assert device_name("cpu").startswith("cpu (")
-    monkeypatch.setattr(measuring, "core_quota", lambda: 0.45)
+    monkeypatch.setattr(caching, "core_quota", lambda: 0.45)
     assert "0.45 of a core" in device_name("cpu")
