@@ -230,6 +230,13 @@ def _check_layers(kinds: tuple[Kind, ...], drafting: Drafting, request: Request)
     """Raise PlanError where pinned layers leave a gap, overlap, or miss an end of the chain."""
     last = len(drafting.chain.layers)
     edges: dict[int, tuple[int, str]] = {0: (0, "the first layer"), len(kinds): (last, "the last layer")}
+    tail = request.pin("tail")
+    sharded = tail.degree != 1 and len(tail.ranks or (0, 1)) > 1
+    if "tail" in kinds and sharded and tail.layers and tail.layers[0] < drafting.chain.tail_start:
+        raise PlanError(
+            f"plan.tail.layers: {list(tail.layers)} must start at layer {drafting.chain.tail_start} or later, "
+            f"from where on {drafting.chain.model} can be tensor-parallel"
+        )
     for i, kind in enumerate(kinds):
         pinned = request.pin(kind).layers
         for edge, at in ((i, pinned[0]), (i + 1, pinned[1])) if pinned else ():
@@ -239,6 +246,9 @@ def _check_layers(kinds: tuple[Kind, ...], drafting: Drafting, request: Request)
                 raise PlanError(
                     f"plan.{kind}.layers: {list(pinned or ())} must {side} at {known}, as {what} does; change it"
                 )
+            if not edge <= at <= last - len(kinds) + edge:
+                others = ", ".join(k for k in kinds if k != kind)
+                raise PlanError(f"plan.{kind}.layers: {list(pinned or ())} leaves no layer for every {others}")
 
 
 def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
@@ -309,16 +319,16 @@ def _first_cuts(
     layers = len(drafting.chain.layers)
     cuts: list[int] = []
     for i in range(len(kinds) - 1):
-        pinned = request.pin(kinds[i]).layers or (0, 0)
-        following = request.pin(kinds[i + 1]).layers or (0, 0)
-        if pinned[1] or following[0]:
-            cuts.append(pinned[1] or following[0])
+        pinned, following = request.pin(kinds[i]).layers, request.pin(kinds[i + 1]).layers
+        if pinned is not None or following is not None:
+            cuts.append(pinned[1] if pinned else following[0] if following else 0)
             continue
         points = drafting.cuts_between(kinds, i)
         if kinds[i + 1] == "tail":
             cuts.append(points[0] if points else drafting.chain.tail_start)
         else:
-            room = [p for p in drafting.cut_points if p <= drafting.chain.tail_start - len(ranks[i + 1])]
+            stop = min((drafting.chain.tail_start, *(request.pin("tail").layers or ())))
+            room = [p for p in drafting.cut_points if p <= stop - len(ranks[i + 1])]
             if not room:
                 return None
             cuts.append(room[len(room) * 2 // 3])

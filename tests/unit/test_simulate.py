@@ -15,8 +15,8 @@ from hybridpar.model.chain import Chain, Layer, Linear, Parameter
 from hybridpar.planning.bound import lower_bound
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
-from hybridpar.planning.memory import memory, parameters_per_stage, peak_per_rank
-from hybridpar.planning.plan import OrderRule, Plan, Recipe, Segment, Stage
+from hybridpar.planning.memory import Memory, memory, parameters_per_stage, peak_per_rank
+from hybridpar.planning.plan import OrderRule, Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Program
 from hybridpar.planning.simulate import Timeline, predict, simulate
 from hybridpar.profiling.record import LayerProfile, Profile
@@ -459,15 +459,16 @@ def test_optimizer_states_are_counted(states: int) -> None:
 
 
 def test_zero1_divides_the_states_of_the_front_s_replicas() -> None:
-    replicated, sharded = (
-        memory(small_program(0, 1, recipe=Recipe(sharding=s, optimizer_states=2)), 0)  # type: ignore[arg-type]
-        for s in ("none", "zero1")
-    )
-    assert replicated.optimizer == 2 * SMALL_PARAMETER_BYTES
-    assert sharded.optimizer == SMALL_PARAMETER_BYTES
+    def counted(sharding: str, *ranks: int) -> Memory:
+        recipe = Recipe(sharding=sharding, optimizer_states=2)  # type: ignore[arg-type]
+        plan = replace(small_plan(*ranks), precision="float32", recipe=recipe)
+        validate(plan, SMALL)
+        return memory(compile_program(plan, SMALL, 4, "train"), 0)
+
+    replicated, sharded, alone = counted("none", 0, 1), counted("zero1", 0, 1), counted("zero1", 0)
+    assert replicated.optimizer == alone.optimizer == SMALL_PARAMETER_BYTES
+    assert sharded.optimizer == SMALL_PARAMETER_BYTES // 2
     assert (sharded.parameters, sharded.gradients) == (replicated.parameters, replicated.gradients)
-    alone = memory(small_program(0, recipe=Recipe(sharding="zero1", optimizer_states=2)), 0)
-    assert alone.optimizer == 2 * SMALL_PARAMETER_BYTES
 
 
 def test_evaluation_keeps_nothing_for_a_backward() -> None:
