@@ -94,7 +94,7 @@ def train(config: Config) -> None:
     from hybridpar.planning.plan import Plan  # noqa: PLC0415
     from hybridpar.report import dry_run, summary  # noqa: PLC0415
     from hybridpar.runtime import trainer  # noqa: PLC0415
-    from hybridpar.runtime.process import Process  # noqa: PLC0415
+    from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415
 
     process = Process(config.train.device, config.train.timeout_s)
     traced, source = load_model(config)
@@ -102,6 +102,7 @@ def train(config: Config) -> None:
     def planned() -> Plan:
         subject = prepare(config, traced, process.world, _note)
         result = make_plan(config, subject)
+        check_world(result.plan, process.world)
         trainer.check(config, result.plan, traced.chain)
         if config.train.mode != "quiet":
             dry_run.show(result, subject.chain, subject.profile, subject.cluster, _console())
