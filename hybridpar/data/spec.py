@@ -29,7 +29,8 @@ class DataSpec:
     normalize: bool = True
     """Images to mean 0 and standard deviation 1 by the constants of the data set; otherwise they lie in [0, 1]."""
     workers: int = 0
-    """Processes that read ahead, for every rank that reads; 0 reads in the rank's own process."""
+    """Processes that read ahead, for every rank that reads; 0 reads in the rank's own process. An evaluation has
+    as many of its own, which end with it."""
     size: int = 10_000
     """Training samples of ``synthetic``."""
     test_size: int = 2_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class StepRecord:
     """From 0."""
     epoch: int
     loss: float
+    """null in the file where it is not finite."""
     lr: float | None
     samples: int
     step_s: float
@@ -106,17 +109,26 @@ class Journal:
                 self._board.add_scalar(name, value, step)
 
 
+def check_run_dir(config: Config, *, restarted: bool = False) -> None:
+    """Raise ConfigError where ``make_run_dir`` would, as far as a glance tells; makes nothing."""
+    path = Path(config.run.dir or "runs").expanduser().absolute()
+    if config.run.dir is not None and (path / "metrics.jsonl").exists() and not restarted:
+        raise ConfigError(f"run.dir: {path} holds a run already; give another folder, or remove this one")
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(f"run.dir: {path} cannot be made in {there}; give another one by run.dir=...")
+
+
 def make_run_dir(config: Config, *, restarted: bool = False) -> Path:
     """Make the folder of a run and return its absolute path.
 
     Raises ConfigError where ``run.dir`` holds another run already (unless the job was ``restarted``), or cannot be
     made.
     """
+    check_run_dir(config, restarted=restarted)
     try:
         if config.run.dir is not None:
             path = Path(config.run.dir).expanduser().absolute()
-            if (path / "metrics.jsonl").exists() and not restarted:
-                raise ConfigError(f"run.dir: {path} holds a run already; give another folder, or remove this one")
             path.mkdir(parents=True, exist_ok=True)
             return path
         stem = f"{config.model.name}-{config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -134,4 +146,6 @@ def make_run_dir(config: Config, *, restarted: bool = False) -> Path:
 
 
 def _write(file: IO[str], data: dict[str, Any]) -> None:
-    file.write(json.dumps(data) + "\n")
+    """Write a line of JSON, which has no word for infinity and not-a-number: they become null."""
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+    file.write(json.dumps(known, allow_nan=False) + "\n")

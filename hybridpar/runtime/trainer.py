@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import os
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -14,7 +16,8 @@ import torch
 
 from hybridpar.config import Config
 from hybridpar.data import datasets
-from hybridpar.errors import ConfigError
+from hybridpar.data.sampler import EpochOrder
+from hybridpar.errors import ConfigError, DivergenceError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
 from hybridpar.model.trace import Traced
@@ -28,25 +31,30 @@ from hybridpar.runtime import zero
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.job import Evaluation, Job, checked_program
-from hybridpar.runtime.journal import Journal, StepRecord, make_run_dir
+from hybridpar.runtime.journal import Journal, StepRecord, check_run_dir, make_run_dir
 from hybridpar.runtime.optimizer import make_factory, make_rate
-from hybridpar.runtime.process import Process
+from hybridpar.runtime.process import Place, Process
 from hybridpar.schema import from_data, to_data
 
 WARM_UP_STEPS = 5
 """Left out of the measured step time, or a fifth of the steps where that is less."""
 
 
-def check(config: Config, plan: Plan, chain: Chain) -> None:
+def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
     """Raise HybridparError for what would make the training impossible, as far as a glance tells.
 
-    Checks the optimizer, the data set's paths and classes, and that a plan from a file fits the configuration.
-    Touches no process and decodes no data.
+    Checks the optimizer, that a plan from a file fits the configuration, the run's folder on rank 0, and the data
+    set's paths and classes on the ranks that read it: only their nodes need to have it. ``place`` is that of this
+    process, by default as the environment tells. Touches no process and decodes no data.
     """
+    place = place or Place.read(os.environ)
+    if place.rank == 0:
+        check_run_dir(config, restarted=place.restarts > 0)
     make_factory(config.optimizer)
     if config.optimizer.sharding == "zero1":
         zero.require_deepspeed()
-    datasets.check(config.data, chain.out_shape[0])
+    if place.rank in positions(plan)[0].ranks:
+        datasets.check(config.data, chain.out_shape[0])
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     for name, given, planned, remedy in (
         ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
@@ -70,10 +78,23 @@ def train(config: Config, plan: Plan, traced: Traced, source: Source, process: P
     process that is alone raises: HybridparError where the job cannot start or its data cannot be read.
     """
     try:
-        check(config, plan, traced.chain)
+        check(config, plan, traced.chain, process.place)
         return _Training(config, plan, traced.chain, process).run(traced, source)
     except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         process.fail(e)
+
+
+def _size(split: Any) -> int:
+    """Return the samples of a split, which on ranks that do not read it is their number already."""
+    return split if isinstance(split, int) else len(split)
+
+
+def _require_finite(loss: float, where: str) -> None:
+    """Raise DivergenceError for a loss that no training comes back from; it is the same on every rank."""
+    if not math.isfinite(loss):
+        raise DivergenceError(
+            f"the loss is not finite ({loss}) {where}; lower optimizer.lr, or set optimizer.clip"
+        )
 
 
 @dataclass
@@ -103,6 +124,10 @@ class _Training:
         self.config, self.plan, self.chain, self.process = config, plan, chain, process
         self.data = self._load()
         self._check_programs()
+        settings = config.train
+        order = EpochOrder(_size(self.data[0]), plan.global_batch, drop_last=settings.drop_last)
+        self.steps = settings.steps or order.steps * settings.epochs
+        self.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, self.steps)
         restarted = process.place.restarts > 0
         self.folder = Path(process.share(lambda: str(make_run_dir(config, restarted=restarted))))
         if process.rank == 0:
@@ -131,7 +156,7 @@ class _Training:
         batch = self.plan.global_batch
         modes: tuple[tuple[Mode, Any], ...] = (("train", self.data[0]), ("evaluate", self.data[1]))
         for mode, data in modes:
-            size = data if isinstance(data, int) else len(data)
+            size = _size(data)
             for samples in {min(batch, size), size % batch or batch}:
                 checked_program(self.plan, self.chain, samples, mode)
 
@@ -147,10 +172,8 @@ class _Training:
             test_feed = job.loader(self.data[1], train=False, workers=workers)
             stack.enter_context(feed)
             stack.enter_context(test_feed)
-            steps = min(config.train.steps or len(feed) * config.train.epochs, len(feed) * config.train.epochs)
-            job.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, steps)
-            journal = self._open_journal(stack, steps)
-            log = self._loop(job, feed, test_feed, steps, journal)
+            journal = self._open_journal(stack, monitor)
+            log = self._loop(job, feed, test_feed, journal)
             monitor.close()
             memory = process.gather(job.memory_bytes())
         summary = process.share(lambda: to_data(self._summarise(job, log, monitor, memory)))
@@ -170,6 +193,7 @@ class _Training:
             seed=self.config.train.seed,
             device=self.process.device,
             max_norm=settings.clip,
+            rate=self.rate,
             engines=zero.make_engines(self.process, factory) if settings.sharding == "zero1" else None,
         )
 
@@ -186,30 +210,35 @@ class _Training:
         monitor = sampler.start(path, settings.interval_s, uuids, settings.mode, settings.max_bytes)
         return stack.enter_context(monitor)
 
-    def _open_journal(self, stack: contextlib.ExitStack, steps: int) -> Journal | None:
+    def _open_journal(self, stack: contextlib.ExitStack, monitor: Monitor) -> Journal | None:
         """Open the journal on rank 0."""
         if self.process.rank:
             return None
         settings = self.config.train
-        return stack.enter_context(Journal(self.folder, steps, settings.mode, settings.log_every))
+        journal = stack.enter_context(Journal(self.folder, self.steps, settings.mode, settings.log_every))
+        if monitor.reason is not None:
+            journal.say(f"no GPU data: {monitor.reason}")
+        return journal
 
-    def _loop(self, job: Job, feed: Feed, test_feed: Feed, steps: int, journal: Journal | None) -> _Log:
+    def _loop(self, job: Job, feed: Feed, test_feed: Feed, journal: Journal | None) -> _Log:
         every, log = self.config.train.eval_every, _Log()
         started_s = time.perf_counter()
         for epoch in itertools.count():
-            self._epoch(job, feed, epoch, steps, log, journal)
+            self._epoch(job, feed, epoch, log, journal)
             log.epochs = epoch + 1
-            ended = job.steps == steps
+            ended = job.steps == self.steps
             if ended or (every is not None and (epoch + 1) % every == 0):
                 log.evaluation = job.evaluate(test_feed)
+                test_feed.close()  # else its workers would wait, and hold what they read, until the next one
                 if journal is not None:
                     journal.evaluation(job.steps, epoch, log.evaluation)
+                _require_finite(log.evaluation.loss, f"in the evaluation after step {job.steps - 1}")
             if ended:
                 break
         log.total_s = time.perf_counter() - started_s
         return log
 
-    def _epoch(self, job: Job, feed: Feed, epoch: int, steps: int, log: _Log, journal: Journal | None) -> None:
+    def _epoch(self, job: Job, feed: Feed, epoch: int, log: _Log, journal: Journal | None) -> None:
         """Run the steps of an epoch, or as many of them as are left."""
         feed.set_epoch(epoch)
         before_s = time.perf_counter()
@@ -219,12 +248,13 @@ class _Training:
             now_s = time.perf_counter()
             step_s, before_s = now_s - before_s, now_s
             log.steps.append((batch.samples, step_s))
-            if step < min(WARM_UP_STEPS, max(1, steps // 5)):
+            if step < min(WARM_UP_STEPS, max(1, self.steps // 5)):
                 log.measured_since_s = time.time()
             if journal is not None:
                 per_s = batch.samples / step_s
                 journal.step(StepRecord(step, epoch, log.loss, rate, batch.samples, step_s, per_s, time.time()))
-            if job.steps == steps:
+            _require_finite(log.loss, f"at step {step}")
+            if job.steps == self.steps:
                 return
 
     def _summarise(self, job: Job, log: _Log, monitor: Monitor, memory: list[int]) -> Summary:

@@ -8,12 +8,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from hybridpar.config import Config, compose
+from hybridpar.data import datasets
+from hybridpar.errors import ConfigError, DataError, DivergenceError
+from hybridpar.planner import load_model
 from hybridpar.report.summary import Summary
+from hybridpar.runtime import trainer
+from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.journal import check_run_dir
+from hybridpar.runtime.process import Place, Process
 from hybridpar.schema import to_data
+from tests.distributed.trainer_worker import make_plan
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 ROOT = WORKER.parents[2]
@@ -147,3 +158,123 @@ def test_one_process_needs_no_torchrun(tmp_path: Path) -> None:
     again = run(1, *arguments)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_once(tmp_path: Path) -> None:
+    done = run(2, "data_parallel", f"run.dir={tmp_path}", "train.steps=9", "optimizer.lr=1e30", "train.mode=plain")
+    assert done.returncode != 0
+    (line,) = [text for text in done.stderr.splitlines() if "the loss is not finite" in text]
+    assert "optimizer.lr, or set optimizer.clip" in line
+    assert "exitcode  : 2" in done.stderr
+    lines = strict((tmp_path / "metrics.jsonl").read_text())
+    assert lines[-1]["loss"] is None
+    assert all(isinstance(line["loss"], float) for line in lines[:-1])
+    assert f"at step {lines[-1]['step']};" in line
+
+
+def strict(text: str) -> list[dict[str, Any]]:
+    """Read lines of JSON, without the words for infinity and not-a-number that Python adds to it."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+# One process, in this one: two steps an epoch, eight test samples
+
+
+def small(*overrides: str) -> Config:
+    size = ("data=synthetic", "data.size=16", "data.test_size=8", "train.global_batch=8")
+    model = ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
+    return compose([*size, *model, "train.device=cpu", *overrides])
+
+
+def train_here(folder: Path, *overrides: str) -> Summary:
+    config = small(f"run.dir={folder}", *overrides)
+    traced, source = load_model(config)
+    process = Process("cpu")
+    return trainer.train(config, make_plan("single", config, traced.chain), traced, source, process)
+
+
+def test_given_steps_decide_how_long_the_training_is(tmp_path: Path) -> None:
+    """More steps than the epochs have were once cut down without a word."""
+    summary = train_here(tmp_path, "train.steps=5", "train.epochs=1")
+    assert (summary.steps, summary.epochs) == (5, 3)
+    assert train_here(tmp_path / "epochs", "train.epochs=2").steps == 4
+
+
+def test_workers_of_an_evaluation_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    evaluate, close = Job.evaluate, Feed.close
+
+    def evaluated(job: Job, feed: Feed) -> Evaluation:
+        events.append(feed)
+        return evaluate(job, feed)
+
+    def closed(feed: Feed) -> None:
+        events.append(feed)
+        close(feed)
+
+    monkeypatch.setattr(Job, "evaluate", evaluated)
+    monkeypatch.setattr(Feed, "close", closed)
+    train_here(tmp_path, "train.epochs=2")
+    test_feed = events[0]
+    assert events[:4] == [test_feed] * 4
+
+
+def test_one_line_says_why_there_is_no_gpu_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_here(tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "no GPU data: the job uses no GPU on this node"
+    assert sum("GPU" in line for line in printed) == 1
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused_before_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="warmup_steps: 2, but the training has 2 steps"):
+        train_here(tmp_path / "run", "optimizer.schedule.warmup_steps=2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_is_not_finite_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "evaluate", lambda *_: Evaluation(float("nan"), 0.0, 0.0, 8))
+    with pytest.raises(DivergenceError, match=r"not finite \(nan\) in the evaluation after step 1; lower optim"):
+        train_here(tmp_path)
+    (line,) = strict((tmp_path / "evaluations.jsonl").read_text())
+    assert (line["loss"], line["top1"]) == (None, 0.0)
+
+
+def test_an_occupied_folder_is_noticed_before_the_data_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(datasets, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train_here(tmp_path)
+
+
+def test_folders_that_cannot_be_made_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_run_dir(small())
+    check_run_dir(small(f"run.dir={tmp_path}/a/b"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").touch()
+    for config in (small(), small(f"run.dir={tmp_path}/runs/b")):
+        with pytest.raises(ConfigError, match=rf"run\.dir: .* cannot be made in {tmp_path}/runs; give another"):
+            check_run_dir(config)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        check_run_dir(small(f"run.dir={tmp_path}"))
+    check_run_dir(small(f"run.dir={tmp_path}"), restarted=True)
+
+
+def test_only_ranks_that_read_need_the_data(tmp_path: Path) -> None:
+    """Nodes of the middle and the tail once had to hold the images too."""
+    config = compose(["model=small_vgg", "data=image_folder", f"data.root={tmp_path}/none"])
+    traced, _ = load_model(config)
+    plan = make_plan("three_stage", config, traced.chain)
+    for rank in (2, 3):
+        trainer.check(config, plan, traced.chain, Place(rank, 4, rank, 4))
+    for rank in (0, 1):
+        with pytest.raises(DataError, match=r"there is no .*/none/train"):
+            trainer.check(config, plan, traced.chain, Place(rank, 4, rank, 4))
