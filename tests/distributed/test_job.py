@@ -14,8 +14,9 @@ from hybridpar.errors import DataError, PlanError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
+from hybridpar.planning.program import Operation
 from hybridpar.runtime import lookup
-from hybridpar.runtime.communicators import ProcessGroups
+from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.executor import ActionError
 from hybridpar.runtime.job import Evaluation, Job
 from hybridpar.runtime.loss import CrossEntropy
@@ -196,7 +197,15 @@ def test_batch_norm_statistics_become_the_mean_of_the_replicas() -> None:
             job = Job(plan, traced, source, make_factory(OPTIMIZER), groups, rank=rank)
         conv = job.parameters["0.weight"].tensor.detach().clone(), job.parameters["0.bias"].tensor.detach().clone()
         loss = job.step((x, y))
+        contents, reduce = [], groups.all_reduce
+
+        def noted(operation: Operation, tensor: torch.Tensor) -> Pending:
+            contents.append(operation.content)
+            return reduce(operation, tensor)
+
+        groups.all_reduce = noted  # type: ignore[method-assign]
         evaluation = job.evaluate([(x, y)])
+        assert contents == ["running_statistics", "label", "metrics"]
         norm = next(m for b in job._blocks.values() for m in b.modules() if isinstance(m, nn.BatchNorm2d))
         halves = F.conv2d(x, *conv, padding=1).split(8)
         mean = sum(half.mean((0, 2, 3)) for half in halves) / 2 * norm.momentum
