@@ -155,8 +155,8 @@ class Drafting:
 
     def _points_inside(self, start: int, stop: int) -> list[int]:
         """Return where a middle may be cut so that every segment has parameters."""
-        inside = (c for c in self.cut_points if start < c < stop and self.chain.layers[c].parameters)
-        return [start, *inside, stop]
+        weighty = [i for i in range(start, stop) if self.chain.layers[i].parameters]
+        return [start, *weighty[1:], stop]
 
     def balanced(self, start: int, stop: int, parts: int, micro_batch: int) -> list[int]:
         """Cut layers into runs whose slowest is as fast as possible (dynamic program over cut points)."""

@@ -29,8 +29,9 @@ from hybridpar.profiling.record import Profile
 
 SCORED_STARTS = 12
 """Starting points of a shape that are simulated, least lower bound first."""
-KEPT_STARTS = 2
-"""Starting points of a shape that are improved, best first."""
+KEPT_STARTS, KEPT_STARTS_LARGE, LARGE_WORLD = 8, 2, 8
+"""Starting points of a shape that are improved, best first; fewer above ``LARGE_WORLD`` ranks, where each
+simulation takes a tenth of a second."""
 FIRST_SIZE: dict[Kind, int] = {"front": 2, "middle": 4, "tail": 2}
 """Micro-batch to start from, counted down from the largest: a pipeline needs several to fill."""
 WORTHWHILE = 0.002
@@ -259,7 +260,8 @@ def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
         return Candidate(shape, None, str(e))
     promising = sorted(starts, key=scorer.bound)[:SCORED_STARTS]
     ranked = sorted(promising, key=scorer.score)
-    best = min((_improve(d, scorer) for d in ranked[:KEPT_STARTS]), key=scorer.score, default=None)
+    kept = KEPT_STARTS if scorer.cluster.world <= LARGE_WORLD else KEPT_STARTS_LARGE
+    best = min((_improve(d, scorer) for d in ranked[:kept]), key=scorer.score, default=None)
     if best is not None and scorer.score(best)[0] == 1:
         lean = (_sized(draft, scorer.drafting, request, lean=True) for draft in promising)
         best = next((_improve(d, scorer) for d in lean if scorer.fits(d)), best)
@@ -315,25 +317,41 @@ def _sized(draft: Draft, drafting: Drafting, request: Request, *, lean: bool) ->
 def _first_cuts(
     drafting: Drafting, kinds: tuple[Kind, ...], ranks: tuple[Groups, ...], request: Request
 ) -> tuple[int, ...] | None:
-    """Start the tail as early as it can, and the middle with the last third of what remains."""
-    layers = len(drafting.chain.layers)
-    cuts: list[int] = []
-    for i in range(len(kinds) - 1):
-        pinned, following = request.pin(kinds[i]).layers, request.pin(kinds[i + 1]).layers
-        if pinned is not None or following is not None:
-            cuts.append(pinned[1] if pinned else following[0] if following else 0)
-            continue
-        points = drafting.cuts_between(kinds, i)
-        if kinds[i + 1] == "tail":
-            cuts.append(points[0] if points else drafting.chain.tail_start)
-        else:
-            stop = min((drafting.chain.tail_start, *(request.pin("tail").layers or ())))
-            room = [p for p in drafting.cut_points if p <= stop - len(ranks[i + 1])]
-            if not room:
-                return None
-            cuts.append(room[len(room) * 2 // 3])
-    draft = Draft(kinds, tuple(cuts), ranks, (1,) * len(kinds), (), "fill_drain")
-    return tuple(cuts) if drafting.fits(draft) and all(0 < c < layers for c in cuts) else None
+    """Start the tail as early as the stages before it allow, and the middle with the last third of what remains."""
+    for stop in _tail_cuts(drafting, kinds, request):
+        for start in _middle_cuts(drafting, kinds, ranks, request, stop):
+            cuts = tuple(c for c in (start, stop) if c is not None)
+            draft = Draft(kinds, cuts, ranks, (1,) * len(kinds), (), "fill_drain")
+            if drafting.fits(draft) and all(0 < c < len(drafting.chain.layers) for c in cuts):
+                return cuts
+    return None
+
+
+def _tail_cuts(drafting: Drafting, kinds: tuple[Kind, ...], request: Request) -> list[int] | list[None]:
+    """Return where the tail may start, best first; None where there is none behind another stage."""
+    if len(kinds) == 1:
+        return [None]
+    pinned = _pinned_cut(kinds, len(kinds) - 2, request)
+    return drafting.cuts_between(kinds, len(kinds) - 2) if pinned is None else [pinned]
+
+
+def _middle_cuts(
+    drafting: Drafting, kinds: tuple[Kind, ...], ranks: tuple[Groups, ...], request: Request, stop: int | None
+) -> list[int] | list[None]:
+    """Return where the middle between two stages may start, best first; None where there is none."""
+    if len(kinds) < 3 or stop is None:
+        return [None]
+    pinned = _pinned_cut(kinds, 0, request)
+    if pinned is not None:
+        return [pinned]
+    room = [p for p in drafting.cut_points if p <= stop - len(ranks[1])]
+    return room[len(room) * 2 // 3 :: -1]
+
+
+def _pinned_cut(kinds: tuple[Kind, ...], i: int, request: Request) -> int | None:
+    """Return where stage ``i`` ends, if its layers or the next stage's are pinned."""
+    before, after = request.pin(kinds[i]).layers, request.pin(kinds[i + 1]).layers
+    return before[1] if before else after[0] if after else None
 
 
 def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: _Scorer) -> NoReturn:
