@@ -23,7 +23,7 @@ from hybridpar.cluster.describe import local
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.deferred import Source, ready
 from hybridpar.model.trace import Traced, trace
-from hybridpar.planning.plan import Kind, Plan, Precision, Recipe
+from hybridpar.planning.plan import Kind, Plan, Precision, Recipe, validate_recipe
 from hybridpar.planning.request import Pin, Request, Shape
 from hybridpar.planning.search import search
 from hybridpar.profiling.analytic import estimate
@@ -75,6 +75,7 @@ def plan(
 
     """
     traced, place = _traced(model, tuple(in_shape)), process()
+    validate_recipe(recipe or Recipe(), precision)
     request = Request(global_batch, shape, precision, recipe or Recipe(), dict(pins or {}))
 
     def make() -> Plan:

@@ -96,10 +96,12 @@ def train(config: Config) -> None:
     from hybridpar.runtime import trainer  # noqa: PLC0415
     from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415
 
+    config.refuse_for_training()
     process = Process(config.train.device, config.train.timeout_s)
     traced, source = load_model(config)
 
     def planned() -> Plan:
+        trainer.check_config(config)
         subject = prepare(config, traced, process.world, _note)
         result = make_plan(config, subject)
         check_world(result.plan, process.world)

@@ -29,7 +29,7 @@ from hybridpar.profiling.record import Profile
 
 SCORED_STARTS = 12
 """Starting points of a shape that are simulated, least lower bound first."""
-KEPT_STARTS, KEPT_STARTS_LARGE, LARGE_WORLD = 8, 2, 8
+KEPT_STARTS, KEPT_STARTS_LARGE, LARGE_WORLD = 5, 2, 8
 """Starting points of a shape that are improved, best first; fewer above ``LARGE_WORLD`` ranks, where each
 simulation takes a tenth of a second."""
 FIRST_SIZE: dict[Kind, int] = {"front": 2, "middle": 4, "tail": 2}
@@ -317,7 +317,7 @@ def _sized(draft: Draft, drafting: Drafting, request: Request, *, lean: bool) ->
 def _first_cuts(
     drafting: Drafting, kinds: tuple[Kind, ...], ranks: tuple[Groups, ...], request: Request
 ) -> tuple[int, ...] | None:
-    """Start the tail as early as the stages before it allow, and the middle with the last third of what remains."""
+    """Start the tail as early as the stages before it allow, the middle with the last third of what remains."""
     for stop in _tail_cuts(drafting, kinds, request):
         for start in _middle_cuts(drafting, kinds, ranks, request, stop):
             cuts = tuple(c for c in (start, stop) if c is not None)

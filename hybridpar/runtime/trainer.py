@@ -40,12 +40,10 @@ WARM_UP_STEPS = 5
 """Left out of the measured step time, or a fifth of the steps where that is less."""
 
 
-def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
-    """Raise HybridparError for what would make the training impossible, as far as a glance tells.
+def check_config(config: Config, place: Place | None = None) -> None:
+    """Raise HybridparError for what is wrong whatever the plan: the optimizer, and the run's folder on rank 0.
 
-    Checks the optimizer, that a plan from a file fits the configuration, the run's folder on rank 0, and the data
-    set's paths and classes on the ranks that read it: only their nodes need to have it. ``place`` is that of this
-    process, by default as the environment tells. Touches no process and decodes no data.
+    ``place`` is that of this process, by default as the environment tells.
     """
     place = place or Place.read(os.environ)
     if place.rank == 0:
@@ -53,6 +51,16 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     make_factory(config.optimizer)
     if config.optimizer.sharding == "zero1":
         zero.require_deepspeed()
+
+
+def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
+    """Raise HybridparError for what would make the training impossible, as far as a glance tells.
+
+    Checks what ``check_config`` does, that a plan from a file fits the configuration, and the data set's paths and
+    classes on the ranks that read it: only their nodes need to have it. Touches no process and decodes no data.
+    """
+    place = place or Place.read(os.environ)
+    check_config(config, place)
     if place.rank in positions(plan)[0].ranks:
         datasets.check(config.data, chain.out_shape[0])
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
