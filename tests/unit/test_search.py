@@ -327,6 +327,23 @@ def test_a_chain_without_linear_tail_says_so() -> None:
         search(chain, profile, FOUR, Request(8, "three_stage"))
 
 
+def test_a_middle_takes_linear_layers_where_it_needs_them() -> None:
+    """Starting the tail as early as possible once left too little for two segments, and no plan."""
+    convolution, *_ = convolutions(1).layers
+    flat = Layer("flat", "Flatten", (4, 8, 8), (256,), 0, aliases_input=True, channelwise=True)
+    linears = []
+    for i, inputs in enumerate((256, 16, 16)):
+        weight = Parameter(f"fc{i}.weight", (16, inputs))
+        linears.append(
+            Layer(
+                f"fc{i}", "Linear", (inputs,), (16,), 32 * inputs, (weight,), linear=Linear(inputs, 16, bias=False)
+            )
+        )
+    chain = Chain("shallow", (convolution, flat, *linears))
+    plan = search(chain, estimate(chain, FOUR.device), FOUR, Request(8, "three_stage")).plan
+    assert [s.layers for s in plan.stages] == [(0, 2), (2, 4), (4, 5)]
+
+
 def test_a_chain_with_fewer_layers_than_stages_says_so() -> None:
     weight = Parameter("fc.weight", (4, 4))
     fc = Layer("fc", "Linear", (4,), (4,), 32, (weight,), linear=Linear(4, 4, bias=False))
