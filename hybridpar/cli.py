@@ -75,6 +75,7 @@ def plan(config: Config) -> None:
     """Print the plan, as text or as JSON; save it as JSON where ``out`` says so."""
     from hybridpar.planner import make_plan, prepare  # noqa: PLC0415 - a command imports what it needs
 
+    _check_out(config)
     subject = prepare(config, report=_note)
     planned = make_plan(config, subject)
     if config.format == "json":
@@ -121,8 +122,7 @@ def profile(config: Config) -> None:
 
     if config.out is None:
         raise ConfigError("out: missing; name the file for the profile, as in out=profile.json")
-    if not Path(config.out).resolve().parent.is_dir():
-        raise ConfigError(f"out: {config.out} lies in no existing folder; make it first")
+    _check_out(config)
     if config.profile.kind != "measured":
         raise ConfigError(f"profile={config.profile.kind} cannot be measured; use profile=measured")
     traced, _ = load_model(config)
@@ -153,6 +153,12 @@ def _console() -> Console:
 
 def _note(text: str) -> None:
     sys.stderr.write(f"{text}\n")
+
+
+def _check_out(config: Config) -> None:
+    """Refuse, before any work is done, a file that could not be written after it."""
+    if config.out is not None and not Path(config.out).resolve().parent.is_dir():
+        raise ConfigError(f"out: {config.out} lies in no existing folder; make it first")
 
 
 def _write(path: str, text: str) -> None:

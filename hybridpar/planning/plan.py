@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -186,6 +187,12 @@ def validate(plan: Plan, chain: Chain) -> None:
             _require(contiguous, where, segment.layers, f"must start at layer {at} and hold at least one layer")
             at = segment.layers[1]
     _require(at == len(chain.layers), "stages", at, f"must end at layer {len(chain.layers)}, the model's last")
+    predicted = plan.prediction
+    if predicted is not None:
+        fits = len(predicted.stages) == len(plan.stages) and len(predicted.memory_bytes) == plan.world
+        _require(
+            fits, "prediction", "its stages or ranks", "are not the plan's; remove the field, it is made anew"
+        )
     unused = set(range(plan.world)) - {r for s in plan.stages for r in s.ranks}
     _require(
         not unused,
@@ -234,7 +241,7 @@ def _validate_stage(plan: Plan, stage: Stage, chain: Chain) -> None:
         inside = all(0 <= r < plan.world for r in ranks)
         _require(inside, f"{where}.ranks", list(ranks), f"must lie in 0..{plan.world - 1}")
         if segment.shares is not None:
-            fits = len(segment.shares) == len(ranks) and all(s > 0 for s in segment.shares)
+            fits = len(segment.shares) == len(ranks) and all(0 < s < math.inf for s in segment.shares)
             _require(
                 fits, f"{where}.shares", segment.shares, f"must be {len(ranks)} positive numbers, one per rank"
             )

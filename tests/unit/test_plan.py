@@ -34,6 +34,13 @@ def test_a_shard_without_features_is_refused() -> None:
         validate(plan_with_tail(model, (20.0, 1.0)), model)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
+def test_shares_are_positive_finite_numbers(bad: float) -> None:
+    model = chain()
+    with pytest.raises(PlanError, match=r"plan\.tail\.shares"):
+        validate(plan_with_tail(model, (1.0, bad)), model)
+
+
 def test_tied_layers_stay_together_and_out_of_shards() -> None:
     """Each shard of a tied linear once got a copy of its own, and the copies drifted apart without an error."""
     first, second = nn.Linear(6, 6), nn.Linear(6, 6)
