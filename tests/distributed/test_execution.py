@@ -16,6 +16,7 @@ from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.plan import Recipe, Segment, Stage
 from hybridpar.runtime.executor import ActionError
+from tests.support.counting import Counting, expected_log
 from tests.support.plans import make_plan, random_plan, random_samples
 from tests.support.threads import run_ranks
 from tests.support.training import Case, make_case, make_executor, run_step, small_vgg, whole_model
@@ -30,47 +31,6 @@ def case_of(samples, dropout=0.4, max_norm=None):
 
 
 CHAIN = case_of(1).traced.chain
-
-
-class Counting:
-    """Notes what is handed to communicators: (way, operation, bytes)."""
-
-    def __init__(self, inner):
-        self.inner, self.log = inner, []
-
-    def _note(self, way, operation, *tensors):
-        sizes = {t.numel() * t.itemsize for t in tensors}
-        assert len(sizes) == 1, "every part of a gather has the same size"
-        self.log.append((way, operation.index, sizes.pop()))
-
-    def send(self, operation, tensor):
-        self._note("send", operation, tensor)
-        return self.inner.send(operation, tensor)
-
-    def receive(self, operation, tensor):
-        self._note("receive", operation, tensor)
-        return self.inner.receive(operation, tensor)
-
-    def all_reduce(self, operation, tensor):
-        self._note("all_reduce", operation, tensor)
-        return self.inner.all_reduce(operation, tensor)
-
-    def all_gather(self, operation, outputs, tensor):
-        assert len(outputs) == len(operation.ranks)
-        self._note("all_gather", operation, tensor, *outputs)
-        return self.inner.all_gather(operation, outputs, tensor)
-
-
-def expected_log(program, rank):
-    log = []
-    for action in program.actions[rank]:
-        if action.kind == "start":
-            operation = program.operations[action.operation]
-            way = operation.kind
-            if way == "send" and operation.ranks[1] == rank:
-                way = "receive"
-            log.append((way, operation.index, operation.bytes))
-    return log
 
 
 def three_stages(ways=("row", "column", "row"), clipping=True):

@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.communicators import ProcessGroups
-from hybridpar.runtime.executor import Executor, Key, _Step
+from hybridpar.runtime.executor import Executor
+from tests.numerics.test_parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
+from tests.support.counting import Counting, CountingExecutor, expected_log
+from tests.support.rendezvous import Endpoint, run_strictly
 from tests.support.threads import run_ranks
 from tests.support.training import Case, make_case, make_executor
-
-Storages = dict[int, int]
-
-
-class CountingExecutor(Executor):
-    """Notes the storages that every forward pass keeps, and the total alive after every action."""
-
-    def watch(self) -> None:
-        self.kept: dict[Key, Storages] = {}
-        self.alive: list[int] = []
-        self.batch_storage = 0
-        self.observer = self._count
-
-    def _forward(self, state: _Step, key: Key) -> None:
-        storages: Storages = {}
-        parameters = {p.untyped_storage().data_ptr() for m in self.blocks.values() for p in m.parameters()}
-        batch = set() if state.batch is None else {state.batch.untyped_storage().data_ptr()}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters | batch:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            super()._forward(state, key)
-        if key in state.saved:
-            pack(state.saved[key][0])
-            self.kept[key] = storages
-
-    def _backward(self, state: _Step, key: Key) -> None:
-        super()._backward(state, key)
-        del self.kept[key]
-
-    def _count(self, program: Program, action: Action, start_s: float, end_s: float) -> None:
-        del program, action, start_s, end_s
-        together: Storages = {}
-        for storages in self.kept.values():
-            together |= storages
-        self.alive.append(sum(together.values()))
 
 
 def shapes() -> list[tuple[str, tuple[Stage, ...], int]]:
@@ -91,12 +53,45 @@ def test_saved_bytes_are_exact(name: str, stages: tuple[Stage, ...], world: int,
         assert not alive or alive[-1] == 0
 
 
+def run_once(executor: Executor, case: Case, program: Program, rank: int) -> None:
+    x, y = case.data[0]
+    index = [i for a, b in program.reads(rank) for i in range(a, b)]
+    executor.run(program, 0, 0, x[index] if index else None, y[index] if index else None)
+
+
 def _count(case: Case, plan: Plan, program: Program, rank: int, groups: ProcessGroups) -> list[int]:
     executor = make_executor(case, plan, rank, groups)
     executor.__class__ = CountingExecutor
     assert isinstance(executor, CountingExecutor)
     executor.watch()
-    x, y = case.data[0]
-    index = [i for a, b in program.reads(rank) for i in range(a, b)]
-    executor.run(program, 0, 0, x[index] if index else None, y[index] if index else None)
+    run_once(executor, case, program, rank)
     return executor.alive
+
+
+@pytest.mark.parametrize(
+    ("degrees", "placement"), COMBINED, ids=["-".join(map(str, d)) + f"-{p}" for d, p in COMBINED]
+)
+def test_execution_is_the_program_over_the_parity_matrix(degrees: tuple[int, int, int], placement: str) -> None:
+    """One training step: actions in order, bytes of every message, saved bytes after every action."""
+    number = COMBINED.index((degrees, placement))
+    case = case_of(0.4 * (number % 2), (13,))
+    plan = plan_of(
+        *shape(*degrees, PLACEMENTS[placement], uneven=number % 5 < 2), bucket_bytes=(1, 2000)[number % 2]
+    )
+    program = compile_program(plan, case.traced.chain, 13, "train")
+
+    def body(rank: int, endpoint: Endpoint) -> tuple[list[Action], list[object], list[int]]:
+        communicators = Counting(endpoint)
+        executor = make_executor(case, plan, rank, communicators)
+        executor.__class__ = CountingExecutor
+        assert isinstance(executor, CountingExecutor)
+        executor.watch()
+        run_once(executor, case, program, rank)
+        return executor.actions, communicators.log, executor.alive
+
+    for rank, result in enumerate(run_strictly(plan.world, body)):
+        assert not isinstance(result, BaseException), result
+        actions, messages, alive = result
+        assert actions == list(program.actions[rank])
+        assert messages == expected_log(program, rank)
+        assert alive == list(memory(program, rank).saved)

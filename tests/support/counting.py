@@ -1,0 +1,91 @@
+"""What a rank really does while it runs a program: messages with their bytes, actions, storages kept."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridpar.planning.program import Action, Program
+from hybridpar.runtime.executor import Executor, Key, _Step
+
+Storages = dict[int, int]
+
+
+class CountingExecutor(Executor):
+    """Notes the storages that every forward pass keeps, and the total alive after every action."""
+
+    def watch(self) -> None:
+        self.kept: dict[Key, Storages] = {}
+        self.alive: list[int] = []
+        self.actions: list[Action] = []
+        self.batch_storage = 0
+        self.observer = self._count
+
+    def _forward(self, state: _Step, key: Key) -> None:
+        storages: Storages = {}
+        parameters = {p.untyped_storage().data_ptr() for m in self.blocks.values() for p in m.parameters()}
+        batch = set() if state.batch is None else {state.batch.untyped_storage().data_ptr()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters | batch:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            super()._forward(state, key)
+        if key in state.saved:
+            pack(state.saved[key][0])
+            self.kept[key] = storages
+
+    def _backward(self, state: _Step, key: Key) -> None:
+        super()._backward(state, key)
+        del self.kept[key]
+
+    def _count(self, program: Program, action: Action, start_s: float, end_s: float) -> None:
+        del program, start_s, end_s
+        self.actions.append(action)
+        together: Storages = {}
+        for storages in self.kept.values():
+            together |= storages
+        self.alive.append(sum(together.values()))
+
+
+class Counting:
+    """Notes what is handed to communicators: (way, operation, bytes)."""
+
+    def __init__(self, inner):
+        self.inner, self.log = inner, []
+
+    def _note(self, way, operation, *tensors):
+        sizes = {t.numel() * t.itemsize for t in tensors}
+        assert len(sizes) == 1, "every part of a gather has the same size"
+        self.log.append((way, operation.index, sizes.pop()))
+
+    def send(self, operation, tensor):
+        self._note("send", operation, tensor)
+        return self.inner.send(operation, tensor)
+
+    def receive(self, operation, tensor):
+        self._note("receive", operation, tensor)
+        return self.inner.receive(operation, tensor)
+
+    def all_reduce(self, operation, tensor):
+        self._note("all_reduce", operation, tensor)
+        return self.inner.all_reduce(operation, tensor)
+
+    def all_gather(self, operation, outputs, tensor):
+        assert len(outputs) == len(operation.ranks)
+        self._note("all_gather", operation, tensor, *outputs)
+        return self.inner.all_gather(operation, outputs, tensor)
+
+
+def expected_log(program, rank):
+    log = []
+    for action in program.actions[rank]:
+        if action.kind == "start":
+            operation = program.operations[action.operation]
+            way = operation.kind
+            if way == "send" and operation.ranks[1] == rank:
+                way = "receive"
+            log.append((way, operation.index, operation.bytes))
+    return log
