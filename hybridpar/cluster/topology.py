@@ -120,11 +120,6 @@ class Cluster:
                 return self.links[candidate]
         raise ClusterError(f"links.{level}: missing")
 
-    def widest_level(self, ranks: tuple[int, ...]) -> Level:
-        """The slowest level that a communicator over ``ranks`` crosses."""
-        order: tuple[Level, ...] = ("device", "node", "rack", "site", "wan")
-        return max((self.level(ranks[0], r) for r in ranks), key=order.index)
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash over everything the cluster says."""

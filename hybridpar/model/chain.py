@@ -10,11 +10,10 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from hybridpar.errors import ModelError
-from hybridpar.schema import read_json, to_data
+from hybridpar.schema import to_data
 
 SCHEMA_VERSION = 1
 
@@ -161,12 +160,3 @@ class Chain:
         """Hash over everything the chain says; a profile or plan made for another chain is noticed by it."""
         text = json.dumps(to_data(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def save(self, path: Path) -> None:
-        """Write the chain as JSON."""
-        path.write_text(json.dumps(to_data(self), indent=1) + "\n")
-
-    @staticmethod
-    def load(path: Path) -> Chain:
-        """Read a chain from JSON; raises ModelError naming the field."""
-        return read_json(Chain, path, ModelError)

@@ -117,7 +117,7 @@ class _Compiler:
         for rank, own in zip(first.ranks, zip(*first.micro_batches(self.samples), strict=True), strict=True):
             if any(length(interval) > 0 for interval in own):
                 self._act(rank, Action("load"))
-        self.labels = self._collective("all_reduce", "label", "control", self.world, LABEL_BYTES * self.samples)
+        self.labels = self._operation("all_reduce", "label", "control", self.world, LABEL_BYTES * self.samples)
         for rank in self.world:
             self._start(rank, self.labels)
         for rank in self.world:
@@ -142,7 +142,7 @@ class _Compiler:
         size = METRIC_BYTES * len(METRICS)
         self._start(
             rank,
-            self._once("metrics", lambda: self._collective("all_reduce", "metrics", "control", self.world, size)),
+            self._once("metrics", lambda: self._operation("all_reduce", "metrics", "control", self.world, size)),
         )
 
     # One method per kind of task
@@ -163,7 +163,7 @@ class _Compiler:
             self._gather_statistics(task, size)
 
     def _gather_statistics(self, task: Task, size: int) -> None:
-        gather = self._collective(
+        gather = self._operation(
             "all_gather", "statistics", "tail", task.ranks, size, task.block, task.micro_batch
         )
         for rank in task.ranks:
@@ -195,9 +195,7 @@ class _Compiler:
             if rank in position.ranks:
                 self._await_gradients(rank, position)
         self._act(rank, Action("norm"))
-        norm = self._once(
-            "norm", lambda: self._collective("all_reduce", "norm", "control", self.world, NORM_BYTES)
-        )
+        norm = self._once("norm", lambda: self._operation("all_reduce", "norm", "control", self.world, NORM_BYTES))
         self._start(rank, norm)
 
     def _update(self, task: Task) -> None:
@@ -212,7 +210,7 @@ class _Compiler:
         group = f"gradients:{position.name}"
         zero = self._once(
             f"zero {position.name}",
-            lambda: self._collective("sharded_update", "zero", group, position.ranks, size, position.index),
+            lambda: self._operation("sharded_update", "zero", group, position.ranks, size, position.index),
         )
         self._start(rank, zero)
         self._wait(rank, zero.index)
@@ -227,7 +225,7 @@ class _Compiler:
             return
         bucket = self._once(
             f"bucket {block.index}",
-            lambda: self._collective(
+            lambda: self._operation(
                 "all_reduce",
                 "bucket",
                 f"gradients:{position.name}",
@@ -252,7 +250,7 @@ class _Compiler:
             rank = task.ranks[0]
             size = sum(self._bytes(boundary, t) for t in self.leaving[content, boundary, task.micro_batch, rank])
             size //= len(task.ranks)
-            total = self._collective(
+            total = self._operation(
                 "all_reduce", "sum", "tail", task.ranks, size, boundary, task.micro_batch, backward=backward
             )
             for rank in task.ranks:
@@ -282,7 +280,7 @@ class _Compiler:
         self.unsent[t.source][-1].append(send.index)
         self.arriving[content, boundary, t.target_micro_batch, t.target].append(send.index)
 
-    def _collective(
+    def _operation(
         self,
         kind: OperationKind,
         content: Content,
@@ -291,23 +289,7 @@ class _Compiler:
         size: int,
         block: int | None = None,
         micro_batch: int | None = None,
-        *,
-        backward: bool = False,
-    ) -> Operation:
-        return self._operation(
-            kind, content, communicator, ranks, size, block, micro_batch, None, backward=backward
-        )
-
-    def _operation(
-        self,
-        kind: OperationKind,
-        content: Content,
-        communicator: str,
-        ranks: tuple[int, ...],
-        size: int,
-        block: int | None,
-        micro_batch: int | None,
-        transfer: Transfer | None,
+        transfer: Transfer | None = None,
         *,
         backward: bool = False,
     ) -> Operation:

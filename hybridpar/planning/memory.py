@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position
-from hybridpar.planning.compile import bucket_count, is_zero, parameter_count
+from hybridpar.planning.compile import bucket_count, is_zero
 from hybridpar.planning.layout import length
 from hybridpar.planning.program import Action, Operation, Program
 
@@ -23,6 +23,7 @@ class Memory:
     """Bytes on one rank."""
 
     parameters: int
+    """And buffers."""
     gradients: int
     optimizer: int
     batch: int
@@ -54,7 +55,7 @@ def memory(program: Program, rank: int) -> Memory:
         position = program.positions[block.position]
         if rank in position.ranks:
             own = _owned_elements(block, position, rank, chain) * plan.itemsize
-            parameters += own
+            parameters += own + sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
             if program.mode == "train":
                 gradients += own
                 states = own * plan.recipe.optimizer_states
@@ -278,11 +279,3 @@ class _Walk:
 def peak_per_rank(program: Program) -> tuple[int, ...]:
     """Return the peak bytes of every rank."""
     return tuple(memory(program, rank).peak for rank in range(program.plan.world))
-
-
-def parameters_per_stage(program: Program) -> dict[int, int]:
-    """Return the number of parameters of every stage, by its index in the plan."""
-    result: dict[int, int] = defaultdict(int)
-    for position in program.positions:
-        result[position.stage] += parameter_count(program.chain, position.layers)
-    return dict(result)
