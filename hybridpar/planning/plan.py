@@ -187,12 +187,6 @@ def validate(plan: Plan, chain: Chain) -> None:
             _require(contiguous, where, segment.layers, f"must start at layer {at} and hold at least one layer")
             at = segment.layers[1]
     _require(at == len(chain.layers), "stages", at, f"must end at layer {len(chain.layers)}, the model's last")
-    predicted = plan.prediction
-    if predicted is not None:
-        fits = len(predicted.stages) == len(plan.stages) and len(predicted.memory_bytes) == plan.world
-        _require(
-            fits, "prediction", "its stages or ranks", "are not the plan's; remove the field, it is made anew"
-        )
     unused = set(range(plan.world)) - {r for s in plan.stages for r in s.ranks}
     _require(
         not unused,
@@ -201,6 +195,12 @@ def validate(plan: Plan, chain: Chain) -> None:
         "are ranks without any stage; place a stage there, or lower the world",
     )
     _validate_ties(plan, chain)
+    predicted = plan.prediction
+    if predicted is not None:
+        fits = len(predicted.stages) == len(plan.stages) and len(predicted.memory_bytes) == plan.world
+        _require(
+            fits, "prediction", "its stages or ranks", "are not the plan's; remove the field, it is made anew"
+        )
 
 
 def validate_recipe(recipe: Recipe, precision: Precision) -> None:
