@@ -41,6 +41,7 @@ class Position:
     weights: tuple[float, ...]
     micro_batch: int
     in_flight: int | None
+    recompute: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -71,7 +72,8 @@ class Block:
     ``enters`` and ``leaves`` say how the input and the output lie on the shards; a replica's are always full.
     ``spans`` has one entry per shard and layer; empty where nothing is sharded. A tail that ends in a row-sharded
     linear has a last block without layers, which stands for the loss: it takes the summed logits, one slice of the
-    classes per shard. Its one span per shard is that slice.
+    classes per shard. Its one span per shard is that slice. A block that is to ``recompute`` keeps its input only
+    between forward and backward.
     """
 
     index: int
@@ -80,6 +82,7 @@ class Block:
     enters: State = "full"
     leaves: State = "full"
     spans: tuple[tuple[Span, ...], ...] = ()
+    recompute: bool = False
 
     def fraction(self, chain: Chain, shard: int, layer: int) -> float:
         """Share of a layer's work that a shard does."""
@@ -108,7 +111,18 @@ def positions(plan: Plan) -> tuple[Position, ...]:
     """Return the plan's segments in pipeline order."""
     flat = [(i, j, stage, seg) for i, stage in enumerate(plan.stages) for j, seg in enumerate(stage.segments)]
     return tuple(
-        Position(n, stage.kind, i, j, seg.layers, seg.ranks, seg.weights, stage.micro_batch, stage.in_flight)
+        Position(
+            n,
+            stage.kind,
+            i,
+            j,
+            seg.layers,
+            seg.ranks,
+            seg.weights,
+            stage.micro_batch,
+            stage.in_flight,
+            stage.recompute,
+        )
         for n, (i, j, stage, seg) in enumerate(flat)
     )
 
@@ -124,7 +138,10 @@ def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
             cut = [Block(0, 0, layers) for layers in _buckets(position.layers, chain, plan)]
         else:
             cut = [Block(0, 0, position.layers)]
-        result += [replace(b, index=len(result) + i, position=position.index) for i, b in enumerate(cut)]
+        result += [
+            replace(b, index=len(result) + i, position=position.index, recompute=position.recompute)
+            for i, b in enumerate(cut)
+        ]
     return tuple(result)
 
 

@@ -34,6 +34,10 @@ class Memory:
     These are the tensors that autograd saves and the blocks' inputs, without parameters and the batch."""
     moving: tuple[int, ...]
     """After every action: outputs, gradients and arriving inputs between computations and communication."""
+    transient: tuple[int, ...]
+    """In every action: what is alive beside all that was before it, and gone when it ends.
+
+    In the backward of a recomputed block that is what the second forward keeps, and its output."""
 
     @property
     def persistent(self) -> int:
@@ -43,8 +47,9 @@ class Memory:
     @property
     def peak(self) -> int:
         """Most bytes alive at any time of the step."""
-        live = max((s + m for s, m in zip(self.saved, self.moving, strict=True)), default=0)
-        return self.persistent + live
+        after = [s + m for s, m in zip(self.saved, self.moving, strict=True)]
+        within = [b + t for b, t in zip((0, *after), self.transient, strict=False)]
+        return self.persistent + max(after + within, default=0)
 
 
 def memory(program: Program, rank: int) -> Memory:
@@ -65,7 +70,9 @@ def memory(program: Program, rank: int) -> Memory:
     walk = _Walk(program, rank)
     walk.run()
     batch = reads * math.prod(chain.in_shape) * itemsize
-    return Memory(parameters, gradients, optimizer, batch, tuple(walk.saved), tuple(walk.moving))
+    return Memory(
+        parameters, gradients, optimizer, batch, tuple(walk.saved), tuple(walk.moving), tuple(walk.transient)
+    )
 
 
 def _owned_elements(block: Block, position: Position, rank: int, chain: Chain) -> int:
@@ -94,6 +101,12 @@ class _Kept:
     """Elements per sample of the input."""
     output_kept: bool
     """The output's storage is among what is kept (or is the input itself)."""
+    output_is_input: bool
+
+    def bytes(self, samples: int, itemsize: int) -> int:
+        """Return the bytes inside for a micro-batch."""
+        elements, own_bytes, constant, constant_bytes = self.inside
+        return (elements * samples + constant) * itemsize + own_bytes * samples + constant_bytes
 
 
 @lru_cache(maxsize=4096)
@@ -117,7 +130,7 @@ def _kept(block: Block, shard: int, chain: Chain) -> _Kept:
         constant += layer.saved.elements
         constant_bytes += layer.saved.bytes
     elements += sum(sizes[s] for s in saved if s != 0)
-    return _Kept((elements, own_bytes, constant, constant_bytes), entering, current in saved)
+    return _Kept((elements, own_bytes, constant, constant_bytes), entering, current in saved, current == 0)
 
 
 class _Walk:
@@ -129,6 +142,7 @@ class _Walk:
         self.train = program.mode == "train"
         self.saved: list[int] = []
         self.moving: list[int] = []
+        self.transient: list[int] = []
         self.held: dict[Key, int] = {}
         self.shared: set[Key] = set()
         self.alive: dict[tuple[str, Key], int] = {}
@@ -139,11 +153,12 @@ class _Walk:
         """Fill ``saved`` and ``moving``."""
         now_saved = 0
         for action in self.program.actions[self.rank]:
-            key = (action.block or 0, action.micro_batch or 0)
+            key, within = (action.block or 0, action.micro_batch or 0), 0
             if action.kind == "forward":
                 now_saved += self._forward(key)
             elif action.kind == "backward":
                 now_saved -= self._backward(key)
+                within = self._recomputed(key)
             elif action.kind == "loss":
                 self._loss(key)
             elif action.kind == "copy":
@@ -151,6 +166,7 @@ class _Walk:
             elif action.operation is not None:
                 self._communicate(action, self.program.operations[action.operation])
             self.saved.append(now_saved)
+            self.transient.append(within)
             self.moving.append(sum(self.alive.values()) + sum(self.in_transit.values()))
 
     def _uses(self) -> Counter[tuple[str, Key]]:
@@ -197,9 +213,9 @@ class _Walk:
 
     def _forward(self, key: Key) -> int:
         block, samples = key[0], self._samples(key)
-        kept = _kept(self.program.blocks[block], self._shard(block), self.program.chain)
-        elements, own_bytes, constant, constant_bytes = kept.inside
-        total = (elements * samples + constant) * self.itemsize + own_bytes * samples + constant_bytes
+        described = self.program.blocks[block]
+        kept = _kept(described, self._shard(block), self.program.chain)
+        total = 0 if described.recompute else kept.bytes(samples, self.itemsize)
         self.alive.pop(("input", key), None)
         if block > 0 and key not in self.shared:
             total += kept.input * samples * self.itemsize
@@ -207,7 +223,7 @@ class _Walk:
             total = 0
         self.held[key] = total
         if self.uses["output", key] or block == len(self.program.blocks) - 1:
-            counted = self.train and kept.output_kept
+            counted = self.train and (kept.output_is_input if described.recompute else kept.output_kept)
             self.alive["output", key] = 0 if counted else self._value_bytes(block, "out", samples)
         return total
 
@@ -221,6 +237,15 @@ class _Walk:
         if key[0] > 0:
             self.alive["input gradient", key] = self._value_bytes(key[0], "in", self._samples(key))
         return self.held.pop(key)
+
+    def _recomputed(self, key: Key) -> int:
+        """Return the bytes that live in the backward of a block only because it runs the forward again."""
+        described, samples = self.program.blocks[key[0]], self._samples(key)
+        if not described.recompute:
+            return 0
+        kept = _kept(described, self._shard(key[0]), self.program.chain)
+        output = 0 if kept.output_kept else self._value_bytes(key[0], "out", samples)
+        return kept.bytes(samples, self.itemsize) + output
 
     def _arrive(self, content: str, boundary: int, micro_batch: int) -> None:
         """Make the buffer of an arriving input or gradient, once."""

@@ -55,6 +55,8 @@ class Stage:
     """Of a tail with several ranks: one entry per linear layer."""
     in_flight: int | None = None
     """Most samples between forward and backward at any time; None: what the order rule gives."""
+    recompute: bool = False
+    """A forward keeps its input only, and runs again right before its backward."""
 
     @property
     def layers(self) -> Interval:
@@ -248,6 +250,14 @@ def _validate_stage(plan: Plan, stage: Stage, chain: Chain) -> None:
         _validate_micro_batch(plan, stage, segment, where)
     if stage.in_flight is not None:
         _require(stage.in_flight >= 1, f"{name}.in_flight", stage.in_flight, "must be at least 1 sample")
+    if stage.recompute:
+        unkeyed = [layer.name for layer in chain.layers[slice(*stage.layers)] if layer.random == "unkeyed"]
+        _require(
+            not unkeyed,
+            f"{name}.recompute",
+            stage.recompute,
+            f"would draw other random numbers the second time in layers {', '.join(unkeyed)}; set it to false",
+        )
     if name == "tail":
         _validate_tail(stage, chain)
     else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hybridpar.errors import DataError, HybridparError
 from hybridpar.model.keyed import Keys
@@ -66,8 +67,9 @@ class _Step:
     outputs: dict[Key, torch.Tensor] = field(default_factory=dict)
     inputs: dict[Key, torch.Tensor] = field(default_factory=dict)
     """Inputs that have arrived, whole or in part."""
-    saved: dict[Key, tuple[torch.Tensor, torch.autograd.graph.GradientEdge | None]] = field(default_factory=dict)
-    """Between forward and backward: the input as a leaf, and the output's place in the graph."""
+    saved: dict[Key, tuple[torch.Tensor, GradientEdge | None]] = field(default_factory=dict)
+    """Between forward and backward: the input as a leaf, and the output's place in the graph, if there is one
+    (the backward of a block that recomputes makes its own)."""
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     """Of outputs, whole or in part."""
     input_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
@@ -196,11 +198,16 @@ class Executor:
         if train and block > 0:
             x = x.detach().requires_grad_()
         modules = self.blocks[block]
-        y = modules(x, self._keys(state, key) if train and modules.draws else None)
+        with torch.set_grad_enabled(train and not modules.block.recompute):
+            y = modules(x, self._keys(state, key) if train and modules.draws else None)
         if train:
-            edge = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
-            state.saved[key] = x, edge
+            state.saved[key] = x, _edge(y)
         state.outputs[key] = y.detach()
+
+    def _recompute(self, state: _Step, key: Key, x: torch.Tensor) -> GradientEdge | None:
+        """Run a forward again, now for its graph."""
+        modules = self.blocks[key[0]]
+        return _edge(modules.again(x, self._keys(state, key) if modules.draws else None))
 
     def _keys(self, state: _Step, key: Key) -> Keys:
         start, stop = state.program.interval(*key, self.rank)
@@ -256,6 +263,8 @@ class Executor:
     def _backward(self, state: _Step, key: Key) -> None:
         x, edge = state.saved.pop(key)
         gradient = state.gradients.pop(key)
+        if self.blocks[key[0]].block.recompute:
+            edge = self._recompute(state, key, x)
         if edge is not None:
             torch.autograd.backward((edge,), (gradient,))
         if key[0] > 0:
@@ -380,6 +389,10 @@ class Executor:
     def _free(self, state: _Step, number: int) -> None:
         for kind, key in state.lookup.last_uses.get(number, ()):
             (state.outputs if kind == "activation" else state.input_gradients).pop(key, None)
+
+
+def _edge(y: torch.Tensor) -> GradientEdge | None:
+    return get_gradient_edge(y) if y.requires_grad else None
 
 
 def _place(target: torch.Tensor, part: torch.Tensor, *, add: bool) -> None:

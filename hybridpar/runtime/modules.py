@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,15 @@ class BlockModules(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+    def again(self, x: torch.Tensor, keys: Keys | None) -> torch.Tensor:
+        """Run the layers a second time on what they have seen before; running statistics do not count it."""
+        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        y = self(x, keys)
+        for buffer, value in before:
+            # Not through autograd, for which a batch norm's buffers belong to the graph just made.
+            buffer.data.copy_(value)
+        return cast("torch.Tensor", y)
 
 
 class ModuleFactory:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hybridpar.planning.compile import compile as compile_program
-from hybridpar.planning.memory import memory
+from hybridpar.planning.memory import Memory, memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.communicators import ProcessGroups
@@ -74,24 +76,52 @@ def _count(case: Case, plan: Plan, program: Program, rank: int, groups: ProcessG
 def test_execution_is_the_program_over_the_parity_matrix(degrees: tuple[int, int, int], placement: str) -> None:
     """One training step: actions in order, bytes of every message, saved bytes after every action."""
     number = COMBINED.index((degrees, placement))
+    _assert_execution_is_the_program(number, shape(*degrees, PLACEMENTS[placement], uneven=number % 5 < 2))
+
+
+@pytest.mark.parametrize("chosen", [{"front"}, {"middle"}, {"tail"}, {"front", "middle", "tail"}], ids="-".join)
+@pytest.mark.parametrize("degrees", [(1, 0, 1), (2, 1, 2), (1, 2, 1), (3, 2, 3)], ids=str)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_execution_is_the_program_with_recomputation(
+    chosen: set[str], degrees: tuple[int, int, int], placement: str
+) -> None:
+    stages = [replace(s, recompute=s.kind in chosen) for s in shape(*degrees, PLACEMENTS[placement])]
+    for number in (0, 1):
+        _assert_execution_is_the_program(number, stages)
+
+
+def _assert_execution_is_the_program(number: int, stages: list[Stage]) -> None:
     case = case_of(0.4 * (number % 2), (13,))
-    plan = plan_of(
-        *shape(*degrees, PLACEMENTS[placement], uneven=number % 5 < 2), bucket_bytes=(1, 2000)[number % 2]
-    )
+    plan = plan_of(*stages, bucket_bytes=(1, 2000)[number % 2])
     program = compile_program(plan, case.traced.chain, 13, "train")
 
-    def body(rank: int, endpoint: Endpoint) -> tuple[list[Action], list[object], list[int]]:
+    def body(rank: int, endpoint: Endpoint) -> tuple[list[Action], list[object], Memory]:
         communicators = Counting(endpoint)
         executor = make_executor(case, plan, rank, communicators)
         executor.__class__ = CountingExecutor
         assert isinstance(executor, CountingExecutor)
         executor.watch()
         run_once(executor, case, program, rank)
-        return executor.actions, communicators.log, executor.alive
+        counted = replace(memory(program, rank), saved=tuple(executor.alive), transient=tuple(executor.within))
+        return executor.actions, communicators.log, counted
 
     for rank, result in enumerate(run_strictly(plan.world, body)):
         assert not isinstance(result, BaseException), result
-        actions, messages, alive = result
+        actions, messages, counted = result
         assert actions == list(program.actions[rank])
         assert messages == expected_log(program, rank)
-        assert alive == list(memory(program, rank).saved)
+        assert counted == memory(program, rank)
+
+
+def test_recomputation_needs_less_memory() -> None:
+    """Of a front that keeps two chunks in flight: inputs instead of all that its layers save."""
+    chain = case_of().traced.chain
+    middle = Stage("middle", 3, (Segment((0, 9), (0,)), Segment((9, 16), (1,))))
+    plain, again = (
+        memory(compile_program(plan_of(replace(middle, recompute=r)), chain, 13, "train"), 0)
+        for r in (False, True)
+    )
+    assert max(again.saved) < max(plain.saved) / 3
+    assert again.peak < plain.peak
+    assert again.peak > again.persistent + max(s + m for s, m in zip(again.saved, again.moving, strict=True))
+    assert not any(plain.transient)

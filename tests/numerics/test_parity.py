@@ -246,9 +246,9 @@ class Tied(nn.Module):
 
 
 @cache
-def case_with(builder):
+def case_with(builder, samples=BATCH):
     source = defer(builder)
-    return Case(source, trace(source.module, (6,), builder.__name__), STEPS, (BATCH,) * STEPS)
+    return Case(source, trace(source.module, (6,), builder.__name__), STEPS, (samples,) * STEPS)
 
 
 @pytest.mark.parametrize("ways", list(itertools.product(("column", "row"), repeat=3)), ids="-".join)
@@ -326,3 +326,62 @@ def test_a_cap_that_fits_the_whole_batch_does_not_refuse_the_last_partial_one():
         Stage("tail", 3, (Segment((14, LAYERS), (0, 2, 1)),), ("row",)),
     ]
     assert_parity(plan_of(*stages, batch=10), samples=(10, 8) * (STEPS // 2))
+
+
+@pytest.mark.parametrize("chosen", [{"front"}, {"middle"}, {"tail"}, {"front", "middle", "tail"}], ids="-".join)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("degrees", [(1, 0, 1), (2, 1, 2), (1, 2, 1), (3, 2, 3)], ids=str)
+def test_recomputation(chosen, placement, degrees):
+    """Masks are drawn again as they were, whatever is recomputed."""
+    stages = [replace(s, recompute=s.kind in chosen) for s in shape(*degrees, PLACEMENTS[placement])]
+    plan = plan_of(*stages, bucket_bytes=1, recipe=Recipe(clipping="tail" in chosen))
+    assert_parity(plan, dropout=0.4, gloo=placement == "own" and len(chosen) > 1)
+
+
+def normalised():
+    return nn.Sequential(
+        nn.Linear(6, 11),
+        nn.BatchNorm1d(11),
+        nn.ReLU(),
+        nn.Dropout(0.4),
+        nn.Linear(11, 9),
+        nn.BatchNorm1d(9, momentum=None),
+        nn.Linear(9, 7),
+    )
+
+
+def buffers_of(plan):
+    """Train, and return every rank's buffers and parameters."""
+    case = case_with(normalised, plan.global_batch)
+
+    def body(rank, communicators):
+        executor = make_executor(case, plan, rank, communicators)
+        train_rank(case, plan, rank, executor)
+        return [t for b in executor.blocks.values() for t in (*b.buffers(), *b.parameters())]
+
+    results = run_strictly(plan.world, body)
+    for r in results:
+        if isinstance(r, BaseException):
+            raise r
+    return results
+
+
+def test_recomputation_counts_running_statistics_once():
+    """With batch norm a plan is no single process, but it is what it is without recomputation, to the bit."""
+    chain = case_with(normalised).traced.chain
+    segments = Segment((0, 2), (0, 1)), Segment((2, len(chain.layers)), (1, 0))
+    plain, again = (
+        buffers_of(
+            make_plan(
+                chain,
+                Stage("front", 3, segments[:1], recompute=recompute),
+                Stage("middle", 4, segments[1:], recompute=recompute),
+                world=2,
+                global_batch=12,
+            )
+        )
+        for recompute in (False, True)
+    )
+    assert any(t.dtype == torch.int64 and t > STEPS for t in plain[0]), "there is a batch norm that counted"
+    for mine, other in zip(plain, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import contextlib
+from collections.abc import Iterator
 
+import torch
+from torch.autograd.graph import GradientEdge
+
+from hybridpar.model.copies import tensors
 from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.executor import Executor, Key, _Step
 
@@ -11,31 +16,54 @@ Storages = dict[int, int]
 
 
 class CountingExecutor(Executor):
-    """Notes the storages that every forward pass keeps, and the total alive after every action."""
+    """Notes the storages that every forward pass keeps, and the total alive after every action.
+
+    ``within`` is what a second forward made on top of that, by action.
+    """
 
     def watch(self) -> None:
         self.kept: dict[Key, Storages] = {}
         self.alive: list[int] = []
+        self.within: list[int] = []
+        self._again = 0
         self.actions: list[Action] = []
         self.batch_storage = 0
         self.observer = self._count
 
     def _forward(self, state: _Step, key: Key) -> None:
-        storages: Storages = {}
-        parameters = {p.untyped_storage().data_ptr() for m in self.blocks.values() for p in m.parameters()}
+        with self._noting(state) as storages:
+            super()._forward(state, key)
+        if key in state.saved:
+            self._note(state, storages, state.saved[key][0])
+            self.kept[key] = storages
+
+    def _recompute(self, state: _Step, key: Key, x: torch.Tensor) -> GradientEdge | None:
+        with self._noting(state) as storages:
+            handle = self.blocks[key[0]].register_forward_hook(lambda _m, _x, y: self._note(state, storages, y))
+            edge = super()._recompute(state, key, x)
+            handle.remove()
+        storages.pop(x.untyped_storage().data_ptr(), None)
+        self._again = sum(storages.values())
+        return edge
+
+    def _note(self, state: _Step, storages: Storages, tensor: torch.Tensor) -> None:
+        parameters = {t.untyped_storage().data_ptr() for m in self.blocks.values() for t in tensors(m)}
         batch = set() if state.batch is None else {state.batch.untyped_storage().data_ptr()}
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters | batch:
+            storages[storage.data_ptr()] = storage.nbytes()
+
+    @contextlib.contextmanager
+    def _noting(self, state: _Step) -> Iterator[Storages]:
+        """Collect the storages that autograd saves."""
+        storages: Storages = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters | batch:
-                storages[storage.data_ptr()] = storage.nbytes()
+            self._note(state, storages, tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            super()._forward(state, key)
-        if key in state.saved:
-            pack(state.saved[key][0])
-            self.kept[key] = storages
+            yield storages
 
     def _backward(self, state: _Step, key: Key) -> None:
         super()._backward(state, key)
@@ -48,6 +76,8 @@ class CountingExecutor(Executor):
         for storages in self.kept.values():
             together |= storages
         self.alive.append(sum(together.values()))
+        self.within.append(self._again)
+        self._again = 0
 
 
 class Counting:

@@ -55,6 +55,16 @@ def test_tied_layers_stay_together_and_out_of_shards() -> None:
     validate(Plan("tied", tied.fingerprint, 2, 12, "float64", (one,)), tied)
 
 
+def test_recomputation_of_random_numbers_without_a_key_is_refused() -> None:
+    """The second forward would drop others than the first."""
+    model = trace(nn.Sequential(nn.Linear(4, 6), nn.RReLU(), nn.Linear(6, 3)), (4,), "noisy").chain
+    stages = Stage("front", 1, (Segment((0, 2), (0,)),)), Stage("tail", 1, (Segment((2, 3), (0,)),))
+    plan = Plan("noisy", model.fingerprint, 1, 12, "float64", stages)
+    validate(replace(plan, stages=(stages[0], replace(stages[1], recompute=True))), model)
+    with pytest.raises(PlanError, match=r"plan\.front\.recompute: True would draw other random numbers .* 1; set"):
+        validate(replace(plan, stages=(replace(stages[0], recompute=True), stages[1])), model)
+
+
 def test_a_recipe_that_contradicts_itself_is_refused() -> None:
     """Only the configuration once refused it; a plan made in Python got as far as its first update."""
     model = chain()
