@@ -47,6 +47,15 @@ class NodeGroup:
     cores: int | None = None
     rack: str = "rack0"
     site: str = "site0"
+    speed: float | tuple[float, ...] = 1.0
+    memory_bytes: float | None = None
+
+
+FIELDS = ("name", "device", "nodes", "links", "collectives", "all_reduce")
+"""What a description says of the cluster itself."""
+ABOUT = ("schema", "source", "date", "versions", "measured")
+"""What a description may say of its origin; nothing is planned with it."""
+SCHEMA = 1
 
 
 def from_config(
@@ -84,15 +93,22 @@ def from_mapping(data: Mapping[str, Any], where: str = "cluster") -> Cluster:
     - ``name``: a word for output
     - ``device``: ``preset`` (one of ``devices.DEVICES``) with overrides, or all fields of a Device
     - ``nodes``: a list of groups of equal nodes, or one group; a group has ``devices`` (per node), ``count`` (1),
-      ``cores`` (null: each rank has its own), ``rack`` and ``site``
-    - ``links``: level (node, rack, site, wan) to ``latency_s`` and ``bytes_per_s``
+      ``cores`` (null: each rank has its own), ``rack``, ``site``, ``speed`` (1, or one number per device) and
+      ``memory_bytes`` (null: the device's)
+    - ``links``: level (node, rack, site, wan) to ``latency_s``, ``bytes_per_s``, ``contention`` (0),
+      ``reverse_latency_s`` and ``reverse_bytes_per_s`` (null: as forward)
+    - ``collectives``: level and operation to fitted ``latency_s`` and ``bytes_per_s``; may be left out
+    - ``all_reduce``: the library's algorithm (ring)
+    - ``schema``, ``source``, ``date``, ``versions``, ``measured``: where the description comes from
 
     Null stands for "not given" everywhere. Raises ClusterError naming the field, with ``where`` before it.
     """
     given = _without_none(data)
     for field in given:
-        if field not in {"name", "device", "nodes", "links"}:
-            raise ClusterError(f"{where}.{field}: unknown field; a cluster has name, device, nodes and links")
+        if field not in (*FIELDS, *ABOUT):
+            raise ClusterError(f"{where}.{field}: unknown field; a cluster has {', '.join(FIELDS)}")
+    if given.get("schema", SCHEMA) != SCHEMA:
+        raise ClusterError(f"{where}.schema: {given['schema']!r} is not {SCHEMA}, the only one this version reads")
     for field in ("device", "nodes", "links"):
         if field not in given:
             raise ClusterError(f"{where}.{field}: missing")
@@ -103,8 +119,11 @@ def from_mapping(data: Mapping[str, Any], where: str = "cluster") -> Cluster:
     present = {level: link for level, link in given["links"].items() if link != {}}
     links = from_data(dict[str, Link], present, f"{where}.links", ClusterError)
     nodes = _nodes(given["nodes"], f"{where}.nodes")
+    fitted = given.get("collectives", {})
+    collectives = from_data(dict[str, dict[str, Link]], fitted, f"{where}.collectives", ClusterError)
+    algorithm = given.get("all_reduce", "ring")
     try:
-        return Cluster(str(given.get("name", "unnamed")), device, nodes, links)
+        return Cluster(str(given.get("name", "unnamed")), device, nodes, links, collectives, algorithm)
     except ClusterError as e:
         raise ClusterError(f"{where}: {e}") from e
 
@@ -117,9 +136,19 @@ def load(path: Path) -> Cluster:
     return from_mapping(_read(path), path.name)
 
 
-def save(cluster: Cluster, path: Path) -> None:
-    """Write a cluster as YAML that :func:`load` reads back to an equal one."""
-    path.write_text(yaml.safe_dump(_plain(cluster), sort_keys=False))
+def save(cluster: Cluster, path: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write a cluster as YAML that :func:`load` reads back to an equal one.
+
+    ``about``: plain data on its origin, keys of ``ABOUT``; ``measured`` comes last. Raises ClusterError for a file
+    that cannot be written.
+    """
+    origin = {"schema": SCHEMA, **(about or {})}
+    data = {key: origin[key] for key in ABOUT[:-1] if key in origin} | _plain(cluster)
+    data |= {key: origin[key] for key in ABOUT[-1:] if key in origin}
+    try:
+        path.write_text(yaml.safe_dump(data, sort_keys=False, width=110))
+    except OSError as e:
+        raise ClusterError(f"cannot write {path}: {e.strerror}; name a file in an existing folder") from e
 
 
 def local(world: int | None = None, choice: DeviceChoice = "auto") -> Cluster:
@@ -313,22 +342,32 @@ def _nodes(data: Any, where: str) -> tuple[Node, ...]:
         if group.count < 1:
             raise ClusterError(f"{place}.count: {group.count} is below 1")
         try:
-            nodes += [Node(group.devices, group.cores, group.rack, group.site)] * group.count
+            nodes += [_node(group)] * group.count
         except ClusterError as e:
             raise ClusterError(f"{place}: {e}") from e
     return tuple(nodes)
 
 
+def _node(group: NodeGroup) -> Node:
+    return Node(group.devices, group.cores, group.rack, group.site, group.speed, group.memory_bytes)
+
+
 def _plain(cluster: Cluster) -> dict[str, Any]:
-    """Turn a cluster into plain data for YAML, with runs of equal nodes as one group."""
+    """Turn a cluster into plain data for YAML: runs of equal nodes as one group, no fields that say nothing."""
     runs = [(node, len(list(same))) for node, same in itertools.groupby(cluster.nodes)]
-    nodes = [NodeGroup(node.devices, count, node.cores, node.rack, node.site) for node, count in runs]
-    return {
+    nodes = [
+        NodeGroup(node.devices, count, node.cores, node.rack, node.site, node.speed, node.memory_bytes)
+        for node, count in runs
+    ]
+    data = {
         "name": cluster.name,
         "device": to_data(cluster.device),
-        "nodes": to_data(nodes),
-        "links": to_data(cluster.links),
+        "nodes": [_without_none(to_data(group)) for group in nodes],
+        "links": _without_none(to_data(cluster.links)),
     }
+    if cluster.collectives:
+        data["collectives"] = _without_none(to_data(cluster.collectives))
+    return data | {"all_reduce": cluster.all_reduce}
 
 
 def _without_none(value: Any) -> Any:

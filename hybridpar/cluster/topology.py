@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from hybridpar.errors import ClusterError
 from hybridpar.schema import to_data
 
 Level = Literal["device", "node", "rack", "site", "wan"]
+LEVELS: tuple[Level, ...] = ("node", "rack", "site", "wan")
+"""The levels that have a link, narrowest first."""
+Algorithm = Literal["ring", "tree", "hierarchical", "mesh", "server", "best"]
+"""Of an all-reduce; see ``collectives.all_reduce``."""
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
+COLLECTIVES: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 
 
 @dataclass(frozen=True)
@@ -39,36 +46,75 @@ class Node:
     """CPU cores that the node's ranks share when the device is a CPU; None: each rank has its own."""
     rack: str = "rack0"
     site: str = "site0"
+    speed: float | tuple[float, ...] = 1.0
+    """Speed of its devices relative to the device that the profile is of, for all or one by one: 2.0 takes half
+    the time."""
+    memory_bytes: float | None = None
+    """Memory of each of its devices; None: the cluster's device's."""
 
     def __post_init__(self) -> None:
         if self.devices < 1:
             raise ClusterError(f"devices: {self.devices} is below 1; a node needs at least one device")
         if self.cores is not None and self.cores < 1:
             raise ClusterError(f"cores: {self.cores} is below 1")
+        if isinstance(self.speed, tuple) and len(self.speed) != self.devices:
+            raise ClusterError(
+                f"speed: {len(self.speed)} values for {self.devices} devices; give one number for all, or one each"
+            )
+        for factor in self.speed if isinstance(self.speed, tuple) else (self.speed,):
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ClusterError(f"speed: {factor} is not above 0")
+        if self.memory_bytes is not None and not (self.memory_bytes > 0 and math.isfinite(self.memory_bytes)):
+            raise ClusterError(f"memory_bytes: {self.memory_bytes} is not above 0")
 
 
 @dataclass(frozen=True)
 class Link:
-    """Time of n bytes over the link: ``latency_s + n / bytes_per_s``, in each direction by itself."""
+    """Time of n bytes over the link: ``latency_s + n / bytes_per_s``, in each direction by itself.
+
+    Forward is from a lower to a higher rank. The reverse direction has constants of its own where they are given.
+    """
 
     latency_s: float
     bytes_per_s: float
+    contention: float = 0.0
+    """Share of its compute rate that a rank loses while this link carries its data: with 0 the overlap is free,
+    with 1 computing stands still meanwhile."""
+    reverse_latency_s: float | None = None
+    reverse_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.latency_s < 0 or self.bytes_per_s <= 0:
-            raise ClusterError(
-                f"a link of latency_s={self.latency_s} and bytes_per_s={self.bytes_per_s} "
-                "cannot be; latency is at least 0 and bandwidth above 0"
-            )
+        for latency_s, bytes_per_s in ((self.latency_s, self.bytes_per_s), self._reverse):
+            if not (latency_s >= 0 and bytes_per_s > 0):
+                raise ClusterError(
+                    f"a link of latency_s={latency_s} and bytes_per_s={bytes_per_s} "
+                    "cannot be; latency is at least 0 and bandwidth above 0"
+                )
+        if not 0 <= self.contention <= 1:
+            raise ClusterError(f"contention: {self.contention} is not in 0..1; it is a share of the compute rate")
 
-    def time(self, payload_bytes: float) -> float:
-        """Seconds to move ``payload_bytes``."""
-        return self.latency_s + payload_bytes / self.bytes_per_s
+    @property
+    def _reverse(self) -> tuple[float, float]:
+        return (
+            self.latency_s if self.reverse_latency_s is None else self.reverse_latency_s,
+            self.bytes_per_s if self.reverse_bytes_per_s is None else self.reverse_bytes_per_s,
+        )
+
+    def time(self, payload_bytes: float, reverse: bool = False) -> float:
+        """Seconds to move ``payload_bytes``; ``reverse``: from a higher to a lower rank."""
+        latency_s, bytes_per_s = self._reverse if reverse else (self.latency_s, self.bytes_per_s)
+        return latency_s + payload_bytes / bytes_per_s
+
+    def slower(self, payload_bytes: float) -> float:
+        """Seconds to move ``payload_bytes`` in the direction that takes longer."""
+        return max(self.time(payload_bytes), self.time(payload_bytes, reverse=True))
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes with one kind of device, and a link per level. Ranks are numbered node by node.
+    """Nodes with one kind of device, which may differ in speed and memory, and a link per level.
+
+    Ranks are numbered node by node.
 
     ``links`` maps a level (node: within a node, rack: between nodes of a rack, site: between racks,
     wan: between sites) to its link. A level that is missing falls back to the next narrower one given.
@@ -79,17 +125,37 @@ class Cluster:
     device: Device
     nodes: tuple[Node, ...]
     links: dict[str, Link]
+    collectives: dict[str, dict[str, Link]] = field(default_factory=dict)
+    """By level and operation: latency and bandwidth that a collective of the library reaches there, fitted to
+    measured times. They take the place of the link's in the operation's formula."""
+    all_reduce: Algorithm = "ring"
+    """The algorithm of the library's all-reduce."""
 
     def __post_init__(self) -> None:
         if not self.nodes:
             raise ClusterError(f"cluster {self.name} has no nodes; list at least one")
         for level in self.links:
-            if level not in {"node", "rack", "site", "wan"}:
+            if level not in LEVELS:
                 raise ClusterError(f"links.{level}: unknown level; use node, rack, site or wan")
         if "node" not in self.links:
             raise ClusterError("links.node: missing; give latency_s and bytes_per_s within a node")
         if len(self.nodes) > 1 and "rack" not in self.links:
             raise ClusterError("links.rack: missing; give latency_s and bytes_per_s between nodes")
+        self._check_collectives()
+
+    def _check_collectives(self) -> None:
+        if self.all_reduce not in get_args(Algorithm):
+            known = ", ".join(get_args(Algorithm))
+            raise ClusterError(f"all_reduce: algorithm {self.all_reduce!r} is unknown; use {known}")
+        for level, fitted in self.collectives.items():
+            if level not in self.links:
+                raise ClusterError(
+                    f"collectives.{level}: there is no links.{level}; describe both, or leave it out"
+                )
+            for name in fitted:
+                if name not in COLLECTIVES:
+                    known = ", ".join(COLLECTIVES)
+                    raise ClusterError(f"collectives.{level}.{name}: unknown operation; use {known}")
 
     @property
     def world(self) -> int:
@@ -100,6 +166,23 @@ class Cluster:
     def node_of(self) -> tuple[int, ...]:
         """Node index of every rank."""
         return tuple(i for i, node in enumerate(self.nodes) for _ in range(node.devices))
+
+    @cached_property
+    def _speeds(self) -> tuple[float, ...]:
+        return tuple(
+            factor
+            for node in self.nodes
+            for factor in (node.speed if isinstance(node.speed, tuple) else (node.speed,) * node.devices)
+        )
+
+    def speed(self, rank: int) -> float:
+        """Speed of a rank's device relative to the device that the profile is of."""
+        return self._speeds[rank]
+
+    def memory_bytes(self, rank: int) -> float:
+        """Memory of a rank's device."""
+        own = self.nodes[self.node_of[rank]].memory_bytes
+        return self.device.memory_bytes if own is None else own
 
     def level(self, a: int, b: int) -> Level:
         """The link level between ranks ``a`` and ``b``."""
@@ -112,12 +195,12 @@ class Cluster:
             return "wan"
         return "rack" if first.rack == second.rack else "site"
 
-    def link(self, level: Level) -> Link:
-        """The link of a level, or the next narrower one given."""
-        order: tuple[Level, ...] = ("node", "rack", "site", "wan")
-        for candidate in reversed(order[: order.index(level) + 1]):
+    def link(self, level: Level, operation: Collective | None = None) -> Link:
+        """The link of a level, or the next narrower one given; with ``operation`` its fitted one, if any."""
+        for candidate in reversed(LEVELS[: LEVELS.index(level) + 1]):
             if candidate in self.links:
-                return self.links[candidate]
+                fitted = self.collectives.get(candidate, {})
+                return fitted.get(operation or "", self.links[candidate])
         raise ClusterError(f"links.{level}: missing")
 
     @cached_property

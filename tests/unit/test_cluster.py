@@ -1,4 +1,4 @@
-"""Clusters: descriptions, presets, detection, and the time of communication over their links."""
+"""Clusters: descriptions, presets, and what is detected of this machine."""
 
 import itertools
 import subprocess
@@ -8,179 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hybridpar.cluster import describe
-from hybridpar.cluster.collectives import (
-    all_gather,
-    all_reduce,
-    broadcast,
-    point_to_point,
-    reduce_scatter,
-    wire_bytes_all_reduce,
-)
 from hybridpar.cluster.devices import DEVICES, device
-from hybridpar.cluster.topology import Cluster, Link, Node
+from hybridpar.cluster.topology import Link, Node
 from hybridpar.errors import ClusterError
 
 CONF = Path(__file__).parents[2] / "conf" / "cluster"
-ALGORITHMS = ("ring", "tree", "hierarchical", "mesh", "server", "best")
-LINKS = {
-    "node": Link(1e-6, 100e9),
-    "rack": Link(1e-5, 10e9),
-    "site": Link(5e-5, 5e9),
-    "wan": Link(1e-2, 1e8),
-}
 
 
 def config_of(name):
     return OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-
-
-def cluster(nodes=4, devices=1, links=LINKS, racks=1, sites=1):
-    places = [(f"rack{i % racks}", f"site{i % sites}") for i in range(nodes)]
-    return Cluster("test", DEVICES["V100"], tuple(Node(devices, None, *place) for place in places), dict(links))
-
-
-def everyone(c):
-    return tuple(range(c.world))
-
-
-# --- collectives
-
-
-def test_point_to_point_is_latency_plus_bytes_over_bandwidth():
-    c = cluster(nodes=2, devices=2)
-    assert point_to_point(c, 0, 0, 1e6) == 0.0
-    assert point_to_point(c, 0, 1, 1e6) == pytest.approx(1e-6 + 1e6 / 100e9)
-    assert point_to_point(c, 1, 2, 1e6) == pytest.approx(1e-5 + 1e6 / 10e9)
-
-
-def test_ring_all_reduce_of_vgg16_over_5_gb_per_s_takes_166_ms():
-    links = {"node": Link(0.0, 12e9), "rack": Link(0.0, 5e9)}
-    assert all_reduce(cluster(links=links), (0, 1, 2, 3), 553.4e6) == pytest.approx(0.166, rel=1e-3)
-
-
-def test_ring_all_reduce_is_reduce_scatter_then_all_gather():
-    c = cluster(nodes=3, devices=2)
-    n, size = 6, 6e6
-    both = reduce_scatter(c, everyone(c), size) + all_gather(c, everyone(c), size / n)
-    assert all_reduce(c, everyone(c), size) == pytest.approx(both)
-
-
-def test_without_latency_the_ring_takes_its_wire_bytes():
-    links = {"node": Link(0.0, 1.0), "rack": Link(0.0, 1.0)}
-    c = cluster(nodes=5, links=links)
-    assert all_reduce(c, everyone(c), 10.0) == pytest.approx(wire_bytes_all_reduce(5, 10.0)) == pytest.approx(16.0)
-
-
-def test_a_ring_in_node_order_crosses_each_card_once():
-    wide, narrow = cluster(nodes=2, devices=8), cluster(nodes=16, devices=1)
-    assert all_reduce(wide, everyone(wide), 1e8) == pytest.approx(all_reduce(narrow, everyone(narrow), 1e8))
-
-
-def test_the_order_of_ranks_does_not_matter():
-    c = cluster(nodes=2, devices=2, sites=2)
-    for algorithm in ("ring", "tree", "hierarchical", "mesh", "best"):
-        times = {all_reduce(c, order, 1e6, algorithm) for order in itertools.permutations(range(4))}
-        assert len(times) == 1, algorithm
-
-
-def test_hierarchical_wins_where_latency_between_nodes_is_long():
-    c = cluster(nodes=4, devices=8)
-    assert all_reduce(c, everyone(c), 1e4, "hierarchical") < all_reduce(c, everyone(c), 1e4, "ring")
-
-
-def test_tree_wins_for_small_vectors_and_ring_for_large_ones():
-    c = cluster(nodes=16)
-    assert all_reduce(c, everyone(c), 8, "tree") < all_reduce(c, everyone(c), 8, "ring")
-    assert all_reduce(c, everyone(c), 1e9, "tree") > all_reduce(c, everyone(c), 1e9, "ring")
-
-
-def test_best_is_the_least_of_those_libraries_offer():
-    c = cluster(nodes=4, devices=4)
-    for size in (1.0, 1e5, 1e9):
-        offered = [all_reduce(c, everyone(c), size, a) for a in ("ring", "tree", "hierarchical")]
-        assert all_reduce(c, everyone(c), size, "best") == min(offered)
-
-
-def test_a_mesh_shares_the_card_of_a_node():
-    spread, packed = cluster(nodes=8, devices=1), cluster(nodes=2, devices=4)
-    assert all_reduce(packed, everyone(packed), 1e8, "mesh") > all_reduce(spread, everyone(spread), 1e8, "mesh")
-
-
-def test_a_parameter_server_grows_with_its_workers_and_a_ring_does_not():
-    links = {"node": Link(0.0, 1e9), "rack": Link(0.0, 1e9)}
-    few, many = cluster(nodes=2, links=links), cluster(nodes=8, links=links)
-    assert all_reduce(many, everyone(many), 1e6, "server") == pytest.approx(
-        7 * all_reduce(few, everyone(few), 1e6, "server")
-    )
-    assert all_reduce(many, everyone(many), 1e6) < 2 * all_reduce(few, everyone(few), 1e6)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_one_rank_needs_no_communication(algorithm):
-    c = cluster()
-    assert all_reduce(c, (2,), 1e9, algorithm) == 0.0
-    assert all_gather(c, (2,), 1e9) == reduce_scatter(c, (2,), 1e9) == broadcast(c, (2,), 1e9) == 0.0
-
-
-shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
-
-
-@given(shapes, st.sampled_from(sorted(LINKS)), st.floats(1.0, 100.0), st.floats(0.0, 1e9))
-def test_more_bandwidth_or_less_latency_is_never_slower(shape, level, factor, size):
-    nodes, devices, racks, sites = shape
-    slow = cluster(nodes, devices, LINKS, racks, sites)
-    link = LINKS[level]
-    ranks = everyone(slow)
-    for better in (
-        Link(link.latency_s, link.bytes_per_s * factor),
-        Link(link.latency_s / factor, link.bytes_per_s),
-    ):
-        fast = cluster(nodes, devices, LINKS | {level: better}, racks, sites)
-        for algorithm in ALGORITHMS:
-            assert all_reduce(fast, ranks, size, algorithm) <= all_reduce(slow, ranks, size, algorithm) * (
-                1 + 1e-12
-            )
-        for collective in (all_gather, reduce_scatter, broadcast):
-            assert collective(fast, ranks, size) <= collective(slow, ranks, size) * (1 + 1e-12)
-
-
-@given(shapes, st.floats(0.0, 1e9), st.floats(1.0, 10.0))
-def test_more_bytes_are_never_faster(shape, size, factor):
-    nodes, devices, racks, sites = shape
-    c = cluster(nodes, devices, LINKS, racks, sites)
-    for algorithm in ALGORITHMS:
-        assert all_reduce(c, everyone(c), size, algorithm) <= all_reduce(c, everyone(c), size * factor, algorithm)
-    for collective in (all_gather, reduce_scatter, broadcast):
-        assert collective(c, everyone(c), size) <= collective(c, everyone(c), size * factor)
-
-
-@given(shapes, st.floats(1.0, 1e9))
-def test_no_all_reduce_beats_the_wire(shape, size):
-    """Patarasu & Yuan 2009: each rank sends at least 2 (n-1)/n S."""
-    nodes, devices, racks, sites = shape
-    c = cluster(nodes, devices, LINKS, racks, sites)
-    least = wire_bytes_all_reduce(c.world, size) / max(link.bytes_per_s for link in LINKS.values())
-    for algorithm in ALGORITHMS:
-        assert all_reduce(c, everyone(c), size, algorithm) >= least * (1 - 1e-12)
-
-
-def test_wrong_ranks_are_named():
-    c = cluster()
-    with pytest.raises(ClusterError, match=r"ranks \[0, 9\] do not fit cluster test of 4"):
-        all_reduce(c, (0, 9), 1.0)
-    with pytest.raises(ClusterError, match="each must be given once"):
-        all_gather(c, (1, 1), 1.0)
-    with pytest.raises(ClusterError, match="at least one rank"):
-        broadcast(c, (), 1.0)
-    with pytest.raises(ClusterError, match="rank 7 is not in cluster test"):
-        point_to_point(c, 0, 7, 1.0)
-    with pytest.raises(ClusterError, match="'rign' is unknown"):
-        all_reduce(c, (0, 1), 1.0, "rign")
 
 
 # --- devices
@@ -242,6 +81,48 @@ def test_groups_of_nodes_are_expanded_in_order():
     assert describe.from_mapping(plain(nodes={"count": 4, "devices": 1})).nodes == (Node(1),) * 4
 
 
+def test_nodes_may_differ_in_speed_and_memory():
+    slow = {"devices": 2, "speed": [1, 0.5], "memory_bytes": 1e9}
+    c = describe.from_mapping(plain(nodes=[{"devices": 1}, slow, {"devices": 1, "speed": 2}]))
+    assert [c.speed(r) for r in range(c.world)] == [1.0, 1.0, 0.5, 2.0]
+    assert [c.memory_bytes(r) for r in range(c.world)] == [16e9, 1e9, 1e9, 16e9]
+
+
+MEASURED = {
+    "links": {
+        "node": {"latency_s": 0, "bytes_per_s": 1e10, "contention": 0.3, "reverse_bytes_per_s": 2e9},
+        "rack": {"latency_s": 1e-5, "bytes_per_s": 5e9, "reverse_latency_s": 2e-5},
+    },
+    "collectives": {"rack": {"all_reduce": {"latency_s": 1e-4, "bytes_per_s": 4e9}}},
+    "all_reduce": "tree",
+}
+
+
+def test_measured_constants_are_read():
+    c = describe.from_mapping(plain(**MEASURED))
+    assert c.links["node"] == Link(0.0, 1e10, 0.3, None, 2e9)
+    assert c.links["rack"] == Link(1e-5, 5e9, 0.0, 2e-5)
+    assert c.collectives == {"rack": {"all_reduce": Link(1e-4, 4e9)}}
+    assert c.all_reduce == "tree"
+    assert c.fingerprint != describe.from_mapping(plain()).fingerprint
+
+
+def test_the_origin_of_a_description_is_kept_in_its_file_and_does_not_count(tmp_path):
+    c = describe.from_mapping(plain(**MEASURED))
+    describe.save(c, tmp_path / "c.yaml", {"source": "measured", "measured": {"links": [1, 2]}})
+    data = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    assert (data["schema"], data["source"], data["measured"]) == (1, "measured", {"links": [1, 2]})
+    assert list(data)[-1] == "measured"
+    assert describe.load(tmp_path / "c.yaml") == c
+    with pytest.raises(ClusterError, match=r"cluster\.schema: 2 is not 1"):
+        describe.from_mapping(plain(schema=2))
+
+
+def test_a_description_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(ClusterError, match=r"cannot write .*c.yaml: No such file"):
+        describe.save(describe.from_mapping(plain()), tmp_path / "none" / "c.yaml")
+
+
 def test_null_stands_for_not_given():
     data = plain(device={"preset": "P100", "memory_bytes": None, "flops_per_s": {"float32": None}})
     data["links"] |= {"site": {"latency_s": None, "bytes_per_s": None}, "wan": None}
@@ -264,6 +145,23 @@ def test_null_stands_for_not_given():
         ({"links": {"node": {"latency_s": 0, "bytes_per_s": 1}}}, "cluster: links.rack: missing"),
         ({"links": {"node": {"latency_s": 0, "bytes_per_s": 0}}}, "cluster.links.node: a link of"),
         ({"links": {"nodes": {"latency_s": 0, "bytes_per_s": 1}}}, "cluster: links.nodes: unknown level"),
+        (
+            {"links": {"node": {"latency_s": 0, "bytes_per_s": 1, "contention": 2}}},
+            "cluster.links.node: contention: 2.0 is not in 0..1",
+        ),
+        (
+            {"links": {"node": {"latency_s": 0, "bytes_per_s": 1, "reverse_bytes_per_s": 0}}},
+            "cluster.links.node: a link of latency_s=0.0 and bytes_per_s=0.0 cannot be",
+        ),
+        ({"nodes": [{"devices": 2, "speed": [1]}]}, r"cluster.nodes\[0\]: speed: 1 values for 2 devices"),
+        ({"nodes": [{"devices": 2, "speed": 0}]}, r"cluster.nodes\[0\]: speed: 0.0 is not above 0"),
+        ({"nodes": [{"devices": 2, "memory_bytes": 0}]}, r"cluster.nodes\[0\]: memory_bytes: 0.0 is not above 0"),
+        ({"collectives": {"wan": {}}}, "cluster: collectives.wan: there is no links.wan"),
+        (
+            {"collectives": {"node": {"gather": {"latency_s": 0, "bytes_per_s": 1}}}},
+            "cluster: collectives.node.gather: unknown operation; use all_reduce",
+        ),
+        ({"all_reduce": "rign"}, "cluster: all_reduce: algorithm 'rign' is unknown; use ring"),
     ],
 )
 def test_errors_name_the_field(changes, message):
@@ -276,6 +174,18 @@ def test_a_saved_cluster_is_read_back_equal(tmp_path):
     describe.save(c, tmp_path / "c.yaml")
     assert describe.load(tmp_path / "c.yaml") == c
     assert len(yaml.safe_load((tmp_path / "c.yaml").read_text())["nodes"]) == 2
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    """It wrote every field, and knew neither contention nor speeds."""
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: old\ndevice: {preset: V100}\n"
+        "nodes: [{devices: 2, count: 1, cores: null, rack: rack0, site: site0}]\n"
+        "links: {node: {latency_s: 1.0e-06, bytes_per_s: 10000000000.0}}\n"
+    )
+    c = describe.load(path)
+    assert (c.links["node"].contention, c.speed(1), c.all_reduce, c.collectives) == (0.0, 1.0, "ring", {})
 
 
 def test_a_file_may_write_numbers_as_hydra_does(tmp_path):
