@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hybridpar import __version__
 from hybridpar.config import Config, compose
 from hybridpar.errors import ConfigError, HybridparError
+from hybridpar.names import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,9 +65,8 @@ def _run(command: str, overrides: Sequence[str]) -> int:
 
 def _command(name: str) -> Callable[[Config], None]:
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise ConfigError(f"unknown command {name}; {hint}")
+        hint = nearest(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name}{hint}")
     return COMMANDS[name]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from hybridpar.data.spec import DataSpec
 from hybridpar.errors import ConfigError, PlanError
+from hybridpar.names import nearest
 from hybridpar.planning.plan import Recipe, validate_recipe
 from hybridpar.planning.request import Request
 from hybridpar.schema import from_data
@@ -26,7 +27,6 @@ from hybridpar.sections import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    nearest,
 )
 
 __all__ = [

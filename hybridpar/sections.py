@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
+from hybridpar.names import nearest
 from hybridpar.planning.plan import Kind, OrderRule, Precision
 from hybridpar.planning.request import Pin, Shape
 
@@ -21,17 +21,6 @@ OPTIMIZER_OPTIONS = {
     "RMSprop": ("alpha", "eps", "momentum", "centered", "capturable", *_ANY),
 }
 """Arguments of the optimizers that are known without torch; a test compares them with torch's own."""
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return ``; did you mean ...?`` with the known name nearest to ``name``, or nothing where none is near."""
-    leaf = name.rsplit(".", maxsplit=1)[-1]
-    same = [k for k in known if k.rsplit(".", maxsplit=1)[-1].lower() == leaf.lower()]
-    near = same[:1] or difflib.get_close_matches(name, known, n=1)
-    if not near:
-        leaves = {k.rsplit(".", maxsplit=1)[-1]: k for k in reversed(known)}
-        near = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_options(name: str, options: Mapping[str, Any], known: Collection[str]) -> None:

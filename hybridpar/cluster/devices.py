@@ -8,13 +8,13 @@ per GB; cards have about 7 % more, which leaves room for the CUDA context and th
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from hybridpar.cluster.topology import Device
 from hybridpar.errors import ClusterError
+from hybridpar.names import nearest
 from hybridpar.schema import from_data, to_data
 
 ATTAINABLE = {
@@ -112,10 +112,8 @@ def custom(data: Mapping[str, Any], where: str) -> Device:
 def _preset(name: Any, where: str) -> Device:
     if name in DEVICES:
         return DEVICES[name]
-    folded = {known.casefold(): known for known in DEVICES}
-    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.4)
-    hint = f"did you mean {folded[near[0]]}? " if near else ""
-    raise ClusterError(f"{where}: no device preset {name!r}; {hint}known are {', '.join(DEVICES)}")
+    hint = nearest(str(name), DEVICES, cutoff=0.4)
+    raise ClusterError(f"{where}: no device preset {name!r}{hint or ';'} known are {', '.join(DEVICES)}")
 
 
 def _check(built: Device, where: str) -> None:

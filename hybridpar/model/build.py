@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -16,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hybridpar.errors import ModelError
+from hybridpar.names import nearest
 
 _HOME = "hybridpar.models"
 
@@ -41,7 +41,7 @@ def build(
     for name in keywords:
         if name not in accepted and not takes_any:
             raise ModelError(
-                f"model builder {builder} has no option {name}{_nearest(name, accepted)}; "
+                f"model builder {builder} has no option {name}{nearest(name, accepted)}; "
                 f"it accepts {', '.join(accepted) or 'none'}"
             )
     for name, value in offered.items():
@@ -67,7 +67,7 @@ def _resolve(builder: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         public = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
-        raise ModelError(f"{module.__name__} has no builder {function_name}{_nearest(function_name, public)}")
+        raise ModelError(f"{module.__name__} has no builder {function_name}{nearest(function_name, public)}")
     return function  # type: ignore[no-any-return]
 
 
@@ -84,7 +84,7 @@ def _import(builder: str, module_name: str) -> ModuleType:
         if e.name is None or not f"{module_name}.".startswith(f"{e.name}."):
             raise ModelError(f"model builder {builder} cannot be imported: {e}; install what it needs") from e
         raise ModelError(
-            f"model builder {builder}: there is no module {module_name}{_nearest(module_name, own)}; "
+            f"model builder {builder}: there is no module {module_name}{nearest(module_name, own)}; "
             f"hybridpar has {', '.join(own)}, and your own must lie in {here} or be installed"
         ) from e
     except Exception as e:
@@ -100,8 +100,3 @@ def _accepted(function: Callable[..., Any]) -> tuple[list[str], bool]:
     by_keyword = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return [p.name for p in parameters if p.kind in by_keyword], takes_any
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -12,6 +11,7 @@ from torch import nn
 from hybridpar.errors import HybridparError, ModelError
 from hybridpar.model.copies import blank, named_tensors
 from hybridpar.model.tape import CallRecorder, NotReplayableError, OperationRecorder, Tape
+from hybridpar.names import nearest
 
 
 class Source(Protocol):
@@ -153,9 +153,7 @@ def ready(model: nn.Module) -> Source:
 
 def _check_name(name: str, known: Mapping[str, object]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ModelError(f"the model has no parameter or buffer {name}{hint}")
+        raise ModelError(f"the model has no parameter or buffer {name}{nearest(name, known)}")
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

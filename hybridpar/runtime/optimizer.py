@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from hybridpar.errors import ConfigError
+from hybridpar.names import nearest
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import OptimizerConfig, ScheduleConfig, check_options, nearest
+from hybridpar.sections import OptimizerConfig, ScheduleConfig, check_options
 
 Rate = Callable[[int], float]
 """Learning rate of a step, counted from 0."""
