@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hybridpar.model.chain import Chain, Layer
 from hybridpar.planning.layout import Interval, Layout, Piece, chunks, split
@@ -60,9 +60,7 @@ class Position:
 
     def micro_batches(self, samples: int) -> tuple[tuple[Interval, ...], ...]:
         """Intervals of work numbers: one tuple per chunk, one entry per rank (the same for all shards)."""
-        if self.kind == "tail":
-            return tuple((chunk[0],) * len(self.ranks) for chunk in chunks(samples, self.micro_batch, (1.0,)))
-        return chunks(samples, self.micro_batch, self.weights)
+        return micro_batches(self.kind, self.micro_batch, self.weights, samples)
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,15 @@ class Block:
         return self.spans[shard][0].inputs if side == "in" else self.spans[shard][-1].outputs
 
 
+def micro_batches(
+    kind: Kind, micro_batch: int, weights: tuple[float, ...], samples: int
+) -> tuple[tuple[Interval, ...], ...]:
+    """Return a position's intervals of work numbers, as ``Position.micro_batches`` does."""
+    if kind == "tail":
+        return tuple((chunk[0],) * len(weights) for chunk in chunks(samples, micro_batch, (1.0,)))
+    return chunks(samples, micro_batch, weights)
+
+
 def positions(plan: Plan) -> tuple[Position, ...]:
     """Return the plan's segments in pipeline order."""
     flat = [(i, j, stage, seg) for i, stage in enumerate(plan.stages) for j, seg in enumerate(stage.segments)]
@@ -145,24 +152,46 @@ def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
     return tuple(result)
 
 
-def block_layouts(
-    block: Block, position: Position, chain: Chain, samples: int, side: Literal["in", "out"]
-) -> tuple[Layout, Layout]:
-    """Return the layouts of a block's input or output for a step of ``samples``: of the value and of its gradient.
+class Side(NamedTuple):
+    """All that the layouts of a block's input or output depend on, apart from the samples."""
 
-    The gradient of a full input is partial where each shard computed it from its own columns only; the gradient of
-    an output is wanted complete.
-    """
-    pieces = []
-    for micro_batch, intervals in enumerate(position.micro_batches(samples)):
-        for i, (rank, interval) in enumerate(zip(position.ranks, intervals, strict=True)):
-            features = block.features(chain, i, side)
-            if interval[1] > interval[0] and features[1] > features[0]:
-                pieces.append(Piece(rank, micro_batch, interval, features))
+    kind: Kind
+    ranks: tuple[int, ...]
+    weights: tuple[float, ...]
+    micro_batch: int
+    features: tuple[Interval, ...]
+    """Of dim 1, per rank."""
+    partial: bool
+    """The value is a summand on every rank."""
+    gradient_partial: bool
+
+    def layouts(self, samples: int) -> tuple[Layout, Layout]:
+        """Return the layouts of the value and of its gradient for a step of ``samples``.
+
+        The gradient of a full input is partial where each shard computed it from its own columns only; the
+        gradient of an output is wanted complete.
+        """
+        pieces = []
+        for micro_batch, intervals in enumerate(micro_batches(self.kind, self.micro_batch, self.weights, samples)):
+            for rank, interval, features in zip(self.ranks, intervals, self.features, strict=True):
+                if interval[1] > interval[0] and features[1] > features[0]:
+                    pieces.append(Piece(rank, micro_batch, interval, features))
+        value = Layout(tuple(pieces), partial=self.partial)
+        return value, Layout(value.pieces, partial=self.gradient_partial)
+
+
+def block_side(block: Block, position: Position, chain: Chain, side: Literal["in", "out"]) -> Side:
+    """Return one side of a block."""
     state = block.enters if side == "in" else block.leaves
-    value = Layout(tuple(pieces), partial=state == "partial")
-    summed = side == "in" and position.sharded and state == "full"
-    return value, Layout(value.pieces, partial=summed)
+    return Side(
+        position.kind,
+        position.ranks,
+        position.weights,
+        position.micro_batch,
+        tuple(block.features(chain, i, side) for i in range(len(position.ranks))),
+        state == "partial",
+        side == "in" and position.sharded and state == "full",
+    )
 
 
 def _buckets(layers: Interval, chain: Chain, plan: Plan) -> list[Interval]:

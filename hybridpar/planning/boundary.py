@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from hybridpar.model.chain import Chain
-from hybridpar.planning.blocks import Block, Position, block_layouts
+from hybridpar.planning.blocks import Block, Position, Side, block_side
 from hybridpar.planning.layout import Layout, Transfer, exchange
 
 
@@ -32,19 +33,26 @@ def boundaries(
     positions: tuple[Position, ...], blocks: tuple[Block, ...], chain: Chain, samples: int
 ) -> tuple[Boundary, ...]:
     """Return the boundary behind every block but the last, for a step of ``samples``."""
-    result = []
-    for before, after in pairwise(blocks):
-        out, out_gradient = block_layouts(before, positions[before.position], chain, samples, "out")
-        enter, enter_gradient = block_layouts(after, positions[after.position], chain, samples, "in")
-        result.append(
-            Boundary(
-                exchange(out, enter),
-                exchange(enter_gradient, out_gradient),
-                _is_sum(out, enter),
-                _is_sum(enter_gradient, out_gradient),
-            )
+    return tuple(
+        _between(
+            block_side(before, positions[before.position], chain, "out"),
+            block_side(after, positions[after.position], chain, "in"),
+            samples,
         )
-    return tuple(result)
+        for before, after in pairwise(blocks)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _between(before: Side, after: Side, samples: int) -> Boundary:
+    """Return a boundary. Plans that differ elsewhere share it, and so do blocks of one position."""
+    (out, out_gradient), (enter, enter_gradient) = before.layouts(samples), after.layouts(samples)
+    return Boundary(
+        exchange(out, enter),
+        exchange(enter_gradient, out_gradient),
+        _is_sum(out, enter),
+        _is_sum(enter_gradient, out_gradient),
+    )
 
 
 def _is_sum(source: Layout, target: Layout) -> bool:

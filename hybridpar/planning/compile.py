@@ -54,10 +54,15 @@ class _Compiler:
         self.actions: list[list[Action]] = [[] for _ in range(plan.world)]
         self.world = tuple(range(plan.world))
         self.shared: dict[str, Operation] = {}
+        self.starts: list[Action] = []
+        self.waits: list[Action] = []
+        """By operation, as every participant has it."""
         self.unsent: list[deque[list[int]]] = [deque([[]]) for _ in range(plan.world)]
         self.arriving: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
         self.unwaited: list[dict[int, None]] = [{} for _ in range(plan.world)]
         self.boundaries = boundaries(self.positions, self.blocks, chain, samples)
+        self.trailing = [math.prod(b.shape(chain, "out")[1:]) * plan.itemsize for b in self.blocks]
+        """Bytes per sample and feature of every block's output."""
         self.leaving: dict[tuple[Content, int, int, int], list[Transfer]] = defaultdict(list)
         for i, boundary in enumerate(self.boundaries):
             for t in boundary.activation:
@@ -263,8 +268,7 @@ class _Compiler:
 
     def _bytes(self, boundary: int, t: Transfer) -> int:
         """Bytes of a transfer of activations or gradients over a boundary."""
-        width = math.prod(self.blocks[boundary].shape(self.chain, "out")[1:]) * length(t.features)
-        return length(t.samples) * width * self.plan.itemsize
+        return length(t.samples) * length(t.features) * self.trailing[boundary]
 
     def _pass_on(self, content: Content, boundary: int, t: Transfer, size: int) -> None:
         if t.source == t.target:
@@ -294,10 +298,11 @@ class _Compiler:
         backward: bool = False,
     ) -> Operation:
         index = len(self.operations)
-        self.operations.append(
-            Operation(index, kind, content, communicator, ranks, size, block, micro_batch, transfer, backward)
-        )
-        return self.operations[-1]
+        made = Operation(index, kind, content, communicator, ranks, size, block, micro_batch, transfer, backward)
+        self.operations.append(made)
+        self.starts.append(Action("start", operation=index, content=content))
+        self.waits.append(Action("wait", operation=index, content=content))
+        return made
 
     def _once(self, name: str, make: Callable[[], Operation]) -> Operation:
         if name not in self.shared:
@@ -314,19 +319,21 @@ class _Compiler:
         if len(operation.ranks) == 1:
             return
         self.unwaited[rank][operation.index] = None
-        self._act(rank, Action("start", operation=operation.index, content=operation.content))
+        self.actions[rank].append(self.starts[operation.index])
 
     def _wait(self, rank: int, operation: int) -> None:
         del self.unwaited[rank][operation]
-        self._act(rank, Action("wait", operation=operation, content=self.operations[operation].content))
+        self.actions[rank].append(self.waits[operation])
 
     def _wait_once(self, rank: int, operation: int) -> None:
         if operation in self.unwaited[rank]:
             self._wait(rank, operation)
 
     def _await(self, rank: int, content: Content, block: int, micro_batch: int) -> None:
+        unwaited = self.unwaited[rank]
         for operation in self.arriving.pop((content, block, micro_batch, rank), ()):
-            self._wait_once(rank, operation)
+            if operation in unwaited:
+                self._wait(rank, operation)
 
     def _settle_sends(self, rank: int) -> None:
         self.unsent[rank].append([])
@@ -340,6 +347,7 @@ def is_zero(plan: Plan, position: Position) -> bool:
     return plan.recipe.sharding == "zero1" and position.kind == "front" and position.replicated
 
 
+@lru_cache(maxsize=4096)
 def parameter_count(chain: Chain, layers: Interval) -> int:
     """Return the number of distinct parameter elements in a run of layers."""
     own = {p.name: p.count for layer in chain.layers[layers[0] : layers[1]] for p in layer.parameters}
@@ -379,15 +387,15 @@ def _post_receives_early(actions: list[Action], operations: list[Operation], ran
     All receives move by one computation, so their order per communicator stays.
     """
     result: list[Action] = []
-    before_last = 0
+    since_last: list[Action] = []
     for action in actions:
         if action.kind == "start" and action.operation is not None:
             operation = operations[action.operation]
             if operation.kind == "send" and operation.ranks[1] == rank:
-                result.insert(before_last, action)
-                before_last += 1
+                result.append(action)
                 continue
         if action.kind in {"forward", "backward"}:
-            before_last = len(result)
-        result.append(action)
-    return result
+            result += since_last
+            since_last.clear()
+        since_last.append(action)
+    return result + since_last

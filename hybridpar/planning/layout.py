@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 Interval = tuple[int, int]
 """Half-open: (start, stop)."""
@@ -61,8 +62,7 @@ def chunks(samples: int, micro_batch: int, shares: tuple[float, ...]) -> tuple[t
     return tuple(result)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one rank holds of a value in one of its micro-batches."""
 
     rank: int
@@ -79,8 +79,7 @@ class Layout:
     partial: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """The common part of a source piece and a target piece.
 
     ``whole``: both pieces are exactly this part and nothing is summed, so one tensor can serve as both.
@@ -111,18 +110,21 @@ def exchange(source: Layout, target: Layout) -> tuple[Transfer, ...]:
     stops = [samples[1] for _, samples, _ in regions]
     transfers = []
     for turn, piece in enumerate(target.pieces):
+        own = piece.rank
         for micro_batch, samples, features in regions[bisect_right(stops, piece.samples[0]) :]:
             if samples[0] >= piece.samples[1]:
                 break
             common = intersect(samples, piece.samples), intersect(features, piece.features)
             if length(common[0]) <= 0 or length(common[1]) <= 0:
                 continue
-            ranks = sorted(holders[micro_batch, samples, features], key=lambda r: r != piece.rank)
-            if not source.partial:
-                ranks = ranks[:1] if ranks[0] == piece.rank else [ranks[turn % len(ranks)]]
+            ranks = holders[micro_batch, samples, features]
+            if source.partial:
+                ranks = sorted(ranks, key=lambda r: r != own)
+            else:
+                ranks = [own] if own in ranks else [ranks[turn % len(ranks)]]
             whole = len(ranks) == 1 and common == (samples, features) == (piece.samples, piece.features)
             transfers += [
-                Transfer(rank, micro_batch, piece.rank, piece.micro_batch, *common, whole=whole, add=i > 0)
+                Transfer(rank, micro_batch, own, piece.micro_batch, *common, whole, i > 0)
                 for i, rank in enumerate(ranks)
             ]
     return tuple(transfers)

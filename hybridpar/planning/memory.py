@@ -6,16 +6,17 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position
 from hybridpar.planning.compile import bucket_count, is_zero
-from hybridpar.planning.layout import length
+from hybridpar.planning.layout import Interval, length
 from hybridpar.planning.program import Action, Operation, Program
 
 Key = tuple[int, int]
 """(block, micro-batch)."""
+Value = tuple[str, Key]
+"""What a rank holds: an input, an output, or the gradient of one."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ class _Kept:
 
 
 @lru_cache(maxsize=4096)
+def _kept_whole(layers: Interval, chain: Chain) -> _Kept:
+    """Return what a block keeps that is not sharded, whatever its place in the plan."""
+    return _kept(Block(0, 0, layers), 0, chain)
+
+
+@lru_cache(maxsize=4096)
 def _kept(block: Block, shard: int, chain: Chain) -> _Kept:
     """Follow the storages through a block: views share one, and what is saved twice counts once."""
     elements = own_bytes = constant = constant_bytes = 0
@@ -145,46 +152,50 @@ class _Walk:
         self.transient: list[int] = []
         self.held: dict[Key, int] = {}
         self.shared: set[Key] = set()
-        self.alive: dict[tuple[str, Key], int] = {}
+        self.alive: dict[Value, int] = {}
         self.in_transit: dict[int, int] = {}
-        self.uses = self._uses()
+        self.now_moving = 0
+        """Bytes of ``alive`` and ``in_transit`` together."""
+        self.last = len(program.blocks) - 1
+        self.own = {b.index: _Own(program, b, rank) for b in program.blocks if rank in _ranks(program, b)}
+        self.sources = [self._source(action) for action in program.actions[rank]]
+        self.uses = Counter(source for source in self.sources if source is not None)
+        """How often each output and input gradient is copied or sent."""
 
     def run(self) -> None:
-        """Fill ``saved`` and ``moving``."""
+        """Fill ``saved``, ``moving`` and ``transient``."""
         now_saved = 0
-        for action in self.program.actions[self.rank]:
-            key, within = (action.block or 0, action.micro_batch or 0), 0
-            if action.kind == "forward":
-                now_saved += self._forward(key)
-            elif action.kind == "backward":
-                now_saved -= self._backward(key)
-                within = self._recomputed(key)
-            elif action.kind == "loss":
-                self._loss(key)
-            elif action.kind == "copy":
-                self._copy(action)
-            elif action.operation is not None:
-                self._communicate(action, self.program.operations[action.operation])
+        for action, source in zip(self.program.actions[self.rank], self.sources, strict=True):
+            kind, within = action.kind, 0
+            if action.operation is not None:
+                self._communicate(kind, self.program.operations[action.operation], source)
+            elif kind == "copy":
+                self._copy(action, source)
+            else:
+                key = (action.block or 0, action.micro_batch or 0)
+                if kind == "forward":
+                    now_saved += self._forward(key)
+                elif kind == "backward":
+                    now_saved -= self._backward(key)
+                    within = self._recomputed(key)
+                elif kind == "loss":
+                    self._loss(key)
             self.saved.append(now_saved)
             self.transient.append(within)
-            self.moving.append(sum(self.alive.values()) + sum(self.in_transit.values()))
+            self.moving.append(self.now_moving)
 
-    def _uses(self) -> Counter[tuple[str, Key]]:
-        """Count how often each output and input gradient is copied or sent."""
-        uses: Counter[tuple[str, Key]] = Counter()
-        for action in self.program.actions[self.rank]:
-            source = self._source(action)
-            if source is not None:
-                uses[source] += 1
-        return uses
+    def _put(self, name: str, key: Key, size: int) -> None:
+        self.alive[name, key] = size
+        self.now_moving += size
 
-    def _source(self, action: Action) -> tuple[str, Key] | None:
+    def _drop(self, name: str, key: Key) -> None:
+        self.now_moving -= self.alive.pop((name, key), 0)
+
+    def _source(self, action: Action) -> Value | None:
+        """Return the output or input gradient that an action copies, sends or sums."""
         if action.kind == "copy" and action.transfer is not None:
-            backward, boundary, m = (
-                action.content == "gradient",
-                action.block or 0,
-                action.transfer.source_micro_batch,
-            )
+            backward, boundary = action.content == "gradient", action.block or 0
+            m = action.transfer.source_micro_batch
         elif action.kind == "start" and action.operation is not None:
             operation = self.program.operations[action.operation]
             backward, boundary = operation.content == "gradient" or operation.backward, operation.block or 0
@@ -198,63 +209,53 @@ class _Walk:
             return None
         return ("input gradient", (boundary + 1, m)) if backward else ("output", (boundary, m))
 
-    def _samples(self, key: Key) -> int:
-        return length(self.program.interval(*key, self.rank))
-
-    def _shard(self, block: int) -> int:
-        return self.program.positions[self.program.blocks[block].position].ranks.index(self.rank)
-
-    def _value_bytes(self, block: int, side: str, samples: int) -> int:
-        described, chain = self.program.blocks[block], self.program.chain
-        where: Literal["in", "out"] = "in" if side == "in" else "out"
-        features = described.features(chain, self._shard(block), where)
-        trailing = described.shape(chain, where)[1:]
-        return samples * length(features) * math.prod(trailing) * self.itemsize
-
     def _forward(self, key: Key) -> int:
-        block, samples = key[0], self._samples(key)
-        described = self.program.blocks[block]
-        kept = _kept(described, self._shard(block), self.program.chain)
-        total = 0 if described.recompute else kept.bytes(samples, self.itemsize)
-        self.alive.pop(("input", key), None)
+        block = key[0]
+        own = self.own[block]
+        samples, kept = own.samples[key[1]], own.kept
+        total = 0 if own.recompute else kept.bytes(samples, self.itemsize)
+        self._drop("input", key)
         if block > 0 and key not in self.shared:
             total += kept.input * samples * self.itemsize
         if not self.train:
             total = 0
         self.held[key] = total
-        if self.uses["output", key] or block == len(self.program.blocks) - 1:
-            counted = self.train and (kept.output_is_input if described.recompute else kept.output_kept)
-            self.alive["output", key] = 0 if counted else self._value_bytes(block, "out", samples)
+        if self.uses["output", key] or block == self.last:
+            counted = self.train and (kept.output_is_input if own.recompute else kept.output_kept)
+            self._put("output", key, 0 if counted else own.out_bytes * samples)
         return total
 
     def _loss(self, key: Key) -> None:
-        self.alive.pop(("output", key), None)
+        self._drop("output", key)
         if self.train:
-            self.alive["gradient", key] = self._value_bytes(key[0], "out", self._samples(key))
+            own = self.own[key[0]]
+            self._put("gradient", key, own.out_bytes * own.samples[key[1]])
 
     def _backward(self, key: Key) -> int:
-        self.alive.pop(("gradient", key), None)
+        self._drop("gradient", key)
         if key[0] > 0:
-            self.alive["input gradient", key] = self._value_bytes(key[0], "in", self._samples(key))
+            own = self.own[key[0]]
+            self._put("input gradient", key, own.in_bytes * own.samples[key[1]])
         return self.held.pop(key)
 
     def _recomputed(self, key: Key) -> int:
         """Return the bytes that live in the backward of a block only because it runs the forward again."""
-        described, samples = self.program.blocks[key[0]], self._samples(key)
-        if not described.recompute:
+        own = self.own[key[0]]
+        if not own.recompute:
             return 0
-        kept = _kept(described, self._shard(key[0]), self.program.chain)
-        output = 0 if kept.output_kept else self._value_bytes(key[0], "out", samples)
-        return kept.bytes(samples, self.itemsize) + output
+        samples = own.samples[key[1]]
+        output = 0 if own.kept.output_kept else own.out_bytes * samples
+        return own.kept.bytes(samples, self.itemsize) + output
 
     def _arrive(self, content: str, boundary: int, micro_batch: int) -> None:
         """Make the buffer of an arriving input or gradient, once."""
-        key = (boundary + 1, micro_batch) if content == "activation" else (boundary, micro_batch)
-        name, side = ("input", "in") if content == "activation" else ("gradient", "out")
+        name, block = ("input", boundary + 1) if content == "activation" else ("gradient", boundary)
+        key = (block, micro_batch)
         if (name, key) not in self.alive:
-            self.alive[name, key] = self._value_bytes(key[0], side, self._samples(key))
+            own = self.own[block]
+            self._put(name, key, (own.in_bytes if name == "input" else own.out_bytes) * own.samples[micro_batch])
 
-    def _hand_over(self, source: tuple[str, Key], content: str, target: Key) -> None:
+    def _hand_over(self, source: Value, content: str, target: Key) -> None:
         """Let a value serve as the next one without a copy."""
         size = self.alive.pop(source)
         if content == "activation":
@@ -264,9 +265,8 @@ class _Walk:
         else:
             self.alive["gradient", target] = size
 
-    def _copy(self, action: Action) -> None:
+    def _copy(self, action: Action, source: Value | None) -> None:
         transfer, boundary = action.transfer, action.block or 0
-        source = self._source(action)
         assert transfer is not None
         assert source is not None
         self.uses[source] -= 1
@@ -277,28 +277,51 @@ class _Walk:
         self._arrive(str(action.content), boundary, transfer.target_micro_batch)
         self._release(source)
 
-    def _release(self, source: tuple[str, Key]) -> None:
+    def _release(self, source: Value) -> None:
         if not self.uses[source]:
-            self.alive.pop(source, None)
+            self._drop(*source)
 
-    def _communicate(self, action: Action, operation: Operation) -> None:
-        block, m = operation.block or 0, operation.micro_batch or 0
-        if action.kind == "wait":
-            self.in_transit.pop(operation.index, None)
+    def _communicate(self, kind: str, operation: Operation, source: Value | None) -> None:
+        if kind == "wait":
+            self.now_moving -= self.in_transit.pop(operation.index, 0)
             return
-        source = self._source(action)
+        block, transfer = operation.block or 0, operation.transfer
         if operation.content == "sum" and source is not None:
             self.uses[source] -= 1
             content = "gradient" if operation.backward else "activation"
-            self._hand_over(source, content, (block + (not operation.backward), m))
+            self._hand_over(source, content, (block + (not operation.backward), operation.micro_batch or 0))
         elif source is not None:
             self.uses[source] -= 1
-            self.in_transit[operation.index] = operation.bytes
+            self._send(operation)
             self._release(source)
-        elif operation.transfer is not None:
-            self._arrive(operation.content, block, operation.transfer.target_micro_batch)
-            if operation.transfer.add:
-                self.in_transit[operation.index] = operation.bytes
+        elif transfer is not None:
+            self._arrive(operation.content, block, transfer.target_micro_batch)
+            if transfer.add:
+                self._send(operation)
+
+    def _send(self, operation: Operation) -> None:
+        """Keep what travels until its wait."""
+        self.in_transit[operation.index] = operation.bytes
+        self.now_moving += operation.bytes
+
+
+class _Own:
+    """What a rank looks up about one of its blocks."""
+
+    def __init__(self, program: Program, block: Block, rank: int) -> None:
+        chain, itemsize = program.chain, program.plan.itemsize
+        shard = _ranks(program, block).index(rank)
+        self.recompute = block.recompute
+        self.kept = _kept(block, shard, chain) if block.spans else _kept_whole(block.layers, chain)
+        self.samples = [length(intervals[shard]) for intervals in program.micro_batches[block.position]]
+        trailing = math.prod(block.shape(chain, "out")[1:])
+        self.out_bytes = length(block.features(chain, shard, "out")) * trailing * itemsize
+        """Per sample of the output, and of the input below."""
+        self.in_bytes = self.kept.input * itemsize
+
+
+def _ranks(program: Program, block: Block) -> tuple[int, ...]:
+    return program.positions[block.position].ranks
 
 
 def peak_per_rank(program: Program) -> tuple[int, ...]:

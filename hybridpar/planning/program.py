@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position
@@ -75,8 +75,7 @@ class Operation:
     """A sum of input gradients rather than of outputs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One thing a rank does. ``block`` is a position index for updates; ``transfer`` belongs to copies."""
 
     kind: ActionKind
