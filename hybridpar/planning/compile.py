@@ -52,6 +52,8 @@ class _Compiler:
         self.train = mode == "train"
         self.operations: list[Operation] = []
         self.actions: list[list[Action]] = [[] for _ in range(plan.world)]
+        self.emitted: list[list[int]] = [[] for _ in range(plan.world)]
+        self.count = 0
         self.world = tuple(range(plan.world))
         self.shared: dict[str, Operation] = {}
         self.starts: list[Action] = []
@@ -99,8 +101,9 @@ class _Compiler:
             self.positions,
             self.blocks,
             tuple(self.operations),
-            tuple(tuple(_post_receives_early(a, self.operations, r)) for r, a in enumerate(self.actions)),
+            tuple(self._post_receives_early(rank) for rank in self.world),
             communicators(self.plan),
+            self._sequence(),
         )
 
     def _count(self, tasks: tuple[Task, ...]) -> None:
@@ -313,6 +316,8 @@ class _Compiler:
 
     def _act(self, rank: int, action: Action) -> None:
         self.actions[rank].append(action)
+        self.emitted[rank].append(self.count)
+        self.count += 1
 
     def _start(self, rank: int, operation: Operation) -> None:
         """Start an operation and owe its wait; what one rank has for itself needs neither."""
@@ -334,6 +339,32 @@ class _Compiler:
         for operation in self.arriving.pop((content, block, micro_batch, rank), ()):
             if operation in unwaited:
                 self._wait(rank, operation)
+
+    def _post_receives_early(self, rank: int) -> tuple[Action, ...]:
+        """Start every receive before the computation that precedes it, so that the data can flow meanwhile.
+
+        All receives move by one computation, so their order per communicator stays.
+        """
+        result: list[tuple[int, Action]] = []
+        since_last: list[tuple[int, Action]] = []
+        for number, action in zip(self.emitted[rank], self.actions[rank], strict=True):
+            if action.kind == "start" and action.operation is not None:
+                operation = self.operations[action.operation]
+                if operation.kind == "send" and operation.ranks[1] == rank:
+                    result.append((since_last[0][0] if since_last else number, action))
+                    continue
+            if action.kind in {"forward", "backward"}:
+                result += since_last
+                since_last.clear()
+            since_last.append((number, action))
+        result += since_last
+        self.emitted[rank] = [number for number, _ in result]
+        return tuple(action for _, action in result)
+
+    def _sequence(self) -> tuple[int, ...]:
+        """Return the rank of every action in the order of emission; early receives go with what follows them."""
+        numbers = ((number, rank) for rank, own in enumerate(self.emitted) for number in own)
+        return tuple(rank for _, rank in sorted(numbers))
 
     def _settle_sends(self, rank: int) -> None:
         self.unsent[rank].append([])
@@ -379,23 +410,3 @@ def communicators(plan: Plan) -> tuple[tuple[str, tuple[int, ...]], ...]:
         elif position.replicated:
             result.append((f"gradients:{position.name}", position.ranks))
     return tuple(result)
-
-
-def _post_receives_early(actions: list[Action], operations: list[Operation], rank: int) -> list[Action]:
-    """Start every receive before the computation that precedes it, so that the data can flow meanwhile.
-
-    All receives move by one computation, so their order per communicator stays.
-    """
-    result: list[Action] = []
-    since_last: list[Action] = []
-    for action in actions:
-        if action.kind == "start" and action.operation is not None:
-            operation = operations[action.operation]
-            if operation.kind == "send" and operation.ranks[1] == rank:
-                result.append(action)
-                continue
-        if action.kind in {"forward", "backward"}:
-            result += since_last
-            since_last.clear()
-        since_last.append(action)
-    return result + since_last

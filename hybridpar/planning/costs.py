@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
 from hybridpar.cluster.topology import Cluster
@@ -22,6 +23,8 @@ COPY_PASSES = 2
 
 HOST_ACTIONS = {"forward", "backward", "score", "loss", "norm", "update", "start"}
 """Actions that cost the executor a device's ``action_s``."""
+Card = tuple[int, str]
+"""A node's network card, by node and direction."""
 
 
 class Costs:
@@ -29,31 +32,76 @@ class Costs:
 
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
         self.profile, self.cluster = profile, cluster
-        self._passes: dict[tuple[Interval, tuple[Span, ...], int, str], float] = {}
+        self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool], float] = {}
+        self._operations: dict[tuple[str, tuple[int, ...], int], float] = {}
+        self._contention = any(link.contention for link in cluster.links.values())
+        self._cards: dict[tuple[str, tuple[int, ...]], list[Card]] = {}
 
-    def action(self, program: Program, rank: int, action: Action) -> float:
-        """Return the seconds that an action keeps its rank busy.
+    @property
+    def contended(self) -> bool:
+        """Whether computations slow each other down, or communication does."""
+        shared = any(n.cores is not None and n.cores < n.devices for n in self.cluster.nodes)
+        return shared or self._contention
 
-        Without a GPU that includes the executor itself, and moving messages between memory and sockets.
-        """
-        seconds = self._device_time(program, rank, action)
-        if self.cluster.device.kind == "cpu":
-            seconds += self.cluster.device.action_s * (action.kind in HOST_ACTIONS)
-            seconds += self._moving_time(program, action)
+    def actions(self, program: Program, rank: int) -> list[float]:
+        """Return the seconds that each action of a rank keeps it busy; equal passes are priced once."""
+        known: dict[tuple[str, int | None, int], float] = {}
+        index = {p.index: p.ranks.index(rank) for p in program.positions if rank in p.ranks}
+        seconds = []
+        for action in program.actions[rank]:
+            if action.kind == "wait":
+                seconds.append(0.0)
+                continue
+            if action.kind not in {"forward", "backward", "score", "loss"}:
+                seconds.append(self.action(program, rank, action))
+                continue
+            position = program.blocks[action.block or 0].position
+            start, stop = program.micro_batches[position][action.micro_batch or 0][index[position]]
+            key = (action.kind, action.block, stop - start)
+            if key not in known:
+                known[key] = self.action(program, rank, action)
+            seconds.append(known[key])
         return seconds
 
-    def _moving_time(self, program: Program, action: Action) -> float:
-        """Seconds of a core per message, as fast as the link within a node: the sender's at its start.
+    def action(self, program: Program, rank: int, action: Action) -> float:
+        """Return the seconds that an action keeps its rank busy; without a GPU that includes the executor itself.
 
-        A collective's ring sends and receives alike; its bytes count at the wait.
+        Of ranks that correspond to each other in several plan replicas, the slowest sets the pace.
         """
-        if action.operation is None:
+        seconds = self._device_time(program, rank, action) / self._speed(program, rank)
+        if self.cluster.device.kind == "cpu" and action.kind in HOST_ACTIONS:
+            seconds += self.cluster.device.action_s
+        return seconds
+
+    def _speed(self, program: Program, rank: int) -> float:
+        return min(self.cluster.speed(r) for r in program.everywhere(rank))
+
+    def cards(self, program: Program, operation: Operation) -> list[Card]:
+        """Return the cards that an operation between nodes occupies."""
+        key = (operation.kind, self._participants(program, operation))
+        if key not in self._cards:
+            nodes = [self.cluster.node_of[r] for r in key[1]]
+            cards: list[Card] = []
+            if len(set(nodes)) > 1 and operation.kind == "send":
+                cards = [(nodes[0], "out"), (nodes[1], "in")]
+            elif len(set(nodes)) > 1:
+                cards = [(n, way) for n in sorted(set(nodes)) for way in ("out", "in")]
+            self._cards[key] = cards
+        return self._cards[key]
+
+    def contention(self, program: Program, operation: Operation) -> float:
+        """Return the share of its compute rate that a rank loses while the operation is in flight."""
+        if not self._contention:
             return 0.0
-        operation = program.operations[action.operation]
-        rate = self.cluster.link("node").bytes_per_s
-        if operation.kind == "send":
-            return operation.bytes / rate * (action.kind == "start")
-        return wire_bytes(operation) / len(operation.ranks) / rate * (action.kind == "wait")
+        ranks = self._participants(program, operation)
+        levels = {self.cluster.level(a, b) for a, b in pairwise(ranks)}
+        return max((self.cluster.link(level).contention for level in levels), default=0.0)
+
+    def _participants(self, program: Program, operation: Operation) -> tuple[int, ...]:
+        """Return the ranks of an operation in the cluster."""
+        if not operation.across:
+            return operation.ranks
+        return tuple(sorted(r for local in operation.ranks for r in program.everywhere(local)))
 
     def _device_time(self, program: Program, rank: int, action: Action) -> float:
         if action.kind in {"forward", "backward"}:
@@ -77,26 +125,36 @@ class Costs:
 
     def operation(self, program: Program, operation: Operation) -> float:
         """Return the seconds that an operation takes once all participants are there."""
-        ranks, size = operation.ranks, operation.bytes
-        if operation.kind == "send":
+        ranks, size = self._participants(program, operation), operation.bytes
+        if len(ranks) == 1:
+            return 0.0
+        if operation.kind == "sharded_update":
+            update = self._update_time(program, operation.ranks[0], operation.block or 0) / len(ranks)
+            gather = all_gather(self.cluster, ranks, size / len(ranks))
+            return reduce_scatter(self.cluster, ranks, size) + update + gather
+        key = (operation.kind, ranks, size)
+        if key not in self._operations:
+            self._operations[key] = self._wire_time(operation.kind, ranks, size)
+        return self._operations[key]
+
+    def _wire_time(self, kind: str, ranks: tuple[int, ...], size: int) -> float:
+        if kind == "send":
             return point_to_point(self.cluster, ranks[0], ranks[1], size)
-        if operation.kind == "all_reduce":
+        if kind == "all_reduce":
             return all_reduce(self.cluster, ranks, size)
-        if operation.kind == "all_gather":
-            return all_gather(self.cluster, ranks, size)
-        update = self._update_time(program, ranks[0], operation.block or 0) / len(ranks)
-        return (
-            reduce_scatter(self.cluster, ranks, size) + update + all_gather(self.cluster, ranks, size / len(ranks))
-        )
+        return all_gather(self.cluster, ranks, size)
 
     def passes(self, chain: Chain, block: Block, shard: int, samples: int, kind: str) -> float:
         """Return the seconds of a block's ``forward`` or ``backward`` for a micro-batch on one of its ranks."""
-        key = (block.layers, block.spans[shard] if block.spans else (), samples, kind)
+        key = (block.layers, block.spans[shard] if block.spans else (), samples, kind, block.recompute)
         if key not in self._passes:
             time = self.profile.forward_time if kind == "forward" else self.profile.backward_time
             layers = range(*block.layers)
             shares = [block.fraction(chain, shard, i) for i in layers]
-            self._passes[key] = sum(time(i, samples, s) for i, s in zip(layers, shares, strict=True))
+            seconds = sum(time(i, samples, s) for i, s in zip(layers, shares, strict=True))
+            if kind == "backward" and block.recompute:
+                seconds += self.passes(chain, block, shard, samples, "forward")
+            self._passes[key] = seconds
         return self._passes[key]
 
     def update(self, chain: Chain, itemsize: int, blocks: list[Block], index: int) -> float:

@@ -1,14 +1,15 @@
 """The simulation by events, for machines where computations slow each other down, or communication does them.
 
 Ranks on a node with fewer cores than busy ranks share the cores evenly, and an idle rank's time is lent to the
-others, as an operating system does. A link's ``contention`` is the share of its compute rate that a rank loses while
-the link carries its data; on shared cores that share of a core is taken from what the node's ranks have together.
+others, as an operating system does. A link's ``contention`` is the share of its compute rate that a rank loses
+while the link carries its data; on shared cores that share of a core is taken from what the node's ranks have
+together.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict, deque
+from collections import Counter, defaultdict
 
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.timeline import Flight, Span, Timeline
@@ -60,8 +61,7 @@ class EventSimulation:
         self.own: list[list[int]] = [[] for _ in range(walked.world)]
         for number, (rank, _, _) in enumerate(walked.steps):
             self.own[rank].append(number)
-        self.shares, self.share_of = _shares(costs, walked.world)
-        self.contention = [costs.contention(m) if len(m) > 1 else 0.0 for m in walked.members]
+        self.shares, self.share_of = _shares(costs, walked)
         self.order = service_order(walked)
         self.served = [0] * walked.server_count
         self.at = [0] * walked.world
@@ -160,7 +160,7 @@ class EventSimulation:
             if order[turn % len(order)] != operation or turn // len(order) != step:
                 return
         self.begun[key] = now
-        self._carry(operation, self.contention[operation], now)
+        self._carry(operation, self.walked.contention[operation], now)
         self._push(now + self.walked.seconds[operation], 0, key)
 
     def _carry(self, operation: int, contention: float, now: float) -> None:
@@ -182,7 +182,7 @@ class EventSimulation:
     def _finish_operation(self, key: Key, now: float) -> None:
         step, operation = key
         self.complete.add(key)
-        self._carry(operation, -self.contention[operation], now)
+        self._carry(operation, -self.walked.contention[operation], now)
         if step == self.steps - 1 and len(self.walked.members[operation]) > 1:
             self.flights.append(Flight(operation, self.begun[key], now))
         for server in self.walked.servers[operation]:
@@ -195,16 +195,22 @@ class EventSimulation:
             self._proceed(rank, now)
 
 
-def _shares(costs: Costs, world: int) -> tuple[list[_Share], list[int]]:
-    """Return the groups of ranks that share cores, and the group of every rank."""
+def _shares(costs: Costs, walked: Walk) -> tuple[list[_Share], list[int]]:
+    """Return the groups of ranks that share cores, and the group of every rank.
+
+    Of a node that holds ranks of several plan replicas, the walk's one replica has its part of the cores.
+    """
     nodes, node_of = costs.cluster.nodes, costs.cluster.node_of
+    own = Counter(node_of[: walked.world])
+    everyone = Counter(node_of[: walked.world * walked.replicas])
     shares: list[_Share] = []
     share_of: list[int] = []
     by_node: dict[int, int] = {}
-    for rank in range(world):
-        cores = nodes[node_of[rank]].cores
-        if cores is None or node_of[rank] not in by_node:
-            by_node[node_of[rank]] = len(shares)
-            shares.append(_Share(cores))
-        share_of.append(by_node[node_of[rank]])
+    for rank in range(walked.world):
+        node = node_of[rank]
+        cores = nodes[node].cores
+        if cores is None or node not in by_node:
+            by_node[node] = len(shares)
+            shares.append(_Share(None if cores is None else cores * own[node] / everyone[node]))
+        share_of.append(by_node[node])
     return shares, share_of

@@ -129,6 +129,8 @@ class Plan:
     bucket_bytes: int = 8 * 2**20
     """Gradients of a replicated segment are reduced in runs of layers of at least this size."""
     recipe: Recipe = field(default_factory=Recipe)
+    replicas: int = 1
+    """Complete copies of the stages; the stages' ranks are those of the first, the others' follow in blocks."""
     prediction: Prediction | None = None
     schema: int = SCHEMA_VERSION
 

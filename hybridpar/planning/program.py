@@ -73,6 +73,8 @@ class Operation:
     transfer: Transfer | None = None
     backward: bool = False
     """A sum of input gradients rather than of outputs."""
+    across: bool = False
+    """The participants are these ranks in every plan replica."""
 
 
 class Action(NamedTuple):
@@ -100,11 +102,17 @@ class Program:
     actions: tuple[tuple[Action, ...], ...]
     communicators: tuple[tuple[str, tuple[int, ...]], ...]
     """Name and members, in the order in which every rank creates them."""
+    sequence: tuple[int, ...]
+    """The rank of every action, in one order of all of them in which none waits for a later one."""
 
     @cached_property
     def micro_batches(self) -> tuple[tuple[tuple[Interval, ...], ...], ...]:
         """Work-number intervals: [position][micro-batch][index in the position's ranks]."""
         return tuple(p.micro_batches(self.samples) for p in self.positions)
+
+    def everywhere(self, rank: int) -> range:
+        """Return the ranks of the job that correspond to a rank, one per plan replica."""
+        return range(rank, self.plan.world, self.plan.world // self.plan.replicas)
 
     def interval(self, block: int, micro_batch: int, rank: int) -> Interval:
         """Return the work numbers of a rank's micro-batch in a block."""

@@ -1,8 +1,8 @@
 """The simulation: when every action of a program starts and ends, from its costs.
 
 Ranks run their actions in order. An operation runs once all participants have started it and the queues and cards
-it needs have served those before it. Where ranks share cores, or communication slows computation down, events decide
-(:mod:`hybridpar.planning.events`); otherwise one pass over the program's sequence does.
+it needs have served those before it. Where ranks share cores, or communication slows computation down, events
+decide (:mod:`hybridpar.planning.events`); otherwise one pass over the program's sequence does.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class _Pass:
                 clock[rank] += what
             elif code != START:
                 clock[rank] = max(clock[rank], self.end[int(what)])
-        flights = [
-            Flight(i, self.begin[i], self.end[i]) for i, m in enumerate(self.walked.members) if len(m) > 1
-        ]
+        flights = [Flight(i, self.begin[i], self.end[i]) for i, m in enumerate(self.walked.members) if len(m) > 1]
         return spans, flights
 
 

@@ -1,9 +1,10 @@
 """A program with its costs, flattened: what the two simulators walk through.
 
-Starts and waits take no time of their own here; what they cost their rank counts with its next computation. Operations
-are served by the queues of their communicators and, above the node level, by their nodes' cards, in one fixed order:
-the one in which the program's sequence completes their starts. That order depends on the program alone, never on
-durations, so without contention the step time is a longest path: a faster part never makes a step slower.
+Starts and waits take no time of their own here; what they cost their rank counts with its next computation.
+Operations are served by the queues of their communicators and, above the node level, by their nodes' cards, in one
+fixed order: the one in which the program's sequence completes their starts. That order depends on the program
+alone, never on durations, so without contention the step time is a longest path: a faster part never makes a step
+slower.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ COMPUTE, START, WAIT = range(3)
 class Walk:
     """The actions that matter in time, in an order in which all can run.
 
-    ``steps`` has tuples (rank, code, what): seconds of a COMPUTE, or the operation of a START or WAIT; ``actions`` the
-    actions themselves. ``servers`` lists, per operation, the queues and cards that serve one operation at a time.
+    ``steps`` has tuples (rank, code, what): seconds of a COMPUTE, or the operation of a START or WAIT; ``actions``
+    the actions themselves. ``servers`` lists, per operation, the queues and cards that serve one operation at a
+    time.
     """
 
     world: int
+    """Ranks of one plan replica."""
+    replicas: int
     steps: list[tuple[int, int, float]]
     actions: list[Action]
     members: list[tuple[int, ...]]
     """Local ranks of every operation."""
     seconds: list[float]
+    contention: list[float]
+    """Share of its compute rate that a participant loses while an operation is in flight."""
     servers: list[tuple[int, ...]]
     server_count: int
 
@@ -62,10 +68,12 @@ def walk(program: Program, costs: Costs) -> Walk:
     servers = [_servers(program, o, costs, numbers) for o in program.operations]
     return Walk(
         world,
+        program.plan.replicas,
         steps,
         actions,
         [o.ranks for o in program.operations],
         [costs.operation(program, o) for o in program.operations],
+        [costs.contention(program, o) for o in program.operations],
         servers,
         len(numbers),
     )
