@@ -11,7 +11,8 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks, positions
 from hybridpar.planning.boundary import boundaries
 from hybridpar.planning.layout import Interval, Transfer, length
-from hybridpar.planning.order import Flow, Task, sequence
+from hybridpar.planning.order import Flow, Task
+from hybridpar.planning.order import sequence as task_sequence
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import (
     METRICS,
@@ -51,9 +52,8 @@ class _Compiler:
         self.positions, self.blocks = positions(plan), blocks(plan, chain)
         self.train = mode == "train"
         self.operations: list[Operation] = []
-        self.actions: list[list[Action]] = [[] for _ in range(plan.world)]
-        self.emitted: list[list[int]] = [[] for _ in range(plan.world)]
-        self.count = 0
+        self.emitted: list[tuple[int, Action]] = []
+        """All actions with their ranks."""
         self.world = tuple(range(plan.world))
         self.shared: dict[str, Operation] = {}
         self.starts: list[Action] = []
@@ -84,7 +84,7 @@ class _Compiler:
             self.train and self.plan.recipe.clipping,
             self.samples < self.plan.global_batch,
         )
-        tasks = sequence(flow)
+        tasks = task_sequence(flow)
         self._count(tasks)
         self._open()
         for task in tasks:
@@ -93,6 +93,7 @@ class _Compiler:
                 for rank in task.ranks:
                     self._settle_sends(rank)
         self._close()
+        actions, sequence = self._arranged()
         return Program(
             self.plan,
             self.chain,
@@ -101,9 +102,9 @@ class _Compiler:
             self.positions,
             self.blocks,
             tuple(self.operations),
-            tuple(self._post_receives_early(rank) for rank in self.world),
+            actions,
             communicators(self.plan),
-            self._sequence(),
+            sequence,
         )
 
     def _count(self, tasks: tuple[Task, ...]) -> None:
@@ -315,20 +316,18 @@ class _Compiler:
     # Actions
 
     def _act(self, rank: int, action: Action) -> None:
-        self.actions[rank].append(action)
-        self.emitted[rank].append(self.count)
-        self.count += 1
+        self.emitted.append((rank, action))
 
     def _start(self, rank: int, operation: Operation) -> None:
         """Start an operation and owe its wait; what one rank has for itself needs neither."""
         if len(operation.ranks) == 1:
             return
         self.unwaited[rank][operation.index] = None
-        self.actions[rank].append(self.starts[operation.index])
+        self.emitted.append((rank, self.starts[operation.index]))
 
     def _wait(self, rank: int, operation: int) -> None:
         del self.unwaited[rank][operation]
-        self.actions[rank].append(self.waits[operation])
+        self.emitted.append((rank, self.waits[operation]))
 
     def _wait_once(self, rank: int, operation: int) -> None:
         if operation in self.unwaited[rank]:
@@ -340,31 +339,36 @@ class _Compiler:
             if operation in unwaited:
                 self._wait(rank, operation)
 
-    def _post_receives_early(self, rank: int) -> tuple[Action, ...]:
-        """Start every receive before the computation that precedes it, so that the data can flow meanwhile.
+    def _arranged(self) -> tuple[tuple[tuple[Action, ...], ...], tuple[int, ...]]:
+        """Return every rank's actions, and the ranks of all actions in one order that none of them waits against.
 
-        All receives move by one computation, so their order per communicator stays.
+        Every receive starts before the computation that precedes it, so that the data can flow meanwhile. All
+        receives move by one computation, so their order per communicator stays.
         """
-        result: list[tuple[int, Action]] = []
-        since_last: list[tuple[int, Action]] = []
-        for number, action in zip(self.emitted[rank], self.actions[rank], strict=True):
+        actions: list[list[Action]] = [[] for _ in self.world]
+        numbers: list[tuple[int, int]] = []
+        since_last: list[list[Action]] = [[] for _ in self.world]
+        since: list[list[int]] = [[] for _ in self.world]
+
+        def settle(rank: int) -> None:
+            actions[rank] += since_last[rank]
+            numbers.extend((n, rank) for n in since[rank])
+            since_last[rank], since[rank] = [], []
+
+        for number, (rank, action) in enumerate(self.emitted):
             if action.kind == "start" and action.operation is not None:
                 operation = self.operations[action.operation]
                 if operation.kind == "send" and operation.ranks[1] == rank:
-                    result.append((since_last[0][0] if since_last else number, action))
+                    actions[rank].append(action)
+                    numbers.append((since[rank][0] if since[rank] else number, rank))
                     continue
             if action.kind in {"forward", "backward"}:
-                result += since_last
-                since_last.clear()
-            since_last.append((number, action))
-        result += since_last
-        self.emitted[rank] = [number for number, _ in result]
-        return tuple(action for _, action in result)
-
-    def _sequence(self) -> tuple[int, ...]:
-        """Return the rank of every action in the order of emission; early receives go with what follows them."""
-        numbers = ((number, rank) for rank, own in enumerate(self.emitted) for number in own)
-        return tuple(rank for _, rank in sorted(numbers))
+                settle(rank)
+            since_last[rank].append(action)
+            since[rank].append(number)
+        for rank in self.world:
+            settle(rank)
+        return tuple(map(tuple, actions)), tuple(rank for _, rank in sorted(numbers))
 
     def _settle_sends(self, rank: int) -> None:
         self.unsent[rank].append([])
