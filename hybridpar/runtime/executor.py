@@ -123,7 +123,7 @@ class Executor:
             for number, action in enumerate(program.actions[self.rank]):
                 with self._named(program, action):
                     self._act(state, action)
-                self._free(state, number)
+                    self._free(state, number)
         return Metrics(*state.metrics.tolist())
 
     def _begin(

@@ -1,0 +1,158 @@
+"""The command: profile, probe, draw, predict, measure, compare; resumes where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hybridpar.errors import ConfigError, HybridparError
+from hybridpar.planning.plan import Plan
+from hybridpar.profiling.record import Profile
+from hybridpar.schema import read_json
+from scripts.bench.accuracy.draw import CLOSE
+from scripts.bench.accuracy.experiment import MODELS, Experiment, Folder, digest
+from scripts.bench.accuracy.launch import ROOT, LaunchFailedError, on_ranks
+from scripts.bench.accuracy.measure import measure_all, read_results
+from scripts.bench.accuracy.predict import Predictions, draw_and_predict
+from scripts.bench.accuracy.summary import rows, verdicts
+from scripts.bench.accuracy.table import insert, render
+from scripts.bench.cgroups import CgroupError, Cgroups
+
+PROBE_LIMIT_S = 600.0
+PROFILE_PATIENCE_S = 600.0
+"""What a profile may take beyond its budget: imports, tracing, and the last of its measurements."""
+
+
+def main() -> int:
+    """Run what is not done yet; 0 when all of the requirement holds, 1 when not, 2 for a mistake or a failure."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by way of the clean-up of cgroups
+    experiment, folder, document = _arguments()
+    try:
+        return _run(experiment, folder, document)
+    except (HybridparError, CgroupError, LaunchFailedError) as e:
+        sys.stderr.write(f"accuracy: {e}\n")
+        return 2
+
+
+def _run(experiment: Experiment, folder: Folder, document: Path | None) -> int:
+    folder.open(experiment)
+    Cgroups([experiment.cores] * experiment.world).close()  # refused before any work is done
+    _profile(experiment, folder)
+    _probe(experiment, folder)
+    if not folder.predictions.exists():
+        _say("drawing and predicting plans")
+        draw_and_predict(experiment, folder)
+    measure_all(experiment, folder, _say)
+    predictions = read_json(Predictions, folder.predictions, ConfigError)
+    table = rows(predictions, read_results(folder, predictions, experiment.rounds))
+    held = verdicts(table, predictions.best_s)
+    chain = Profile.load(folder.profile).described
+    assert chain is not None
+    plans = {r.predicted.name: Plan.load(folder.plan(r.predicted.name), chain) for r in table}
+    text = render(experiment, table, held, plans, _about(experiment, folder, predictions))
+    sys.stdout.write(f"{text}\n")
+    (folder.path / "table.md").write_text(f"{text}\n")
+    if document is not None:
+        insert(document, experiment.model, text)
+    return int(not all(v.holds for v in held))
+
+
+def _profile(experiment: Experiment, folder: Folder) -> None:
+    """Measure the layers on all ranks at once, so that they contend as in a run."""
+    if folder.profile.exists():
+        return
+    _say("profiling")
+    part = folder.path / "profile.part.json"
+    wanted = ["profile=measured", "profile.cache=false", f"profile.budget_s={experiment.profile_budget_s}"]
+    _command(
+        "profile",
+        [*experiment.overrides, *wanted],
+        experiment,
+        folder,
+        part,
+        PROFILE_PATIENCE_S + experiment.profile_budget_s,
+    )
+    part.replace(folder.profile)
+
+
+def _probe(experiment: Experiment, folder: Folder) -> None:
+    """Measure the links between the ranks."""
+    if folder.cluster.exists():
+        return
+    _say("probing")
+    part = folder.path / "cluster.part.yaml"
+    _command("probe", ["train.device=cpu"], experiment, folder, part, PROBE_LIMIT_S)
+    part.replace(folder.cluster)
+
+
+def _command(
+    name: str, overrides: list[str], experiment: Experiment, folder: Folder, out: Path, limit_s: float
+) -> None:
+    arguments = ["-m", "hybridpar", name, *overrides, f"out={out}"]
+    on_ranks(arguments, [experiment.cores] * experiment.world, folder.log(name), limit_s)
+
+
+def _about(experiment: Experiment, folder: Folder, predictions: Predictions) -> dict[str, str]:
+    """Return when, where and how the table was made."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    close = sum(p.step_s <= predictions.best_s * (1 + CLOSE) for p in predictions.plans)
+    fields = dataclasses.asdict(experiment)
+    return {
+        "date": f"{time.strftime('%Y-%m-%d', time.gmtime())} (predictions written {predictions.date} UTC, "
+        f"SHA-256 {digest(folder.predictions)[:16]})",
+        "machine": _machine(),
+        "software": f"hybridpar {commit or 'without git'}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}",
+        "experiment": ", ".join(f"{key} {value}" for key, value in fields.items()),
+        "plans": f"{len(predictions.plans)} drawn, {close} of them within {CLOSE:.0%} of the best predicted",
+    }
+
+
+def _machine() -> str:
+    cpu = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    cores = torch.multiprocessing.cpu_count()
+    named = cpu.group(1) if cpu else platform.machine()
+    size = f", {int(memory.group(1)) / 2**20:.0f} GiB" if memory else ""
+    return f"{cores} cores of {named}{size}, {platform.system()} {platform.release()}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+
+def _arguments() -> tuple[Experiment, Folder, Path | None]:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench.accuracy", description=__doc__)
+    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("--out", type=Path, help="folder of the experiment; default: runs/accuracy-MODEL")
+    parser.add_argument("--docs", type=Path, help="document that takes the table between its markers")
+    for field in dataclasses.fields(Experiment)[1:]:
+        option = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action="store_true")
+        else:
+            parser.add_argument(
+                option, type=type(field.default), default=field.default, help="default: %(default)s"
+            )
+    given = vars(parser.parse_args())
+    out, document = given.pop("out"), given.pop("docs")
+    try:
+        experiment = Experiment(**given)
+    except ConfigError as e:
+        parser.error(str(e))
+    return experiment, Folder((out or ROOT / "runs" / f"accuracy-{experiment.model}").resolve()), document
+
+
+if __name__ == "__main__":
+    sys.exit(main())

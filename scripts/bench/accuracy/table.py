@@ -1,0 +1,92 @@
+"""The table as Markdown, and its place in a document."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybridpar.errors import ConfigError
+from hybridpar.planning.plan import Plan
+from scripts.bench.accuracy.draw import describe
+from scripts.bench.accuracy.experiment import Experiment
+from scripts.bench.accuracy.summary import Row, Verdict
+
+CROWDED_CORES = 0.1
+"""Other work above this makes a measurement doubtful; the table says so."""
+
+
+def render(
+    experiment: Experiment,
+    table: Sequence[Row],
+    held: Sequence[Verdict],
+    plans: dict[str, Plan],
+    about: dict[str, str],
+) -> str:
+    """Return the table, the verdicts and what they rest on. ``about`` is told line by line."""
+    lines = [f"- {what}: {said}" for what, said in about.items()]
+    lines += ["", "| | required | found | holds |", "|---|---|---|---|"]
+    lines += [f"| {v.what} | {v.wanted} | {v.found} | {'yes' if v.holds else '**no**'} |" for v in held]
+    lines += [
+        "",
+        "| plan | shape | drawn | predicted s | measured s | error | rank | live bytes | resident MB | error | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    places = _places(table)
+    lines += [_line(n, row, places) for n, row in enumerate(table, 1)]
+    lines += ["", "```"]
+    lines += [f"{r.predicted.name}  {describe(plans[r.predicted.name])}" for r in table]
+    lines.append("```")
+    if experiment.actions:
+        lines += ["", *_actions(table)]
+    return "\n".join(lines)
+
+
+def _places(table: Sequence[Row]) -> dict[str, int]:
+    """Return the place of every measured plan by its measured time, from 1."""
+    able = sorted((r for r in table if r.step_s is not None), key=lambda r: r.step_s or 0.0)
+    return {r.predicted.name: n for n, r in enumerate(able, 1)}
+
+
+def _line(number: int, row: Row, places: dict[str, int]) -> str:
+    p = row.predicted
+    if row.step_s is None:
+        return f"| {p.name} | {p.shape} | {p.kind} | {p.step_s:.3f} | failed | | {number} | | | | {row.failure} |"
+    predicted, measured = max(p.resident_bytes) / 1e6, max(row.resident_bytes) / 1e6
+    resident = "" if row.resident_error is None else f"{row.resident_error:+.1%}"
+    note = f"{row.foreign_cores:.2f} cores of other work" if row.foreign_cores > CROWDED_CORES else ""
+    return (
+        f"| {p.name} | {p.shape} | {p.kind} | {p.step_s:.3f} | {row.step_s:.3f} | {row.error:+.1%} "
+        f"| {number} / {places[p.name]} | {row.live_error_bytes:+d} | {predicted:.0f} / {measured:.0f} "
+        f"| {resident} | {note} |"
+    )
+
+
+def _actions(table: Sequence[Row]) -> list[str]:
+    """Return, per plan, seconds of a step by kind of action: predicted / measured, the mean over the ranks."""
+    lines = ["| plan | action | predicted s | measured s |", "|---|---|---|---|"]
+    for row in table:
+        ranks = row.measured[0].ranks
+        predicted, measured = _mean(row.predicted.actions_s), _mean([r.actions_s for r in ranks])
+        for name in sorted(predicted.keys() | measured.keys()):
+            own = row.predicted.name
+            lines.append(f"| {own} | {name} | {predicted.get(name, 0):.4f} | {measured.get(name, 0):.4f} |")
+    return lines
+
+
+def _mean(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
+    for own in ranks:
+        for name, seconds in own.items():
+            total[name] += seconds / len(ranks)
+    return total
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Put ``text`` between the markers of ``name`` in a document. Raises ConfigError where they are missing."""
+    begin, end = f"<!-- accuracy:{name} -->", f"<!-- /accuracy:{name} -->"
+    before, found, rest = document.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ConfigError(f"{document} has no lines {begin} and {end}; add them where the table shall stand")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -1,0 +1,152 @@
+"""CPU quotas per rank: a cgroup each, so that one machine stands for several devices of known speed.
+
+A rank's share does not depend on what the others do: an idle rank lends nothing, as a device of its own would not.
+Versions 1 (``cpu.cfs_quota_us``) and 2 (``cpu.max``) of Linux control groups; needs root.
+
+Run as a script, by torchrun in place of the worker: joins the group of ``LOCAL_RANK`` and becomes the command::
+
+    torchrun --nproc-per-node 4 scripts/bench/cgroups.py GROUPS -m hybridpar train ...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+PERIOD_US = 10_000
+"""Short, so that a rank never stands still for longer than a small computation takes."""
+LEAST_QUOTA_US = 1000
+"""The kernel refuses smaller ones."""
+REMOVAL_S = 10.0
+"""A killed process leaves its group within this time."""
+
+
+class CgroupError(Exception):
+    """There is no controller to use, or no right to; says what is missing and what would help."""
+
+
+class Cgroups:
+    """One cgroup per rank below the root of the CPU controller; a context manager that removes them.
+
+    Args:
+        cores: seconds of a core per second, for every rank; unequal ones make unequal devices.
+        root: of the CPU controller's hierarchy; None: where it is mounted.
+
+    Raises CgroupError, having made nothing, where the machine has no such controller or refuses.
+    """
+
+    def __init__(self, cores: Sequence[float], root: Path | None = None) -> None:
+        quotas_us = [round(c * PERIOD_US) for c in cores]
+        if not quotas_us or min(quotas_us) < LEAST_QUOTA_US:
+            least = LEAST_QUOTA_US / PERIOD_US
+            raise CgroupError(f"cores: {list(cores)} must be one number per rank, each at least {least}")
+        self._base = (root or controller_root()) / f"hybridpar-{os.getpid()}"
+        self.folders = [group_of(self._base, rank) for rank in range(len(quotas_us))]
+        made = False
+        try:
+            for folder, quota_us in zip(self.folders, quotas_us, strict=True):
+                _make(folder, quota_us)
+            made = True
+        except OSError as e:
+            raise CgroupError(
+                f"cannot make a cgroup with a CPU quota: {e}; run as root on a machine whose CPU controller may "
+                "be written to (in a container: a privileged one)"
+            ) from e
+        finally:
+            if not made:
+                self.close()
+
+    @property
+    def entry(self) -> list[str]:
+        """What torchrun starts in place of Python: the rest of its command line is Python's own."""
+        return [str(Path(__file__).resolve()), str(self._base)]
+
+    def close(self) -> None:
+        """Kill what still runs inside and remove the groups; may be called twice.
+
+        Raises CgroupError where a group cannot be emptied.
+        """
+        for folder in self.folders:
+            deadline_s = time.monotonic() + REMOVAL_S
+            while folder.exists():
+                for pid in _members(folder):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                try:
+                    folder.rmdir()
+                except OSError as e:
+                    if time.monotonic() > deadline_s:
+                        raise CgroupError(f"{folder} cannot be removed: {e}; remove it by rmdir") from e
+                    time.sleep(0.05)
+
+    def __enter__(self) -> Cgroups:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def controller_root(mounts: Path = Path("/proc/self/mounts")) -> Path:
+    """Return where the CPU controller is mounted; version 1 wins where both are.
+
+    Raises CgroupError where there is none.
+    """
+    unified = None
+    for line in mounts.read_text().splitlines():
+        _, folder, kind, options, *_ = line.split()
+        if kind == "cgroup" and "cpu" in options.split(","):
+            return Path(folder)
+        controllers = Path(folder) / "cgroup.controllers"
+        if kind == "cgroup2" and controllers.exists() and "cpu" in controllers.read_text().split():
+            unified = Path(folder)
+    if unified is None:
+        raise CgroupError(
+            f"no CPU controller of Linux control groups is mounted ({mounts}); use a machine that has one"
+        )
+    return unified
+
+
+def group_of(base: Path, rank: int) -> Path:
+    """Return the folder of a rank's group."""
+    return base.with_name(f"{base.name}-rank{rank}")
+
+
+def join(folder: Path) -> None:
+    """Move this process, with all its threads, into a group."""
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def _make(folder: Path, quota_us: int) -> None:
+    """Make a group with a quota."""
+    own = folder.parent / "cgroup.subtree_control"
+    if own.exists() and "cpu" not in own.read_text().split():
+        own.write_text("+cpu")
+    folder.mkdir()
+    if (folder / "cpu.max").exists():
+        (folder / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
+        return
+    (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+    (folder / "cpu.cfs_quota_us").write_text(str(quota_us))
+
+
+def _members(folder: Path) -> list[int]:
+    return [int(word) for word in (folder / "cgroup.procs").read_text().split()]
+
+
+def main() -> None:
+    """Join the group of this rank and become Python with the given arguments."""
+    base, *arguments = sys.argv[1:]
+    join(group_of(Path(base), int(os.environ["LOCAL_RANK"])))
+    os.execv(sys.executable, [sys.executable, "-u", *arguments])  # noqa: S606 - a command line, not a shell's
+
+
+if __name__ == "__main__":
+    main()
