@@ -113,14 +113,14 @@ class Folder:
 
     def open(self, experiment: Experiment) -> None:
         """Make the folder, or check that it holds the same experiment. Raises ConfigError."""
+        for part in ("plans", "results", "logs"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
         note = self.path / "experiment.json"
         if note.exists():
             known = read_json(Experiment, note, ConfigError)
             if known != experiment:
                 raise ConfigError(f"{self.path} holds another experiment, {known}; give another folder by --out")
             return
-        for part in ("plans", "results", "logs"):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
         write_json(note, to_data(experiment))
 
 
