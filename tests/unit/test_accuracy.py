@@ -179,6 +179,9 @@ def test_a_failed_plan_stays_in_the_table_and_no_figure_of_time_holds() -> None:
     assert not found["median error of the step time"]
     assert not found["rank correlation"]
     assert table[5].step_s is None
+    nothing = held([replace(r, measured=(measured(r.predicted.name, None),)) for r in table])
+    assert nothing.keys() >= {"median error of the step time", "rank correlation"}
+    assert not any(nothing[w] for w in nothing if "error" in w or "rank" in w or "choice" in w)
 
 
 def test_a_slow_choice_and_a_wrong_byte_are_seen() -> None:
@@ -202,6 +205,7 @@ def test_the_table_names_every_plan(drawings: list[Drawing]) -> None:
     assert "| p05 | pipeline | free | 1.100 | failed |" in text
     assert "exit code 1" in text
     assert "| p01 | load | 2.0000 | 1.0000 |" in text
+    assert "| p05 | load |" not in text
 
 
 def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:

@@ -71,16 +71,9 @@ def _profile(experiment: Experiment, folder: Folder) -> None:
     if folder.profile.exists():
         return
     _say("profiling")
-    part = folder.path / "profile.part.json"
-    wanted = ["profile=measured", "profile.cache=false", f"profile.budget_s={experiment.profile_budget_s}"]
-    _command(
-        "profile",
-        [*experiment.overrides, *wanted],
-        experiment,
-        folder,
-        part,
-        PROFILE_PATIENCE_S + experiment.profile_budget_s,
-    )
+    part, budget_s = folder.path / "profile.part.json", experiment.profile_budget_s
+    wanted = ["profile=measured", "profile.cache=false", f"profile.budget_s={budget_s}", f"out={part}"]
+    _command(["profile", *experiment.overrides, *wanted], experiment, folder, PROFILE_PATIENCE_S + budget_s)
     part.replace(folder.profile)
 
 
@@ -90,15 +83,14 @@ def _probe(experiment: Experiment, folder: Folder) -> None:
         return
     _say("probing")
     part = folder.path / "cluster.part.yaml"
-    _command("probe", ["train.device=cpu"], experiment, folder, part, PROBE_LIMIT_S)
+    _command(["probe", "train.device=cpu", f"probe.out={part}"], experiment, folder, PROBE_LIMIT_S)
     part.replace(folder.cluster)
 
 
-def _command(
-    name: str, overrides: list[str], experiment: Experiment, folder: Folder, out: Path, limit_s: float
-) -> None:
-    arguments = ["-m", "hybridpar", name, *overrides, f"out={out}"]
-    on_ranks(arguments, [experiment.cores] * experiment.world, folder.log(name), limit_s)
+def _command(arguments: list[str], experiment: Experiment, folder: Folder, limit_s: float) -> None:
+    """Run a command of hybridpar on all ranks."""
+    cores, log = [experiment.cores] * experiment.world, folder.log(arguments[0])
+    on_ranks(["-m", "hybridpar", *arguments], cores, log, limit_s)
 
 
 def _about(experiment: Experiment, folder: Folder, predictions: Predictions) -> dict[str, str]:

@@ -105,32 +105,25 @@ def verdicts(table: Sequence[Row], best_s: float) -> list[Verdict]:
 
 
 def _times(able: list[Row], *, whole: bool) -> list[Verdict]:
-    if not able:
-        return []
+    """Return what holds of the step times of the plans that ran; nothing does unless they are the ``whole``."""
     errors = [abs(r.error or 0.0) for r in able]
-    median, worst = statistics.median(errors), max(errors)
+    median, worst = (statistics.median(errors), max(errors)) if able else (None, None)
     correlation = spearman([r.predicted.step_s for r in able], [r.step_s or 0.0 for r in able])
-    result = [
-        Verdict(
-            "median error of the step time", f"at most {MEDIAN_ERROR:.0%}", f"{median:.1%}", median <= MEDIAN_ERROR
-        ),
-        Verdict(
-            "worst error of the step time", f"at most {WORST_ERROR:.0%}", f"{worst:.1%}", worst <= WORST_ERROR
-        ),
-        Verdict(
-            "rank correlation",
-            f"at least {LEAST_CORRELATION}",
-            "unknown" if correlation is None else f"{correlation:.3f}",
-            correlation is not None and correlation >= LEAST_CORRELATION,
-        ),
-    ]
     chosen = next((r.step_s for r in able if r.predicted.kind == "choice"), None)
-    if chosen is not None:
-        slower = chosen / min(r.step_s or chosen for r in able) - 1
-        wanted = f"at most {REGRET:.0%}"
-        what = "the planner's choice slower than the best measured"
-        result.append(Verdict(what, wanted, f"{slower:.1%}", slower <= REGRET))
-    return [Verdict(v.what, v.wanted, v.found, v.holds and whole) for v in result]
+    slower = None if chosen is None else chosen / min(r.step_s or chosen for r in able) - 1
+    found = "unknown" if correlation is None else f"{correlation:.3f}"
+    ordered = correlation is not None and correlation >= LEAST_CORRELATION
+    return [
+        _at_most("median error of the step time", MEDIAN_ERROR, median, whole=whole),
+        _at_most("worst error of the step time", WORST_ERROR, worst, whole=whole),
+        Verdict("rank correlation", f"at least {LEAST_CORRELATION}", found, ordered and whole),
+        _at_most("the planner's choice slower than the best measured", REGRET, slower, whole=whole),
+    ]
+
+
+def _at_most(what: str, limit: float, found: float | None, *, whole: bool) -> Verdict:
+    said = "unknown" if found is None else f"{found:.1%}"
+    return Verdict(what, f"at most {limit:.0%}", said, whole and found is not None and found <= limit)
 
 
 def _memory(table: Sequence[Row]) -> list[Verdict]:

@@ -63,15 +63,23 @@ def _line(number: int, row: Row, places: dict[str, int]) -> str:
 
 
 def _actions(table: Sequence[Row]) -> list[str]:
-    """Return, per plan, seconds of a step by kind of action: predicted / measured, the mean over the ranks."""
+    """Return, per plan that ran, seconds of a step by kind of action, the mean over the ranks."""
     lines = ["| plan | action | predicted s | measured s |", "|---|---|---|---|"]
     for row in table:
-        ranks = row.measured[0].ranks
-        predicted, measured = _mean(row.predicted.actions_s), _mean([r.actions_s for r in ranks])
-        for name in sorted(predicted.keys() | measured.keys()):
-            own = row.predicted.name
-            lines.append(f"| {own} | {name} | {predicted.get(name, 0):.4f} | {measured.get(name, 0):.4f} |")
+        if row.step_s is None:
+            continue
+        name, ranks = row.predicted.name, row.measured[0].ranks
+        predicted = _with_rest(_mean(row.predicted.actions_s), row.predicted.step_s)
+        measured = _with_rest(_mean([r.actions_s for r in ranks]), row.step_s)
+        for action in sorted(predicted.keys() | measured.keys()):
+            lines.append(f"| {name} | {action} | {predicted.get(action, 0):.4f} | {measured.get(action, 0):.4f} |")
     return lines
+
+
+def _with_rest(actions_s: dict[str, float], step_s: float) -> dict[str, float]:
+    """Return the seconds with those of the step in which no action but a wait goes on."""
+    busy = sum(seconds for name, seconds in actions_s.items() if not name.startswith("wait"))
+    return {**actions_s, "waits and all else": step_s - busy}
 
 
 def _mean(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
