@@ -71,8 +71,10 @@ def _actions(table: Sequence[Row]) -> list[str]:
         name, ranks = row.predicted.name, row.measured[0].ranks
         predicted = _with_rest(_mean(row.predicted.actions_s), row.predicted.step_s)
         measured = _with_rest(_mean([r.actions_s for r in ranks]), row.step_s)
-        for action in sorted(predicted.keys() | measured.keys()):
-            lines.append(f"| {name} | {action} | {predicted.get(action, 0):.4f} | {measured.get(action, 0):.4f} |")
+        lines += [
+            f"| {name} | {action} | {predicted.get(action, 0):.4f} | {measured.get(action, 0):.4f} |"
+            for action in sorted(predicted.keys() | measured.keys())
+        ]
     return lines
 
 
