@@ -27,13 +27,43 @@ def _verdict(candidate: Candidate, planned: Planned, best_s: float) -> str:
 
 def reason(planned: Planned) -> str:
     """Say why the chosen plan wins over the runner-up and over data parallelism, or what it costs if asked for."""
-    others = [c for c in planned.candidates if c.plan is not None and c.shape != planned.shape]
+    others = rivals(planned)
     if not others:
         return f"{planned.shape} is the only shape that is possible here."
-    rival = min(others, key=lambda c: c.prediction.step_s)
-    lines = [_compare(planned.chosen, rival)]
-    lines += [_compare(planned.chosen, c) for c in others if c.shape == "data_parallel" and c is not rival]
+    lines = [_compare(planned.chosen, others[0])]
+    lines += [_compare(planned.chosen, c) for c in others[1:] if c.shape == "data_parallel"]
     return " ".join(lines)
+
+
+def in_few_words(planned: Planned) -> str:
+    """Say against which runner-up the chosen plan wins, or loses if it was asked for, and by what."""
+    second = rival(planned)
+    if second is None:
+        return "the only shape that is possible"
+    own, other = planned.chosen.prediction, second.prediction
+    faster = own.step_s <= other.step_s * (1 + TIE)
+    winner, loser = (own, other) if faster else (other, own)
+    ahead = (
+        (winner.wire_bytes < loser.wire_bytes * (1 - MUCH), "less on the wire"),
+        (max(_busy(winner)) < max(_busy(loser)) * (1 - MUCH), "less work in the busiest stage"),
+        (winner.bubble < loser.bubble - MUCH, "less idle"),
+    )
+    words = [word for holds, word in ahead if holds]
+    head = (
+        f"{loser.step_s / winner.step_s:.2f}x {second.shape}" if faster else f"asked for; {second.shape} is faster"
+    )
+    return f"{head}: {', '.join(words)}" if words else head
+
+
+def rivals(planned: Planned) -> list[Candidate]:
+    """Return the best plans of other shapes than the chosen one, the runner-up first."""
+    others = [c for c in planned.candidates if c.plan is not None and c.shape != planned.shape]
+    return sorted(others, key=lambda c: c.prediction.step_s)
+
+
+def rival(planned: Planned) -> Candidate | None:
+    """Return the runner-up: the best plan of another shape than the chosen one."""
+    return next(iter(rivals(planned)), None)
 
 
 def _compare(chosen: Candidate, rival: Candidate) -> str:

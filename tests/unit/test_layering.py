@@ -41,7 +41,7 @@ PLANNING_MAY = (
     "hybridpar.cluster.collectives",
 )
 SHARED = ("hybridpar.errors", "hybridpar.schema")
-SEARCHING = ("search", "draft", "placement", "bound", "explain", "request")
+SEARCHING = ("search", "draft", "placement", "bound", "explain", "explanation", "flips", "difference", "request")
 
 
 def modules(part: str = "") -> list[Path]:

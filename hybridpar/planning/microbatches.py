@@ -1,0 +1,65 @@
+"""The effect of one stage's next smaller and next larger micro-batch on a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hybridpar.errors import PlanError
+from hybridpar.planning.flips import largest_share
+from hybridpar.planning.plan import Kind, Plan
+from hybridpar.planning.trial import Trials
+
+PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Numbers of micro-batches that the planner splits a share into; it also tries sizes that are powers of two."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a plan becomes when one stage takes another micro-batch size."""
+
+    micro_batch: int
+    step_s: float | None
+    memory_bytes: int | None
+    """Of the rank that comes closest to its limit, or exceeds it most; None where there is no such plan."""
+    reason: str | None = None
+    """Why it is impossible: the excess of memory, or the rule that it breaks."""
+
+
+@dataclass(frozen=True)
+class StageEffects:
+    """The neighbours of one stage's micro-batch; None where there is none: a single sample, or the whole share."""
+
+    kind: Kind
+    micro_batch: int
+    smaller: Effect | None
+    larger: Effect | None
+
+
+def micro_batch_effects(trials: Trials, plan: Plan) -> tuple[StageEffects, ...]:
+    """Simulate the plan with each stage's micro-batch at the neighbouring sizes, one at a time."""
+    result = []
+    for index, stage in enumerate(plan.stages):
+        sizes = allowed_sizes(largest_share(plan, stage))
+        smaller = max((s for s in sizes if s < stage.micro_batch), default=None)
+        larger = min((s for s in sizes if s > stage.micro_batch), default=None)
+        effects = (None if size is None else _effect(trials, plan, index, size) for size in (smaller, larger))
+        result.append(StageEffects(stage.kind, stage.micro_batch, *effects))
+    return tuple(result)
+
+
+def allowed_sizes(share: int) -> list[int]:
+    """Return the micro-batch sizes of a stage whose ranks have ``share`` samples in a step, ascending."""
+    powers = {1 << k for k in range(share.bit_length()) if 1 << k <= share <= 64 << k}
+    return sorted({-(-share // n) for n in PARTS} | powers)
+
+
+def _effect(trials: Trials, plan: Plan, index: int, size: int) -> Effect:
+    stages = [replace(s, micro_batch=size) if i == index else s for i, s in enumerate(plan.stages)]
+    try:
+        program = trials.program(replace(plan, stages=tuple(stages), prediction=None))
+    except PlanError as e:
+        return Effect(size, None, None, str(e))
+    rank, peak, excess = trials.excess(program)
+    if excess > 0:
+        return Effect(size, None, peak, f"out of memory by {excess / 2**20:.4g} MiB on rank {rank}")
+    return Effect(size, trials.step_s(program), peak)
