@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,17 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hybridpar import __version__
-from hybridpar.config import Config, compose
+from hybridpar.config import Config, compose, expand
 from hybridpar.errors import ConfigError, HybridparError
 from hybridpar.names import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hybridpar.planner import Subject
+    from hybridpar.planning.plan import Plan
+    from hybridpar.planning.search import Planned
+
+MULTIRUN = {"-m", "--multirun"}
+
 USAGE = """usage: hybridpar COMMAND [GROUP=CHOICE | KEY=VALUE ...]
 
 commands
   plan      print what would run where, how fast, in how much memory, and why; needs no GPU
+  plan -m   the same for every combination of KEY=A,B ..., as one table
   train     train; under torchrun, one process per rank: torchrun --nproc-per-node 4 -m hybridpar train ...
   profile   measure the time of every layer on this machine and write it to out=FILE
   config    print the resolved configuration
@@ -29,6 +37,8 @@ examples
   hybridpar plan model=vgg16 cluster=p100_4x1_40g train.global_batch=64
   hybridpar plan plan=three_stage plan.tail.micro_batch=64 format=json out=plan.json
   hybridpar plan profile=from_file profile.path=profile.json cluster=v100_2x8
+  hybridpar plan model=vgg16 explain=true diff=plan.json
+  hybridpar plan -m model=vgg16 cluster=p100_4x1_40g,v100_2x8 train.global_batch=64,128
 
 groups: model profile cluster plan data optimizer train monitor experiment; see the README and conf/
 """
@@ -49,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(command: str, overrides: Sequence[str]) -> int:
     """Run a command and return its exit code; a mistake that all ranks of a node make is told once."""
     try:
-        _command(command)(compose(overrides))
+        function = _command(command)
+        if MULTIRUN & set(overrides):
+            _check_sweep(command)
+            plan_sweep([o for o in overrides if o not in MULTIRUN])
+        else:
+            function(compose(overrides))
     except HybridparError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"hybridpar: {e}\n")
@@ -63,6 +78,13 @@ def _run(command: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _check_sweep(command: str) -> None:
+    if command != "plan":
+        raise ConfigError(f"{command} -m: only plans are swept; start one {command} per combination")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("plan -m: a sweep needs one process; start it without torchrun")
+
+
 def _command(name: str) -> Callable[[Config], None]:
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
@@ -73,25 +95,63 @@ def _command(name: str) -> Callable[[Config], None]:
 def plan(config: Config) -> None:
     """Print the plan, as text or as JSON; save it as JSON where ``out`` says so."""
     from hybridpar.planner import make_plan, prepare  # noqa: PLC0415 - a command imports what it needs
+    from hybridpar.planning.plan import Plan  # noqa: PLC0415
 
     _check_out(config)
     subject = prepare(config, report=_note)
+    other = None if config.diff is None else Plan.load(Path(config.diff), subject.chain)
     planned = make_plan(config, subject)
     if config.format == "json":
         sys.stdout.write(planned.plan.to_json() + "\n")
     else:
-        from hybridpar.report.dry_run import show  # noqa: PLC0415
-
-        show(planned, subject.chain, subject.profile, subject.cluster, _console(), explain=config.explain)
+        _explain(config, subject, planned, other)
     if config.out is not None:
         _write(config.out, planned.plan.to_json() + "\n")
         _note(f"plan saved to {config.out}; use it with plan=from_file plan.path={config.out}")
 
 
+def _explain(config: Config, subject: Subject, planned: Planned, other: Plan | None) -> None:
+    """Print a plan, why it was chosen, and how it differs from another one."""
+    from hybridpar.planning.difference import compare  # noqa: PLC0415
+    from hybridpar.planning.explanation import explain  # noqa: PLC0415
+    from hybridpar.planning.trial import Trials  # noqa: PLC0415
+    from hybridpar.report import difference, dry_run  # noqa: PLC0415
+
+    trials = Trials(subject.chain, subject.profile, subject.cluster)
+    explanation = explain(planned, trials, full=config.explain)
+    dry_run.show(planned, subject.chain, subject.profile, subject.cluster, _console(), explanation)
+    if other is not None:
+        difference.show(compare(planned.plan, other, trials), Path(str(config.diff)).name, _console())
+
+
+def plan_sweep(overrides: Sequence[str]) -> None:
+    """Plan every combination and print one table, or JSON; ``out`` gets the JSON.
+
+    Raises ConfigError where no combination has a plan.
+    """
+    from hybridpar import sweep  # noqa: PLC0415
+    from hybridpar.report.sweep import as_data, show  # noqa: PLC0415
+
+    wanted = expand(overrides)
+    points = sweep.points(wanted)
+    config = next(point.config for point in points if point.config is not None)
+    _check_out(config)
+    rows = sweep.run(wanted, points, _note)
+    text = json.dumps(as_data(wanted.keys, rows), indent=2) + "\n"
+    if config.format == "json":
+        sys.stdout.write(text)
+    else:
+        show(wanted.keys, rows, _console())
+    if config.out is not None:
+        _write(config.out, text)
+        _note(f"plans saved to {config.out}")
+    if all(row.planned is None for row in rows):
+        raise ConfigError(f"none of the {len(rows)} combinations has a plan; the first: {rows[0].error}")
+
+
 def train(config: Config) -> None:
     """Plan on rank 0, then train on all ranks and print the summary."""
     from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
-    from hybridpar.planning.plan import Plan  # noqa: PLC0415
     from hybridpar.report import dry_run, summary  # noqa: PLC0415
     from hybridpar.runtime import trainer  # noqa: PLC0415
     from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415

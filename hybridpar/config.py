@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -38,9 +39,11 @@ __all__ = [
     "ProfileConfig",
     "RunConfig",
     "ScheduleConfig",
+    "Sweep",
     "TrainConfig",
     "compose",
     "conf_dir",
+    "expand",
 ]
 
 T = TypeVar("T")
@@ -70,10 +73,15 @@ class Config:
     format: Literal["text", "json"]
     out: str | None
     explain: bool
+    diff: str | None
     resolved: str
     """All of it as YAML."""
 
     def __post_init__(self) -> None:
+        if self.diff is not None and self.format == "json":
+            raise ConfigError(
+                f"diff={self.diff}: of no effect with format=json, which is the plan alone; drop one"
+            )
         validate_recipe(Recipe(self.optimizer.clip is not None, self.optimizer.sharding), self.train.precision)
         path = self.cluster.get("path")
         if path is not None and self.cluster.get("kind") != "from_file":
@@ -83,7 +91,8 @@ class Config:
     def refuse_for_training(self) -> None:
         """Raise ConfigError where a key is set that a training would take no notice of."""
         given = {"format": self.format, "out": self.out, "explain": str(self.explain).lower()}
-        without = {"format": "text", "out": None, "explain": "false"}
+        given["diff"] = self.diff
+        without = {"format": "text", "out": None, "explain": "false", "diff": None}
         idle = [f"{key}={value}" for key, value in given.items() if value != without[key]]
         if idle:
             raise ConfigError(
@@ -131,7 +140,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     unknown.
     """
     data, text = _load([_open(o) for o in overrides])
-    rest = {key: data[key] for key in ("format", "out", "explain") if key in data}
+    rest = {key: data[key] for key in ("format", "out", "explain", "diff") if key in data}
     output = from_data(_Output, rest, "config", _FieldError)
     return Config(
         model=from_data(ModelConfig, data.get("model"), "model", _FieldError),
@@ -146,6 +155,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         format=output.format,
         out=output.out,
         explain=output.explain,
+        diff=output.diff,
         resolved=text,
     )
 
@@ -157,6 +167,67 @@ class _Output:
     format: Literal["text", "json"] = "text"
     out: str | None = None
     explain: bool = False
+    diff: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The combinations that overrides with several values stand for."""
+
+    keys: tuple[str, ...]
+    """What is varied, in the order of the overrides."""
+    points: tuple[tuple[str, ...], ...]
+    """One value per key; the last key varies fastest."""
+    fixed: tuple[str, ...]
+    """The other overrides."""
+
+    def overrides(self, point: Sequence[str]) -> tuple[str, ...]:
+        """Return the overrides of one combination."""
+        return (*self.fixed, *(f"{key}={value}" for key, value in zip(self.keys, point, strict=True)))
+
+
+def expand(overrides: Sequence[str]) -> Sweep:
+    """Expand overrides in Hydra's sweep syntax: ``key=a,b``, ``key=range(1,4)``, ``group=glob(*)``.
+
+    Raises ConfigError for a malformed override, for one that is given twice, and where nothing is varied.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: PLC0415
+    from hydra.errors import HydraException  # noqa: PLC0415
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        varied = {o.get_key_element(): _values(o) for o in parsed if o.is_sweep_override()}
+    except HydraException as e:
+        _unreadable(overrides, e)
+    fixed = tuple(str(o.input_line) for o in parsed if not o.is_sweep_override())
+    names = [o.get_key_element() for o in parsed]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}: given twice; write its values as {twice}=a,b")
+    if not varied:
+        raise ConfigError("-m varies nothing; give a key several values, as in train.global_batch=64,128")
+    for name in names:
+        if name in {"explain", "diff"} or (name in varied and name in {"format", "out"}):
+            raise ConfigError(f"{name}: of no use with -m, which prints one table; plan that combination alone")
+    return Sweep(tuple(varied), tuple(product(*varied.values())), fixed)
+
+
+def _values(override: Any) -> list[str]:
+    """Return the values of a parsed override in the syntax of overrides."""
+    from hydra.core.override_parser.types import Glob  # noqa: PLC0415
+
+    chosen = override.value()
+    if isinstance(chosen, Glob):
+        values = chosen.filter(_choices(conf_dir() / override.key_or_group))
+    elif override.is_discrete_sweep():
+        values = list(override.sweep_string_iterator())
+    else:
+        values = []
+    if not values:
+        raise ConfigError(
+            f"override {override.input_line!r} has no values to go through; write {override.key_or_group}=a,b"
+        )
+    return values
 
 
 def _open(override: str) -> str:

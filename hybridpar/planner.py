@@ -5,8 +5,9 @@ The command line and the training job share it. Torch is imported only where a m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.search import Candidate, Planned, assess, search
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.record import Profile
+from hybridpar.schema import to_data
 
 if TYPE_CHECKING:
     from hybridpar.model.deferred import Source
@@ -50,13 +52,41 @@ def load_model(config: Config) -> tuple[Traced, Source]:
     return trace(source.module, model.in_shape, model.name), source
 
 
+@dataclass
+class Shelf:
+    """What the combinations of a sweep have in common: no model is traced or measured twice."""
+
+    traced: dict[str, Traced] = field(default_factory=dict)
+    profiles: dict[str, Profile] = field(default_factory=dict)
+
+    def prepare(self, config: Config, report: Report = lambda _: None) -> Subject:
+        """Gather chain, profile and cluster like :func:`prepare`."""
+        if config.profile.kind == "from_file":
+            return prepare(config, report=report)
+        model = json.dumps(to_data(config.model), sort_keys=True)
+        if model not in self.traced:
+            self.traced[model] = load_model(config)[0]
+        if config.profile.kind == "analytic":
+            return prepare(config, self.traced[model], report=report)
+        local = config.cluster.get("kind") == "local"
+        key = repr((model, config.profile, config.train.precision, config.train.device, local))
+        subject = prepare(config, self.traced[model], report=report, profile=self.profiles.get(key))
+        self.profiles[key] = subject.profile
+        return subject
+
+
 def prepare(
-    config: Config, traced: Traced | None = None, world: int | None = None, report: Report = lambda _: None
+    config: Config,
+    traced: Traced | None = None,
+    world: int | None = None,
+    report: Report = lambda _: None,
+    profile: Profile | None = None,
 ) -> Subject:
     """Gather chain, profile and cluster.
 
     A profile from a file brings its chain along, so that neither model nor device is needed; ``traced`` is the
-    model where it was traced already. ``world`` is the number of ranks of a local cluster that names none.
+    model where it was traced already, ``profile`` what ``profile=measured`` gave before. ``world`` is the number
+    of ranks of a local cluster that names none.
     Raises HybridparError for whatever does not fit together.
     """
     cluster = from_config(config.cluster, world=world, device=config.train.device)
@@ -69,7 +99,7 @@ def prepare(
     traced = traced or load_model(config)[0]
     if config.profile.kind == "analytic":
         profile = estimate(traced.chain, cluster.device, config.train.precision)
-    else:
+    elif profile is None:
         on_cpu = cluster.device.kind == "cpu" and config.cluster.get("kind") == "local"
         profile = measured(config, traced, report, on_cpu=on_cpu)
     return Subject(traced.chain, profile, cluster)

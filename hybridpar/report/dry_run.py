@@ -10,10 +10,13 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.compile import parameter_count
 from hybridpar.planning.explain import reason, verdicts
+from hybridpar.planning.explanation import Explanation
 from hybridpar.planning.plan import Plan, Prediction, Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.planning.search import Candidate, Planned
 from hybridpar.profiling.record import Profile
+from hybridpar.report.explanation import show as show_explanation
+from hybridpar.report.text import in_bytes, in_ms, in_thousands, in_time, plural, spans, titled
 
 
 def show(
@@ -22,10 +25,12 @@ def show(
     profile: Profile,
     cluster: Cluster,
     console: Console,
-    *,
-    explain: bool = False,
+    explanation: Explanation | None = None,
 ) -> None:
-    """Print stages, prediction, memory and the comparison of shapes; ``explain`` adds the losers' stages."""
+    """Print stages, prediction, memory, the comparison of shapes and the explanation.
+
+    The long form of an explanation brings the losers' stages along.
+    """
     plan = planned.plan
     console.print(_head(plan, chain, profile, cluster))
     console.print(_stages(planned.chosen, chain, cluster))
@@ -33,11 +38,14 @@ def show(
     console.print(_memory(planned.chosen.prediction, cluster))
     if len(planned.candidates) > 1:
         console.print(Group(_comparison(planned, cluster), f"Why: {reason(planned)}"))
-    if explain:
+    if explanation is None:
+        return
+    if explanation.full:
         for candidate in planned.candidates:
             if candidate.plan is not None and candidate.shape != planned.shape:
                 console.print(_stages(candidate, chain, cluster))
                 console.print(_prediction(candidate.prediction, candidate.plan, profile))
+    show_explanation(explanation, planned, console)
 
 
 def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
@@ -46,9 +54,9 @@ def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
     unkeyed = [layer.name for layer in chain.layers if layer.random == "unkeyed"]
     random = f"\nrandom numbers that depend on the plan (no parity with one process): {', '.join(unkeyed)}"
     return (
-        f"{plan.model}: {len(chain.layers)} layers, {_count(chain.parameter_count)} parameters, input {shape}, "
-        f"global batch {plan.global_batch}, {plan.precision}\n"
-        f"{cluster.name}: {cluster.world} ranks on {_plural(len(cluster.nodes), 'node')}, {cluster.device.name}, "
+        f"{plan.model}: {len(chain.layers)} layers, {in_thousands(chain.parameter_count)} parameters, "
+        f"input {shape}, global batch {plan.global_batch}, {plan.precision}\n"
+        f"{cluster.name}: {cluster.world} ranks on {plural(len(cluster.nodes), 'node')}, {cluster.device.name}, "
         f"layer times {source} ({profile.device}){random if unkeyed else ''}"
     )
 
@@ -58,7 +66,7 @@ def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
     assert plan is not None
     program = compile_program(plan, chain, plan.global_batch, "train")
     limit = cluster.device.memory_bytes
-    table = _table(f"plan: {candidate.shape}, order {plan.order}")
+    table = titled(f"plan: {candidate.shape}, order {plan.order}")
     for name, style in (
         ("stage", "left"),
         ("layers", "left"),
@@ -74,15 +82,15 @@ def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
         seconds = prediction.stages[index]
         for number, segment in enumerate(stage.segments):
             peak = max(prediction.memory_bytes[r] for r in segment.ranks)
-            times = "" if number else _times(seconds.forward_s, seconds.backward_s, seconds.update_s)
+            times = "" if number else in_ms(seconds.forward_s, seconds.backward_s, seconds.update_s)
             table.add_row(
                 stage.kind if len(stage.segments) == 1 else f"{stage.kind} {number}",
                 _layers(segment, chain),
                 _degree(stage, segment),
                 _ranks(segment.ranks, cluster),
                 f"{stage.micro_batch} x{_calls(program, index, number)}",
-                _count(parameter_count(chain, segment.layers)),
-                f"{_mib(peak)} ({peak / limit:.0%})",
+                in_thousands(parameter_count(chain, segment.layers)),
+                f"{in_bytes(peak)} ({peak / limit:.0%})",
                 times,
             )
     return table
@@ -99,10 +107,10 @@ def _degree(stage: Stage, segment: Segment) -> str:
     count = len(segment.ranks)
     if stage.kind == "tail":
         sharding = f" ({', '.join(stage.sharding)})" if stage.sharding else ""
-        return f"{_plural(count, 'shard')}{sharding}"
+        return f"{plural(count, 'shard')}{sharding}"
     if stage.kind == "front":
-        return _plural(count, "replica")
-    return f"1 of {len(stage.segments)}" + (f", {_plural(count, 'replica')}" if count > 1 else "")
+        return plural(count, "replica")
+    return f"1 of {len(stage.segments)}" + (f", {plural(count, 'replica')}" if count > 1 else "")
 
 
 def _calls(program: Program, stage: int, segment: int) -> int:
@@ -112,26 +120,15 @@ def _calls(program: Program, stage: int, segment: int) -> int:
 
 def _ranks(ranks: tuple[int, ...], cluster: Cluster) -> str:
     nodes = sorted({cluster.node_of[r] for r in ranks})
-    where = f" (node {_spans(tuple(nodes))})" if len(cluster.nodes) > 1 else ""
-    return f"{_spans(ranks)}{where}"
-
-
-def _spans(numbers: tuple[int, ...]) -> str:
-    """Write consecutive numbers as a range: 0-3,6."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+    where = f" (node {spans(tuple(nodes))})" if len(cluster.nodes) > 1 else ""
+    return f"{spans(ranks)}{where}"
 
 
 def _prediction(prediction: Prediction, plan: Plan, profile: Profile) -> str:
     return (
-        f"predicted ({profile.source}): step {_seconds(prediction.step_s)}, "
+        f"predicted ({profile.source}): step {in_time(prediction.step_s)}, "
         f"{prediction.samples_per_s:,.0f} samples/s, bubble {prediction.bubble:.0%}, "
-        f"{_mib(prediction.wire_bytes)} on the wire per step of {plan.global_batch} samples"
+        f"{in_bytes(prediction.wire_bytes)} on the wire per step of {plan.global_batch} samples"
     )
 
 
@@ -139,11 +136,12 @@ def _memory(prediction: Prediction, cluster: Cluster) -> str:
     limit = cluster.device.memory_bytes
     peaks = prediction.memory_bytes
     worst = max(range(len(peaks)), key=lambda r: peaks[r])
-    return f"memory: at most {_mib(peaks[worst])} of {_mib(limit)}, on rank {worst} (tensors; without workspace)"
+    most = f"{in_bytes(peaks[worst])} of {in_bytes(limit)}"
+    return f"memory: at most {most}, on rank {worst} (tensors; without workspace)"
 
 
 def _comparison(planned: Planned, cluster: Cluster) -> Table:
-    table = _table(f"shapes compared ({planned.tried} plans simulated)")
+    table = titled(f"shapes compared ({planned.tried} plans simulated)")
     table.add_column("shape")
     for name in ("step", "samples/s", "bubble", "on the wire", "memory/rank", "micro-batches"):
         table.add_column(name, justify="right")
@@ -160,37 +158,10 @@ def _comparison_row(candidate: Candidate, cluster: Cluster) -> list[RenderableTy
     peak = max(p.memory_bytes)
     return [
         candidate.shape,
-        _seconds(p.step_s),
+        in_time(p.step_s),
         f"{p.samples_per_s:,.0f}",
         f"{p.bubble:.0%}",
-        _mib(p.wire_bytes),
-        f"{_mib(peak)} ({peak / cluster.device.memory_bytes:.0%})",
+        in_bytes(p.wire_bytes),
+        f"{in_bytes(peak)} ({peak / cluster.device.memory_bytes:.0%})",
         " ".join(str(s.micro_batch) for s in candidate.plan.stages),
     ]
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-
-
-def _times(*seconds: float) -> str:
-    return " + ".join(f"{s * 1e3:.3g}" for s in seconds) + " ms"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"
-
-
-def _mib(count: float) -> str:
-    return f"{count / 2**20:.4g} MiB" if count < 2**30 else f"{count / 2**30:.4g} GiB"
-
-
-def _count(number: int) -> str:
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return str(number)
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

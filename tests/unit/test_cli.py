@@ -96,6 +96,56 @@ def test_explain_shows_the_stages_of_the_losers(capsys: pytest.CaptureFixture[st
         assert f"plan: {shape}, order" in out
 
 
+def test_the_short_explanation_is_always_there(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, "plan", *SMALL)
+    _, _, after = out.partition("Why: ")
+    for figure in (
+        r"of [\d.]+ ms a rank works [\d.]+ ms \(.*%\), waits [\d.]+ ms for communication and [\d.]+ ms for other",
+        r"MiB synchronised \+ .*MiB exchanged, devices \d+% busy, balance \d\.\d\d, one rank 10% slower: \+",
+        r"input [\d,]+/s \(.*/s\) to (one rank|each of \d)",
+        r"^Flips: .*40 Gbit/s between nodes",
+        r"^More: explain=true",
+    ):
+        assert re.search(figure, after, re.MULTILINE), figure
+    assert len(after[after.index(": of ") :].splitlines()) == 6
+
+
+def test_the_long_explanation_has_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, "plan", *SMALL, "explain=true")
+    for words in (
+        (
+            "five axes",
+            "synchronised",
+            "devices busy",
+            "load balance",
+            "one rank 10% slower",
+            "samples/s",
+            "readers",
+        ),
+        ("time of a step by stage", "compute", "update", "exposed communication", "bubble", "together"),
+        ("loses its lead", "bandwidth between nodes", "global batch", "device speed"),
+        ("with other micro-batches", "next smaller", "next larger"),
+    ):
+        for word in words:
+            assert word in out, word
+    assert max(map(len, out.splitlines())) <= 160
+
+
+def test_the_long_explanation_names_what_binds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each rank of a data-parallel plan holds all parameters: 1.4 MiB with gradients and momenta."""
+    limit = f"cluster.device.memory_bytes={1.3 * 2**20}"
+    out, _ = run(capsys, "plan", *SMALL, "explain=true", limit)
+    assert "shapes without a plan" in out
+    assert re.search(r"^data_parallel +memory +rank \d needs [\d.]+ MiB, [\d.]+ MiB more than", out, re.MULTILINE)
+
+
+def test_a_diff_compares_with_a_saved_plan(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    out, _ = run(capsys, "plan", *SMALL, "plan=data_parallel", f"diff={saved}")
+    assert re.search(r"^stages +front +front \+ middle \+ tail", out, re.MULTILINE)
+    assert re.search(r"^plan\.json here: step", out, re.MULTILINE)
+    assert "x as fast" in out
+
+
 def test_json_is_the_plan_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(capsys, "plan", *SMALL, "format=json")
     assert err == ""
@@ -164,6 +214,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["train", *SMALL, "data=cifar10", "cluster=local"], "data.root"),
     (["train", *SMALL, "optimizer=custom", "optimizer.name=Sgd", "cluster=local"], "did you mean SGD?"),
     (["train", *SMALL], "the plan is for 4 processes, but this job has 1"),
+    (["plan", *SMALL, "diff=nothing.json"], "cannot read nothing.json"),
+    (["plan", *SMALL, "diff=plan.json", "format=json"], "diff=plan.json: of no effect with format=json"),
+    (["train", *SMALL, "diff=plan.json"], "diff=plan.json: of no effect on a training"),
+    (["plan", "-m", *SMALL], "-m varies nothing"),
     (["profile", "model=small_vgg", "profile=measured"], "out: missing"),
     (["profile", "model=small_vgg", "out=p.json"], "profile=analytic cannot be measured; use profile=measured"),
     (["profile", "model=small_vgg", "profile=measured", "out=/nowhere/p.json"], "/nowhere/p.json"),
@@ -207,8 +261,9 @@ def test_an_edited_plan_is_refused_by_the_field(
 
 
 def test_a_plan_of_another_model_is_refused(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
-    again = ("plan=from_file", f"plan.path={saved}", "model=alexnet")
-    assert "belongs to another model or input size than alexnet" in refused(capsys, "plan", *SMALL, *again)
+    for again in (("plan=from_file", f"plan.path={saved}"), (f"diff={saved}",)):
+        line = refused(capsys, "plan", *SMALL, *again, "model=alexnet")
+        assert "belongs to another model or input size than alexnet" in line
 
 
 def test_a_plan_for_another_world_is_refused(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
