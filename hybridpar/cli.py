@@ -31,6 +31,8 @@ commands
   plan -m   the same for every combination of KEY=A,B ..., as one table
   train     train; under torchrun, one process per rank: torchrun --nproc-per-node 4 -m hybridpar train ...
   profile   measure the time of every layer on this machine and write it to out=FILE
+  probe     measure the links between the processes of a job and write the cluster to probe.out;
+            torchrun --nproc-per-node 4 -m hybridpar probe
   config    print the resolved configuration
 
 examples
@@ -190,6 +192,23 @@ def profile(config: Config) -> None:
     _note(f"profile saved to {config.out}; use it with profile=from_file profile.path={config.out}")
 
 
+def probe(config: Config) -> None:
+    """Measure the cluster that this job runs on and write its description to ``probe.out``."""
+    from hybridpar.prober import probed  # noqa: PLC0415
+    from hybridpar.report import probe as table  # noqa: PLC0415
+
+    if config.out is not None:
+        raise ConfigError(
+            f"out: {config.out} is of no effect on a probe; name its file with probe.out={config.out}"
+        )
+    result = probed(config, _note)
+    if result is not None:
+        table.show(result, _console())
+        _note(
+            f"cluster saved to {config.probe.out}; use it with cluster=from_file cluster.path={config.probe.out}"
+        )
+
+
 def show_config(config: Config) -> None:
     """Print the resolved configuration as YAML."""
     sys.stdout.write(config.resolved)
@@ -199,6 +218,7 @@ COMMANDS: dict[str, Callable[[Config], None]] = {
     "plan": plan,
     "train": train,
     "profile": profile,
+    "probe": probe,
     "config": show_config,
 }
 

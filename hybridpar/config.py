@@ -24,6 +24,7 @@ from hybridpar.sections import (
     MonitorConfig,
     OptimizerConfig,
     PlanConfig,
+    ProbeConfig,
     ProfileConfig,
     RunConfig,
     ScheduleConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "MonitorConfig",
     "OptimizerConfig",
     "PlanConfig",
+    "ProbeConfig",
     "ProfileConfig",
     "RunConfig",
     "ScheduleConfig",
@@ -70,6 +72,7 @@ class Config:
     train: TrainConfig
     monitor: MonitorConfig
     run: RunConfig
+    probe: ProbeConfig
     format: Literal["text", "json"]
     out: str | None
     explain: bool
@@ -152,6 +155,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         train=from_data(TrainConfig, data.get("train"), "train", _FieldError),
         monitor=from_data(MonitorConfig, data.get("monitor"), "monitor", _FieldError),
         run=from_data(RunConfig, data.get("run"), "run", _FieldError),
+        probe=from_data(ProbeConfig, data.get("probe"), "probe", _FieldError),
         format=output.format,
         out=output.out,
         explain=output.explain,

@@ -206,6 +206,26 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """How the cluster at hand is measured."""
+
+    out: str = "cluster.yaml"
+    """The description's file."""
+    budget_s: float = 40.0
+    ranks_per_node: int | None = None
+    """None: ranks with one agent of the launcher, one host name and one network namespace are on one node."""
+    racks: tuple[str, ...] | None = None
+    """The rack of every node; None: all in one."""
+    sites: tuple[str, ...] | None = None
+    """The site of every node; None: all in one."""
+
+    def __post_init__(self) -> None:
+        _require(self.budget_s > 0, "probe.budget_s", self.budget_s, "must be above 0 seconds")
+        per_node = self.ranks_per_node
+        _require(per_node is None or per_node >= 1, "probe.ranks_per_node", per_node, "must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where a training job writes."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -11,14 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import pynvml
 import yaml
 
 from hybridpar.cluster.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, CUDA_OVERHEAD_S, DEVICES, custom
+from hybridpar.cluster.limits import core_quota, usable_cores, usable_memory_bytes
 from hybridpar.cluster.topology import Cluster, Device, Link, Node
 from hybridpar.errors import ClusterError
 from hybridpar.schema import from_data, to_data
+
+__all__ = [
+    "ABOUT",
+    "FIELDS",
+    "LOOPBACK",
+    "SCHEMA",
+    "DeviceChoice",
+    "NodeGroup",
+    "check_writable",
+    "core_quota",
+    "from_config",
+    "from_mapping",
+    "load",
+    "local",
+    "save",
+    "usable_cores",
+    "usable_memory_bytes",
+]
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 """What a job runs on; auto: one GPU per rank where there are enough, else the CPU."""
@@ -151,6 +168,15 @@ def save(cluster: Cluster, path: Path, about: Mapping[str, Any] | None = None) -
         raise ClusterError(f"cannot write {path}: {e.strerror}; name a file in an existing folder") from e
 
 
+def check_writable(path: Path) -> None:
+    """Raise ClusterError, before anything is measured, where :func:`save` could not write ``path``."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ClusterError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ClusterError(f"cannot write {path}: it is a folder or not yours to write; name another file")
+
+
 def local(world: int | None = None, choice: DeviceChoice = "auto") -> Cluster:
     """Describe this machine as one node of ``world`` ranks, on the device that a job of so many would run on.
 
@@ -176,61 +202,6 @@ def local(world: int | None = None, choice: DeviceChoice = "auto") -> Cluster:
     ranks = max(2, cores) if world is None else world
     device = custom({"preset": "cpu_core", "memory_bytes": usable_memory_bytes() / ranks}, "device")
     return Cluster("local", device, (Node(ranks, cores=cores),), {"node": LOOPBACK})
-
-
-def usable_cores(root: Path = Path("/")) -> int:
-    """Count the whole CPU cores this process may use; at least 1."""
-    return max(1, math.floor(core_quota(root)))
-
-
-def core_quota(root: Path = Path("/")) -> float:
-    """CPU seconds per second that this process may use: its affinity mask, cut by its cgroups' quotas."""
-    quotas = [float(len(os.sched_getaffinity(0)))]
-    for folder in _cgroups(root, "cpu"):
-        words = _words(folder / "cpu.max") or [
-            *_words(folder / "cpu.cfs_quota_us"),
-            *_words(folder / "cpu.cfs_period_us"),
-        ]
-        if len(words) == 2 and words[0] not in {"max", "-1"}:
-            quotas.append(int(words[0]) / int(words[1]))
-    return min(quotas)
-
-
-def usable_memory_bytes(root: Path = Path("/")) -> int:
-    """Bytes of RAM this process may still use: what the machine has available, cut by its cgroups' limits."""
-    limits = [int(psutil.virtual_memory().available)]
-    for folder in _cgroups(root, "memory"):
-        words = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
-        if words and words[0] != "max":
-            limits.append(int(words[0]))
-    return min(limits)
-
-
-def _cgroups(root: Path, controller: str) -> list[Path]:
-    """Folders of this process's cgroups (v1 and v2) that may limit ``controller``, ancestors included."""
-    folders = []
-    for line in _lines(root / "proc/self/cgroup"):
-        number, controllers, inner = line.split(":", 2)
-        if number == "0":
-            base = root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            base = root / "sys/fs/cgroup" / controller
-        else:
-            continue
-        own = base / inner.lstrip("/")
-        folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
-    return folders
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _words(path: Path) -> list[str]:
-    return " ".join(_lines(path)).split()
 
 
 def _gpus() -> tuple[int, Device, Link] | None:

@@ -146,18 +146,22 @@ class Process:
         before any process group exists, where the plan is for another number of processes.
         """
         check_world(plan, self.world)
-        cuda = self.device.type == "cuda"
+        self.join()
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        result, self.groups = create_communicators(plan, self.rank, backend, self.timeout)
+        _warm_up(plan, self.rank, self.groups, self.device)
+        return result
+
+    def join(self) -> None:
+        """Make the default process group of all ranks, unless there is one."""
         if not dist.is_initialized():
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                 store=self._store,
                 rank=self.rank,
                 world_size=self.world,
                 timeout=self.timeout,
             )
-        result, self.groups = create_communicators(plan, self.rank, "nccl" if cuda else "gloo", self.timeout)
-        _warm_up(plan, self.rank, self.groups, self.device)
-        return result
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable ``value`` in rank order, on every rank; needs ``connect``."""

@@ -123,6 +123,14 @@ def test_a_description_that_cannot_be_written_is_named(tmp_path):
         describe.save(describe.from_mapping(plain()), tmp_path / "none" / "c.yaml")
 
 
+def test_files_that_could_not_be_written_are_named_before_there_is_anything_to_write(tmp_path):
+    describe.check_writable(tmp_path / "c.yaml")
+    with pytest.raises(ClusterError, match=r"cannot write .*c.yaml: there is no folder .*none; make it first"):
+        describe.check_writable(tmp_path / "none" / "c.yaml")
+    with pytest.raises(ClusterError, match="is a folder or not yours"):
+        describe.check_writable(tmp_path)
+
+
 def test_null_stands_for_not_given():
     data = plain(device={"preset": "P100", "memory_bytes": None, "flops_per_s": {"float32": None}})
     data["links"] |= {"site": {"latency_s": None, "bytes_per_s": None}, "wan": None}

@@ -1,0 +1,118 @@
+"""Where the ranks of a job run: what each tells of itself, and the nodes that follow."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hybridpar.cluster.limits import Limit, cpu_limit, memory_limit
+from hybridpar.cluster.topology import LEVELS, Cluster, Device, Link, Node
+from hybridpar.errors import ClusterError
+
+_EQUAL = 0.05
+"""Memories that differ by less than this share are the same."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a rank knows of the place where it runs."""
+
+    place: tuple[str, ...]
+    """Equal on the ranks of one node: launcher's agent, host name, network namespace."""
+    device: Device
+    cpu: Limit
+    machine_cores: int
+    memory: Limit
+    """Of the device."""
+
+    @staticmethod
+    def here(device: Device, agent: int, root: Path = Path("/")) -> Host:
+        """Describe this process on ``device``, started by the launcher's agent number ``agent``."""
+        namespace = root / "proc/self/ns/net"
+        network = str(namespace.readlink()) if namespace.is_symlink() else ""
+        memory = (
+            memory_limit(root) if device.kind == "cpu" else Limit(device.memory_bytes, f"device of {os.getpid()}")
+        )
+        place = (str(agent), socket.gethostname(), network)
+        return Host(place, device, cpu_limit(root), os.cpu_count() or 1, memory)
+
+
+def unprobed(hosts: Sequence[Host], nodes: Sequence[Node], link: Link) -> Cluster:
+    """Return the cluster of ``nodes`` with rank 0's device and ``link`` on all levels, for a probe to measure.
+
+    A memory that is the same on all nodes is the device's.
+    """
+    sizes = [node.memory_bytes for node in nodes if node.memory_bytes is not None]
+    least, most = min(sizes), max(sizes)
+    if most <= least * (1 + _EQUAL):
+        nodes = [replace(node, memory_bytes=None) for node in nodes]
+    device = replace(hosts[0].device, memory_bytes=least)
+    name = f"probed_{len(nodes)}x{max(node.devices for node in nodes)}"
+    return Cluster(name, device, tuple(nodes), dict.fromkeys(LEVELS, link))
+
+
+def make_nodes(
+    hosts: Sequence[Host],
+    ranks_per_node: int | None = None,
+    racks: Sequence[str] | None = None,
+    sites: Sequence[str] | None = None,
+) -> tuple[Node, ...]:
+    """Group the ranks' hosts, in rank order, into nodes.
+
+    A node is a run of ranks with one agent, host name and network namespace, or ``ranks_per_node`` ranks.
+    ``racks`` and ``sites`` name the place of every node. Raises ClusterError where ranks are not numbered node by
+    node, and where the given values do not fit.
+    """
+    if ranks_per_node is None:
+        groups = [tuple(same) for _, same in itertools.groupby(hosts, key=lambda host: host.place)]
+        if len({group[0].place for group in groups}) < len(groups):
+            raise ClusterError(
+                "ranks are not numbered node by node; a node's ranks must follow each other, as with torchrun"
+            )
+    elif len(hosts) % ranks_per_node:
+        raise ClusterError(
+            f"probe.ranks_per_node: {ranks_per_node} does not divide the {len(hosts)} ranks; "
+            "leave it null to find the nodes by host name"
+        )
+    else:
+        groups = [tuple(hosts[i : i + ranks_per_node]) for i in range(0, len(hosts), ranks_per_node)]
+    for name, given in (("racks", racks), ("sites", sites)):
+        if given is not None and len(given) != len(groups):
+            raise ClusterError(f"probe.{name}: {len(given)} names for {len(groups)} nodes; give one each, or null")
+    return tuple(
+        Node(
+            len(group),
+            _cores(group),
+            racks[i] if racks is not None else "rack0",
+            sites[i] if sites is not None else "site0",
+            memory_bytes=_memory_bytes(group),
+        )
+        for i, group in enumerate(groups)
+    )
+
+
+def _cores(hosts: Sequence[Host]) -> int | None:
+    """Cores that a node's ranks share; None where each has its own, by a quota, by its CPUs, or on a GPU.
+
+    Ranks have their own where every one is limited by something else and the machine can give to all at once.
+    """
+    if hosts[0].device.kind != "cpu":
+        return None
+    shares = {host.cpu.owner: host.cpu.amount for host in hosts}
+    total = sum(shares.values())
+    machine = max(host.machine_cores for host in hosts)
+    if len(shares) == len(hosts) and "" not in shares and total <= machine:
+        return None
+    return max(1, math.floor(min(total, machine)))
+
+
+def _memory_bytes(hosts: Sequence[Host]) -> float:
+    """Memory of each of a node's devices: its own where every rank has a limit of its own, else an equal share."""
+    own = len({host.memory.owner for host in hosts}) == len(hosts) and all(host.memory.owner for host in hosts)
+    least = min(host.memory.amount for host in hosts)
+    return least if own else least / len(hosts)
