@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridpar.cluster.describe import local
-from hybridpar.cluster.topology import Link
+from hybridpar.cluster.topology import Link, Node
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.model.trace import trace
 from hybridpar.planning.compile import compile as compile_program
@@ -23,7 +23,7 @@ from scripts.bench.accuracy.draw import CLOSE, FAR, Drawing, describe, shape_of
 from scripts.bench.accuracy.experiment import Experiment, Folder, digest, write_json
 from scripts.bench.accuracy.live import LiveBytes, existing
 from scripts.bench.accuracy.measure import Measured, foreign_cores, periods, read_results
-from scripts.bench.accuracy.predict import Predicted, Predictions, live_peak, own_cores
+from scripts.bench.accuracy.predict import Predicted, Predictions, live_peak
 from scripts.bench.accuracy.summary import Row, rows, spearman, verdicts
 from scripts.bench.accuracy.table import insert, render
 from scripts.bench.accuracy.worker import RankResult
@@ -34,7 +34,7 @@ from tests.support.training import small_vgg
 def drawings() -> list[Drawing]:
     """Two drawings with one seed and one with another."""
     chain = trace(small_vgg(), (2, 16, 16), "small").chain
-    cluster = replace(own_cores(local(4, "cpu")), links={"node": Link(1e-7, 1e12)})
+    cluster = replace(local(4, "cpu"), nodes=(Node(4),), links={"node": Link(1e-7, 1e12)})
     cluster = replace(cluster, device=replace(cluster.device, action_s=0.0))
     profile = estimate(chain, cluster.device, "float32")
     planned = search(chain, profile, cluster, Request(64))

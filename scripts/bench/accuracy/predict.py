@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hybridpar.cluster import describe
-from hybridpar.cluster.topology import Cluster
 from hybridpar.config import compose
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
@@ -63,7 +62,7 @@ def draw_and_predict(experiment: Experiment, folder: Folder) -> None:
     chain = profile.described
     if chain is None:
         raise PlanError(f"{folder.profile} holds no chain; profile again")
-    cluster = own_cores(describe.load(folder.cluster))
+    cluster = describe.load(folder.cluster)
     config = compose([*experiment.overrides, "profile=from_file", f"profile.path={folder.profile}"])
     planned = search(chain, profile, cluster, config.request())
 
@@ -90,14 +89,6 @@ def draw_and_predict(experiment: Experiment, folder: Folder) -> None:
         plans=tuple(records),
     )
     write_json(folder.predictions, to_data(predictions))
-
-
-def own_cores(cluster: Cluster) -> Cluster:
-    """Return the cluster with a core for every rank: a quota of its own is what the ranks run under.
-
-    What that core does per second is in the profile, which was taken under the same quota.
-    """
-    return replace(cluster, nodes=tuple(replace(node, cores=None) for node in cluster.nodes))
 
 
 def _predicted(drawn: Drawn, chain: Chain, costs: Costs, sha256: str) -> Predicted:
