@@ -38,6 +38,7 @@ commands
 examples
   hybridpar plan model=vgg16 cluster=p100_4x1_40g train.global_batch=64
   hybridpar plan plan=three_stage plan.tail.micro_batch=64 format=json out=plan.json
+  hybridpar plan model=vgg16 cluster=v100_2x8 train.global_batch=256 pictures=pictures/
   hybridpar plan profile=from_file profile.path=profile.json cluster=v100_2x8
   hybridpar plan model=vgg16 explain=true diff=plan.json
   hybridpar plan -m model=vgg16 cluster=p100_4x1_40g,v100_2x8 train.global_batch=64,128
@@ -95,11 +96,15 @@ def _command(name: str) -> Callable[[Config], None]:
 
 
 def plan(config: Config) -> None:
-    """Print the plan, as text or as JSON; save it as JSON where ``out`` says so."""
+    """Print the plan, as text or as JSON; save it where ``out``, and draw it where ``pictures`` says so."""
     from hybridpar.planner import make_plan, prepare  # noqa: PLC0415 - a command imports what it needs
     from hybridpar.planning.plan import Plan  # noqa: PLC0415
 
     _check_out(config)
+    if config.pictures is not None:
+        from hybridpar.report.figure import prepare_folder  # noqa: PLC0415
+
+        prepare_folder(Path(config.pictures))
     subject = prepare(config, report=_note)
     other = None if config.diff is None else Plan.load(Path(config.diff), subject.chain)
     planned = make_plan(config, subject)
@@ -110,6 +115,11 @@ def plan(config: Config) -> None:
     if config.out is not None:
         _write(config.out, planned.plan.to_json() + "\n")
         _note(f"plan saved to {config.out}; use it with plan=from_file plan.path={config.out}")
+    if config.pictures is not None:
+        from hybridpar.report.pictures import FILES, draw  # noqa: PLC0415
+
+        draw(planned.plan, subject.chain, subject.profile, subject.cluster, Path(config.pictures))
+        _note(f"pictures saved to {config.pictures}: {', '.join(FILES)}")
 
 
 def _explain(config: Config, subject: Subject, planned: Planned, other: Plan | None) -> None:

@@ -77,6 +77,8 @@ class Config:
     out: str | None
     explain: bool
     diff: str | None
+    pictures: str | None
+    """Folder for the plan's pictures."""
     resolved: str
     """All of it as YAML."""
 
@@ -93,9 +95,14 @@ class Config:
 
     def refuse_for_training(self) -> None:
         """Raise ConfigError where a key is set that a training would take no notice of."""
-        given = {"format": self.format, "out": self.out, "explain": str(self.explain).lower()}
-        given["diff"] = self.diff
-        without = {"format": "text", "out": None, "explain": "false", "diff": None}
+        given = {
+            "format": self.format,
+            "out": self.out,
+            "explain": str(self.explain).lower(),
+            "diff": self.diff,
+            "pictures": self.pictures,
+        }
+        without = {"format": "text", "out": None, "explain": "false", "diff": None, "pictures": None}
         idle = [f"{key}={value}" for key, value in given.items() if value != without[key]]
         if idle:
             raise ConfigError(
@@ -143,7 +150,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     unknown.
     """
     data, text = _load([_open(o) for o in overrides])
-    rest = {key: data[key] for key in ("format", "out", "explain", "diff") if key in data}
+    rest = {key: data[key] for key in ("format", "out", "explain", "diff", "pictures") if key in data}
     output = from_data(_Output, rest, "config", _FieldError)
     return Config(
         model=from_data(ModelConfig, data.get("model"), "model", _FieldError),
@@ -160,6 +167,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         out=output.out,
         explain=output.explain,
         diff=output.diff,
+        pictures=output.pictures,
         resolved=text,
     )
 
@@ -172,6 +180,7 @@ class _Output:
     out: str | None = None
     explain: bool = False
     diff: str | None = None
+    pictures: str | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
     if not varied:
         raise ConfigError("-m varies nothing; give a key several values, as in train.global_batch=64,128")
     for name in names:
-        if name in {"explain", "diff"} or (name in varied and name in {"format", "out"}):
+        if name in {"explain", "diff", "pictures"} or (name in varied and name in {"format", "out"}):
             raise ConfigError(f"{name}: of no use with -m, which prints one table; plan that combination alone")
     return Sweep(tuple(varied), tuple(product(*varied.values())), fixed)
 
