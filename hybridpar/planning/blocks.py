@@ -1,7 +1,7 @@
 """Blocks: the runs of layers that a rank computes without any communication inside.
 
-A segment is cut into blocks where something crosses the wire: at gradient buckets where it is replicated, at
-sums and gathers where it is sharded. The executor runs blocks without knowing kinds of stage.
+A segment is cut into blocks where something crosses the wire: at gradient buckets where its gradients are reduced,
+at sums and gathers where it is sharded. The executor runs blocks without knowing kinds of stage.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Position:
     micro_batch: int
     in_flight: int | None
     recompute: bool = False
+    copies: int = 1
+    """Plan replicas: how often each of the ranks has one of its kind that holds the same parameters."""
 
     @property
     def sharded(self) -> bool:
@@ -50,8 +52,22 @@ class Position:
 
     @property
     def replicated(self) -> bool:
-        """Whether several ranks hold the same parameters."""
+        """Whether several ranks of a plan replica hold the same parameters."""
         return self.kind != "tail" and len(self.ranks) > 1
+
+    @property
+    def reduced(self) -> bool:
+        """Whether gradients have to be summed: over the ranks, over the plan replicas, or both."""
+        return self.replicated or self.copies > 1
+
+    def sharers(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks of a plan replica whose gradients are summed with those of ``rank``."""
+        return (rank,) if self.sharded else self.ranks
+
+    def gradients(self, rank: int) -> str:
+        """Return the name of the communicator that sums the gradients of ``rank``."""
+        shard = f".{self.ranks.index(rank)}" if self.sharded else ""
+        return f"gradients:{self.name}{shard}"
 
     @property
     def name(self) -> str:
@@ -129,6 +145,7 @@ def positions(plan: Plan) -> tuple[Position, ...]:
             stage.micro_batch,
             stage.in_flight,
             stage.recompute,
+            plan.replicas,
         )
         for n, (i, j, stage, seg) in enumerate(flat)
     )
@@ -141,7 +158,7 @@ def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
         stage = plan.stages[position.stage]
         if position.sharded:
             cut = _sharded_blocks(stage, stage.segments[0], chain)
-        elif position.replicated:
+        elif position.reduced:
             cut = [Block(0, 0, layers) for layers in _buckets(position.layers, chain, plan)]
         else:
             cut = [Block(0, 0, position.layers)]

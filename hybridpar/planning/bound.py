@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from hybridpar.cluster.collectives import all_reduce
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks, positions
-from hybridpar.planning.compile import bucket_count, is_zero
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.layout import length
+from hybridpar.planning.parameters import bucket_count, is_zero
 from hybridpar.planning.plan import Plan
 
 

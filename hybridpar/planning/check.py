@@ -4,6 +4,20 @@ That machine buffers nothing, keeps one queue per communicator (per pair of rank
 beyond a start: an operation completes only once every participant has started it and everything that any of them
 started earlier in the same queue is complete. A program that passes here finishes on any backend. The check also
 follows the data: every action's inputs must be there when it runs.
+
+Plan replicas run programs that differ, as their samples may, and meet in the operations across them. Here these
+are taken to complete once the program's own ranks are there, which is right as replicas cannot wait in a ring:
+
+- Every rank starts the operations of one communicator in one order, whatever its samples (checked here): labels,
+  metrics and norm on the one of all ranks; buckets of the last block first on the one of a position.
+- In the global sequence whatever waits for the buckets of a position comes after all backwards of it and of those
+  behind it, on all ranks, and so after the starts of all their buckets. Whatever waits for the norm comes
+  after all its starts; metrics are waited for at the end, labels started before anything else.
+
+Let every replica stop at the first action of its sequence that hangs: a wait for an operation across. Order what
+they wait for as labels, buckets from the last position to the first, norm, metrics, and take a replica whose
+operation is first in this order. Some participant has not started it, or one before it on its communicator, so its
+replica stopped before that; but it waits for the same or something later, before which it has started them all.
 """
 
 from __future__ import annotations
@@ -14,8 +28,9 @@ from collections.abc import Hashable
 from hybridpar.errors import ProgramError
 from hybridpar.planning.blocks import Position
 from hybridpar.planning.boundary import boundaries
-from hybridpar.planning.compile import bucket_count, communicators, is_zero
+from hybridpar.planning.communicators import communicators
 from hybridpar.planning.layout import length
+from hybridpar.planning.parameters import bucket_elements, is_zero
 from hybridpar.planning.program import Action, Operation, Program
 
 Token = tuple[str, int, int]
@@ -30,7 +45,8 @@ def check(program: Program) -> None:
     _check_membership(program)
     _check_pairs(program)
     _check_queues(program)
-    for rank in range(program.plan.world):
+    _check_order_across(program)
+    for rank in range(program.plan.replica_world):
         _RankData(program, rank).check()
 
 
@@ -40,10 +56,10 @@ def queue_of(operation: Operation) -> Hashable:
 
 
 def _check_membership(program: Program) -> None:
-    known = dict(communicators(program.plan))
+    known = {c.name: c for c in communicators(program.plan)}
     for operation in program.operations:
-        members = known.get(operation.communicator)
-        if members is None or not set(operation.ranks) <= set(members):
+        own = known.get(operation.communicator)
+        if own is None or not set(operation.ranks) <= set(own.ranks) or operation.across != own.across:
             raise ProgramError(f"operation {operation} uses a communicator that its ranks are not members of")
 
 
@@ -65,7 +81,7 @@ def _check_pairs(program: Program) -> None:
                 if waits[action.operation] > starts[action.operation]:
                     raise ProgramError(f"rank {rank} would '{program.describe(action)}' before it starts it")
         for operation in program.operations:
-            wanted = int(rank in operation.ranks and len(operation.ranks) > 1)
+            wanted = int(rank in operation.ranks and not operation.alone)
             if starts[operation.index] != wanted or waits[operation.index] != wanted:
                 name = program.describe(Action("start", operation=operation.index))
                 raise ProgramError(
@@ -78,7 +94,7 @@ def _check_queues(program: Program) -> None:
     """Run all ranks in turn on the strictest machine until they finish or none can go on."""
     machine, moved = _StrictMachine(program), True
     while moved:
-        moved = bool([rank for rank in range(program.plan.world) if machine.advance(rank)])
+        moved = bool([rank for rank in range(program.plan.replica_world) if machine.advance(rank)])
     stuck = [rank for rank, actions in enumerate(program.actions) if machine.at[rank] < len(actions)]
     if stuck:
         lines = "; ".join(_stuck_line(program, rank, machine.at[rank]) for rank in stuck)
@@ -88,7 +104,7 @@ def _check_queues(program: Program) -> None:
 class _StrictMachine:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.at = [0] * program.plan.world
+        self.at = [0] * program.plan.replica_world
         self.queues: dict[tuple[int, Hashable], deque[int]] = defaultdict(deque)
         self.complete: set[int] = set()
 
@@ -118,6 +134,24 @@ class _StrictMachine:
             for q in own:
                 q.popleft()
             ready += [self.program.operations[q[0]] for q in own if q]
+
+
+def _check_order_across(program: Program) -> None:
+    """Every rank starts what is across replicas in the one order that holds for all of them."""
+    contents = ("label", "metrics", "norm", "bucket")
+    for rank, actions in enumerate(program.actions):
+        last: dict[str, tuple[int, int]] = {}
+        for action in actions:
+            if action.kind != "start" or action.operation is None:
+                continue
+            operation = program.operations[action.operation]
+            if not operation.across:
+                continue
+            place = contents.index(operation.content), -(operation.block or 0)
+            if place <= last.get(operation.communicator, (-1, 0)):
+                name = program.describe(action)
+                raise ProgramError(f"rank {rank} would '{name}' in another order than other plan replicas")
+            last[operation.communicator] = place
 
 
 def _stuck_line(program: Program, rank: int, at: int) -> str:
@@ -199,8 +233,8 @@ class _RankData:
             if block.position != position.index or self.rank not in position.ranks:
                 continue
             tokens |= {("input gradient", block.index, m): 1 for m in self._own(position)}
-            reduced = position.replicated and not is_zero(self.program.plan, position)
-            if reduced and bucket_count(self.program.chain, position, block):
+            reduced = position.reduced and not is_zero(self.program.plan, position)
+            if reduced and bucket_elements(self.program.chain, position, block, self.rank):
                 tokens["bucket", block.index, 0] = 1
         return tokens
 

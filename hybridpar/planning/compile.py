@@ -10,9 +10,11 @@ from functools import lru_cache
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks, positions
 from hybridpar.planning.boundary import boundaries
-from hybridpar.planning.layout import Interval, Transfer, length
+from hybridpar.planning.communicators import communicators
+from hybridpar.planning.layout import Transfer, length
 from hybridpar.planning.order import Flow, Task
 from hybridpar.planning.order import sequence as task_sequence
+from hybridpar.planning.parameters import bucket_elements, is_zero, parameter_count
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import (
     METRICS,
@@ -32,36 +34,44 @@ free its buffer."""
 
 
 @lru_cache(maxsize=64)
-def compile(plan: Plan, chain: Chain, samples: int, mode: Mode) -> Program:  # noqa: A001
-    """Return the program of one step of ``samples`` samples.
+def compile(plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int | None = None) -> Program:  # noqa: A001
+    """Return the program of one step of ``samples`` samples, of all plan replicas, for one of them.
 
-    ``samples`` may be below the plan's global batch (a last partial batch). Pure and cached.
+    ``samples`` may be below the plan's global batch (a last partial batch). ``replica`` is by default the one with
+    the most samples. Pure and cached.
 
     Raises:
         PlanError: an in-flight cap of the plan is too low.
 
     """
-    return _Compiler(plan, chain, samples, mode).program()
+    if replica is None:
+        shares = [length(interval) for interval in plan.replica_samples(samples)]
+        replica = shares.index(max(shares))
+    return _Compiler(plan, chain, samples, mode, replica).program()
 
 
 class _Compiler:
     """Walks the global sequence once and hands every rank its actions."""
 
-    def __init__(self, plan: Plan, chain: Chain, samples: int, mode: Mode) -> None:
-        self.plan, self.chain, self.samples, self.mode = plan, chain, samples, mode
+    def __init__(self, plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int) -> None:
+        self.plan, self.chain, self.mode = plan, chain, mode
+        self.replica, self.step_samples = replica, samples
+        self.first, stop = plan.replica_samples(samples)[replica]
+        samples = self.samples = stop - self.first
         self.positions, self.blocks = positions(plan), blocks(plan, chain)
         self.train = mode == "train"
         self.operations: list[Operation] = []
         self.emitted: list[tuple[int, Action]] = []
         """All actions with their ranks."""
-        self.world = tuple(range(plan.world))
+        self.world = tuple(range(plan.replica_world))
+        self.across = plan.replicas > 1
         self.shared: dict[str, Operation] = {}
         self.starts: list[Action] = []
         self.waits: list[Action] = []
         """By operation, as every participant has it."""
-        self.unsent: list[deque[list[int]]] = [deque([[]]) for _ in range(plan.world)]
+        self.unsent: list[deque[list[int]]] = [deque([[]]) for _ in self.world]
         self.arriving: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
-        self.unwaited: list[dict[int, None]] = [{} for _ in range(plan.world)]
+        self.unwaited: list[dict[int, None]] = [{} for _ in self.world]
         self.boundaries = boundaries(self.positions, self.blocks, chain, samples)
         self.trailing = [math.prod(b.shape(chain, "out")[1:]) * plan.itemsize for b in self.blocks]
         """Bytes per sample and feature of every block's output."""
@@ -75,14 +85,14 @@ class _Compiler:
     def program(self) -> Program:
         """Emit the whole step."""
         flow = Flow(
-            self.plan.order,
+            self.plan.order if self.samples else "fill_drain",  # without samples there is nothing to cap
             self.samples,
             self.positions,
             self.blocks,
             self.boundaries,
             self.train,
             self.train and self.plan.recipe.clipping,
-            self.samples < self.plan.global_batch,
+            self.samples < self.plan.replica_batch,
         )
         tasks = task_sequence(flow)
         self._count(tasks)
@@ -105,6 +115,9 @@ class _Compiler:
             actions,
             communicators(self.plan),
             sequence,
+            self.replica,
+            self.step_samples,
+            self.first,
         )
 
     def _count(self, tasks: tuple[Task, ...]) -> None:
@@ -122,11 +135,11 @@ class _Compiler:
 
     def _open(self) -> None:
         """Readers load; all labels of the step are gathered; ranks without a loss report at once."""
-        first = self.positions[0]
-        for rank, own in zip(first.ranks, zip(*first.micro_batches(self.samples), strict=True), strict=True):
-            if any(length(interval) > 0 for interval in own):
+        first, intervals = self.positions[0], self.positions[0].micro_batches(self.samples)
+        for index, rank in enumerate(first.ranks):
+            if any(length(chunk[index]) > 0 for chunk in intervals):
                 self._act(rank, Action("load"))
-        self.labels = self._operation("all_reduce", "label", "control", self.world, LABEL_BYTES * self.samples)
+        self.labels = self._control("label", LABEL_BYTES * self.step_samples)
         for rank in self.world:
             self._start(rank, self.labels)
         for rank in self.world:
@@ -148,10 +161,13 @@ class _Compiler:
                 self._wait(rank, operation)
 
     def _report(self, rank: int) -> None:
-        size = METRIC_BYTES * len(METRICS)
-        self._start(
-            rank,
-            self._once("metrics", lambda: self._operation("all_reduce", "metrics", "control", self.world, size)),
+        self._start(rank, self._control("metrics", METRIC_BYTES * len(METRICS)))
+
+    def _control(self, content: Content, size: int) -> Operation:
+        """Return the one operation of its kind in a step, between all ranks."""
+        return self._once(
+            content,
+            lambda: self._operation("all_reduce", content, "control", self.world, size, across=self.across),
         )
 
     # One method per kind of task
@@ -204,8 +220,7 @@ class _Compiler:
             if rank in position.ranks:
                 self._await_gradients(rank, position)
         self._act(rank, Action("norm"))
-        norm = self._once("norm", lambda: self._operation("all_reduce", "norm", "control", self.world, NORM_BYTES))
-        self._start(rank, norm)
+        self._start(rank, self._control("norm", NORM_BYTES))
 
     def _update(self, task: Task) -> None:
         (rank,), position = task.ranks, self.positions[task.block]
@@ -216,7 +231,7 @@ class _Compiler:
             self._act(rank, Action("update", position.index))
             return
         size = self.plan.itemsize * parameter_count(self.chain, position.layers)
-        group = f"gradients:{position.name}"
+        group = position.gradients(rank)
         zero = self._once(
             f"zero {position.name}",
             lambda: self._operation("sharded_update", "zero", group, position.ranks, size, position.index),
@@ -224,23 +239,27 @@ class _Compiler:
         self._start(rank, zero)
         self._wait(rank, zero.index)
 
-    # Gradients of replicated parameters
+    # Gradients of parameters that several ranks hold
 
     def _reduce(self, rank: int, block: Block) -> None:
-        """Start the sum of a block's gradients over the replicas, once per rank."""
+        """Start the sum of a block's gradients over all ranks that hold its parameters, once per rank."""
         position = self.positions[block.position]
-        count = bucket_count(self.chain, position, block)
-        if not position.replicated or not count or is_zero(self.plan, position):
+        if not position.reduced or is_zero(self.plan, position):
             return
+        count = bucket_elements(self.chain, position, block, rank)
+        if not count:
+            return
+        group = position.gradients(rank)
         bucket = self._once(
-            f"bucket {block.index}",
+            f"bucket {block.index} {group}",
             lambda: self._operation(
                 "all_reduce",
                 "bucket",
-                f"gradients:{position.name}",
-                position.ranks,
+                group,
+                position.sharers(rank),
                 count * self.plan.itemsize,
                 block.index,
+                across=self.across,
             ),
         )
         self._start(rank, bucket)
@@ -300,9 +319,12 @@ class _Compiler:
         transfer: Transfer | None = None,
         *,
         backward: bool = False,
+        across: bool = False,
     ) -> Operation:
         index = len(self.operations)
-        made = Operation(index, kind, content, communicator, ranks, size, block, micro_batch, transfer, backward)
+        made = Operation(
+            index, kind, content, communicator, ranks, size, block, micro_batch, transfer, backward, across
+        )
         self.operations.append(made)
         self.starts.append(Action("start", operation=index, content=content))
         self.waits.append(Action("wait", operation=index, content=content))
@@ -320,7 +342,7 @@ class _Compiler:
 
     def _start(self, rank: int, operation: Operation) -> None:
         """Start an operation and owe its wait; what one rank has for itself needs neither."""
-        if len(operation.ranks) == 1:
+        if operation.alone:
             return
         self.unwaited[rank][operation.index] = None
         self.emitted.append((rank, self.starts[operation.index]))
@@ -375,42 +397,3 @@ class _Compiler:
         if len(self.unsent[rank]) > SEND_LAG:
             for operation in self.unsent[rank].popleft():
                 self._wait_once(rank, operation)
-
-
-def is_zero(plan: Plan, position: Position) -> bool:
-    """Whether DeepSpeed shards the optimizer state of this position."""
-    return plan.recipe.sharding == "zero1" and position.kind == "front" and position.replicated
-
-
-@lru_cache(maxsize=4096)
-def parameter_count(chain: Chain, layers: Interval) -> int:
-    """Return the number of distinct parameter elements in a run of layers."""
-    own = {p.name: p.count for layer in chain.layers[layers[0] : layers[1]] for p in layer.parameters}
-    return sum(own.values())
-
-
-def bucket_count(chain: Chain, position: Position, block: Block) -> int:
-    """Return the number of gradient elements that a block's bucket holds.
-
-    A parameter that several layers share belongs to the first of them, whose backward completes its gradient.
-    """
-    first = position.layers[0]
-    before, after = (first, block.layers[0]), (first, block.layers[1])
-    return parameter_count(chain, after) - parameter_count(chain, before)
-
-
-def communicators(plan: Plan) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return name and members of every communicator of a plan, in the order in which all ranks create them.
-
-    Exchanges have one communicator per pass and way (to a higher or a lower rank), so that between two ranks each
-    carries messages one way only and their order is the program's.
-    """
-    world = tuple(range(plan.world))
-    ways = [(f"{direction}.{way}", world) for direction in ("forward", "backward") for way in ("up", "down")]
-    result = [("control", world), *ways]
-    for position in positions(plan):
-        if position.sharded:
-            result.append(("tail", position.ranks))
-        elif position.replicated:
-            result.append((f"gradients:{position.name}", position.ranks))
-    return tuple(result)

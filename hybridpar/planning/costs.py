@@ -9,8 +9,8 @@ from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Span
-from hybridpar.planning.compile import parameter_count
 from hybridpar.planning.layout import Interval, length
+from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.profiling.record import Profile
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hybridpar.model.chain import Chain
-from hybridpar.planning.blocks import Block, Position
-from hybridpar.planning.compile import bucket_count, is_zero
+from hybridpar.planning.blocks import Block
 from hybridpar.planning.layout import Interval, length
+from hybridpar.planning.parameters import bucket_elements, is_zero
 from hybridpar.planning.program import Action, Operation, Program
 
 Key = tuple[int, int]
@@ -60,7 +60,7 @@ def memory(program: Program, rank: int) -> Memory:
     for block in program.blocks:
         position = program.positions[block.position]
         if rank in position.ranks:
-            own = _owned_elements(block, position, rank, chain) * plan.itemsize
+            own = bucket_elements(chain, position, block, rank) * plan.itemsize
             parameters += own + sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
             if program.mode == "train":
                 gradients += own
@@ -74,22 +74,6 @@ def memory(program: Program, rank: int) -> Memory:
     return Memory(
         parameters, gradients, optimizer, batch, tuple(walk.saved), tuple(walk.moving), tuple(walk.transient)
     )
-
-
-def _owned_elements(block: Block, position: Position, rank: int, chain: Chain) -> int:
-    """Parameter elements of a block on one of its ranks."""
-    if not block.spans:
-        return bucket_count(chain, position, block)
-    shard, total = position.ranks.index(rank), 0
-    for span, layer in zip(block.spans[shard], chain.layers[slice(*block.layers)], strict=False):
-        if layer.linear is None:
-            continue
-        rows, columns, bias = layer.linear.out_features, layer.linear.in_features, layer.linear.bias
-        if span.mode == "column":
-            total += length(span.outputs) * (columns + bias)
-        else:
-            total += length(span.inputs) * rows + rows * bias * (shard == 0)
-    return total
 
 
 @dataclass(frozen=True)
@@ -325,5 +309,5 @@ def _ranks(program: Program, block: Block) -> tuple[int, ...]:
 
 
 def peak_per_rank(program: Program) -> tuple[int, ...]:
-    """Return the peak bytes of every rank."""
-    return tuple(memory(program, rank).peak for rank in range(program.plan.world))
+    """Return the peak bytes of every rank of the program's plan replica."""
+    return tuple(memory(program, rank).peak for rank in range(program.plan.replica_world))

@@ -107,7 +107,7 @@ class Prediction:
     wire_bytes: int
     """Bytes that leave any rank in one step."""
     memory_bytes: tuple[int, ...]
-    """Peak per rank."""
+    """Peak per rank of a plan replica, of the one with the most samples."""
     stages: tuple[StagePrediction, ...]
     source: Literal["measured", "estimated"]
     """Of the profile behind it."""
@@ -115,14 +115,19 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what runs where. Compiled into a program, simulated and executed."""
+    """Everything that decides what runs where. Compiled into a program, simulated and executed.
+
+    The stages stand on ranks 0..w-1 of one plan replica; replica k has them on ranks k w..(k + 1) w - 1. Replicas
+    share out the samples of every step, and sum their gradients.
+    """
 
     model: str
     chain: str
     """Fingerprint of the chain."""
     world: int
+    """All ranks, of all replicas."""
     global_batch: int
-    """Samples per optimizer step."""
+    """Samples per optimizer step, of all replicas."""
     precision: Precision
     stages: tuple[Stage, ...]
     order: OrderRule = "one_forward_one_backward"
@@ -130,7 +135,9 @@ class Plan:
     """Gradients of a replicated segment are reduced in runs of layers of at least this size."""
     recipe: Recipe = field(default_factory=Recipe)
     replicas: int = 1
-    """Complete copies of the stages; the stages' ranks are those of the first, the others' follow in blocks."""
+    """How often the whole plan stands side by side."""
+    replica_shares: tuple[float, ...] | None = None
+    """Relative numbers of samples of the replicas; None means equal."""
     prediction: Prediction | None = None
     schema: int = SCHEMA_VERSION
 
@@ -138,6 +145,28 @@ class Plan:
     def itemsize(self) -> int:
         """Bytes per floating element."""
         return ITEMSIZE[self.precision]
+
+    @property
+    def replica_world(self) -> int:
+        """Ranks of one replica."""
+        return self.world // self.replicas
+
+    def replica_samples(self, samples: int) -> tuple[Interval, ...]:
+        """Return which samples of a step of ``samples`` each replica works on; few may leave some without."""
+        return split(samples, self.replica_shares or (1.0,) * self.replicas)
+
+    @property
+    def replica_batch(self) -> int:
+        """Samples of a full step on the replica that has the most."""
+        return max(length(i) for i in self.replica_samples(self.global_batch))
+
+    def locate(self, rank: int) -> tuple[int, int]:
+        """Return the replica of one of all ranks, and its number within the replica."""
+        return divmod(rank, self.replica_world)
+
+    def everywhere(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ranks of all replicas that stand where ``ranks`` do in one."""
+        return tuple(k * self.replica_world + r for k in range(self.replicas) for r in ranks)
 
     def stage(self, kind: Kind) -> Stage | None:
         """Return the stage of a kind, or None where it is empty."""
@@ -179,6 +208,7 @@ def validate(plan: Plan, chain: Chain) -> None:
     _require(plan.world >= 1, "world", plan.world, "must be at least 1")
     _require(plan.bucket_bytes >= 1, "bucket_bytes", plan.bucket_bytes, "must be at least 1")
     validate_recipe(plan.recipe, plan.precision)
+    _validate_replicas(plan)
     _require(bool(plan.stages), "stages", plan.stages, "must not be empty")
     kinds = [s.kind for s in plan.stages]
     _require(kinds == sorted(set(kinds), key=KINDS.index), "stages", kinds, "must be front, middle, tail in order")
@@ -191,7 +221,7 @@ def validate(plan: Plan, chain: Chain) -> None:
             _require(contiguous, where, segment.layers, f"must start at layer {at} and hold at least one layer")
             at = segment.layers[1]
     _require(at == len(chain.layers), "stages", at, f"must end at layer {len(chain.layers)}, the model's last")
-    unused = set(range(plan.world)) - {r for s in plan.stages for r in s.ranks}
+    unused = set(range(plan.replica_world)) - {r for s in plan.stages for r in s.ranks}
     _require(
         not unused,
         "stages",
@@ -201,7 +231,7 @@ def validate(plan: Plan, chain: Chain) -> None:
     _validate_ties(plan, chain)
     predicted = plan.prediction
     if predicted is not None:
-        fits = len(predicted.stages) == len(plan.stages) and len(predicted.memory_bytes) == plan.world
+        fits = len(predicted.stages) == len(plan.stages) and len(predicted.memory_bytes) == plan.replica_world
         _require(
             fits, "prediction", "its stages or ranks", "are not the plan's; remove the field, it is made anew"
         )
@@ -227,6 +257,34 @@ def validate_recipe(recipe: Recipe, precision: Precision) -> None:
     )
 
 
+def _validate_replicas(plan: Plan) -> None:
+    count, shares = plan.replicas, plan.replica_shares
+    _require(count >= 1, "replicas", count, "must be at least 1")
+    _require(
+        plan.world % count == 0,
+        "replicas",
+        count,
+        f"do not share out the {plan.world} ranks evenly; set world to a multiple of it",
+    )
+    if shares is not None:
+        fits = len(shares) == count and all(0 < s < math.inf for s in shares)
+        _require(fits, "replica_shares", shares, f"must be {count} positive numbers, one per replica")
+    fewest = min(length(i) for i in plan.replica_samples(plan.global_batch))
+    _require(
+        fewest >= 1,
+        "replicas",
+        count,
+        f"leave a replica without any of the global batch's {plan.global_batch} samples; "
+        "raise the global batch, or use fewer replicas or more even shares",
+    )
+    _require(
+        count == 1 or plan.recipe.sharding == "none",
+        "recipe.sharding",
+        plan.recipe.sharding,
+        f"does not work with {count} plan replicas; set optimizer.sharding=none or plan.replicas=1",
+    )
+
+
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
     if not condition:
         raise PlanError(f"plan.{name}: {value} {remedy}")
@@ -242,8 +300,8 @@ def _validate_stage(plan: Plan, stage: Stage, chain: Chain) -> None:
         ranks = segment.ranks
         _require(bool(ranks), f"{where}.ranks", ranks, "must not be empty")
         _require(len(set(ranks)) == len(ranks), f"{where}.ranks", list(ranks), "names a rank twice")
-        inside = all(0 <= r < plan.world for r in ranks)
-        _require(inside, f"{where}.ranks", list(ranks), f"must lie in 0..{plan.world - 1}")
+        inside = all(0 <= r < plan.replica_world for r in ranks)
+        _require(inside, f"{where}.ranks", list(ranks), f"must lie in 0..{plan.replica_world - 1}")
         if segment.shares is not None:
             fits = len(segment.shares) == len(ranks) and all(0 < s < math.inf for s in segment.shares)
             _require(
@@ -269,11 +327,12 @@ def _validate_stage(plan: Plan, stage: Stage, chain: Chain) -> None:
 def _validate_micro_batch(plan: Plan, stage: Stage, segment: Segment, where: str) -> None:
     size = stage.micro_batch
     _require(size >= 1, f"{stage.kind}.micro_batch", size, "must be at least 1 sample")
+    batch = plan.replica_batch
     if stage.kind == "tail":
-        share = plan.global_batch
+        share = batch
     else:
-        share = max(length(i) for i in chunks(plan.global_batch, plan.global_batch, segment.weights)[0])
-        share = -(-plan.global_batch // len(segment.ranks)) if segment.shares is None else share
+        share = max(length(i) for i in chunks(batch, batch, segment.weights)[0])
+        share = -(-batch // len(segment.ranks)) if segment.shares is None else share
     _require(
         size <= share,
         f"{where}.micro_batch",

@@ -1,7 +1,8 @@
-"""The program: for every rank, the ordered list of actions of one step.
+"""The program: for every rank of a plan replica, the ordered list of actions of one step.
 
 It is data: printed, checked, simulated, drawn and executed. Every communication is an operation in it, with
-communicator, participants and bytes, started and waited for by actions.
+communicator, participants and bytes, started and waited for by actions. Ranks in it are numbered in the replica.
+The replicas of a plan run a program each, on their own samples, and meet in the operations ``across``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position
+from hybridpar.planning.communicators import Communicator
 from hybridpar.planning.layout import Interval, Transfer
 from hybridpar.planning.plan import Plan
 
@@ -74,7 +76,17 @@ class Operation:
     backward: bool = False
     """A sum of input gradients rather than of outputs."""
     across: bool = False
-    """The participants are these ranks in every plan replica."""
+    """The participants are ``ranks`` in every plan replica, of which there are several."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one participant only, so that nothing needs to be done."""
+        return len(self.ranks) == 1 and not self.across
+
+    @property
+    def place(self) -> tuple[str, Content, int | None]:
+        """What tells an operation across replicas from the others of a step; its index may differ by replica."""
+        return self.communicator, self.content, self.block
 
 
 class Action(NamedTuple):
@@ -90,24 +102,30 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The actions of one step of ``samples`` for every rank, and what they refer to."""
+    """The actions of one step for every rank of a plan replica, and what they refer to."""
 
     plan: Plan
     chain: Chain
     samples: int
+    """Of this replica; 0 where a small step has none for it."""
     mode: Mode
     positions: tuple[Position, ...]
     blocks: tuple[Block, ...]
     operations: tuple[Operation, ...]
     actions: tuple[tuple[Action, ...], ...]
-    communicators: tuple[tuple[str, tuple[int, ...]], ...]
-    """Name and members, in the order in which every rank creates them."""
+    communicators: tuple[Communicator, ...]
     sequence: tuple[int, ...]
     """The rank of every action, in one order of all of them in which none waits for a later one."""
+    replica: int
+    """Which one of the plan's."""
+    step_samples: int
+    """Of all replicas."""
+    first: int
+    """Where this replica's samples begin among those of the step."""
 
     @cached_property
     def micro_batches(self) -> tuple[tuple[tuple[Interval, ...], ...], ...]:
-        """Work-number intervals: [position][micro-batch][index in the position's ranks]."""
+        """Work-number intervals in the replica: [position][micro-batch][index in the position's ranks]."""
         return tuple(p.micro_batches(self.samples) for p in self.positions)
 
     def everywhere(self, rank: int) -> range:
@@ -115,17 +133,23 @@ class Program:
         return range(rank, self.plan.world, self.plan.world // self.plan.replicas)
 
     def interval(self, block: int, micro_batch: int, rank: int) -> Interval:
-        """Return the work numbers of a rank's micro-batch in a block."""
+        """Return the work numbers, counted in the replica, of a rank's micro-batch in a block."""
         position = self.positions[self.blocks[block].position]
         return self.micro_batches[position.index][micro_batch][position.ranks.index(rank)]
 
+    def numbers(self, block: int, micro_batch: int, rank: int) -> Interval:
+        """Return the work numbers, counted over all replicas, of a rank's micro-batch in a block."""
+        start, stop = self.interval(block, micro_batch, rank)
+        return self.first + start, self.first + stop
+
     def reads(self, rank: int) -> tuple[Interval, ...]:
-        """Return the work-number intervals whose inputs and labels the rank reads; empty for most ranks."""
+        """Return the work numbers, over all replicas, whose inputs and labels the rank reads; most read none."""
         first = self.positions[0]
         if rank not in first.ranks:
             return ()
         own = first.ranks.index(rank)
-        return tuple(m[own] for m in self.micro_batches[0] if m[own][1] > m[own][0])
+        at = self.first
+        return tuple((at + m[own][0], at + m[own][1]) for m in self.micro_batches[0] if m[own][1] > m[own][0])
 
     def describe(self, action: Action) -> str:
         """Return a printable name: ``forward front.0 micro-batch 3``."""

@@ -111,7 +111,7 @@ def assess(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> Plan
         )
     program = compile_program(plan, chain, plan.global_batch, "train")
     peaks = peak_per_rank(program)
-    rank = max(range(plan.world), key=lambda r: peaks[r])
+    rank = max(range(len(peaks)), key=lambda r: peaks[r])
     if peaks[rank] > cluster.device.memory_bytes:
         raise MemoryLimitError(
             f"the plan does not fit: {memory_line(plan, rank, peaks[rank], cluster)}; plan again for this "
@@ -154,7 +154,7 @@ class _Scorer:
             self.reasons[draft] = str(e)
             return 2, 0.0
         peaks = peak_per_rank(program)
-        rank = max(range(plan.world), key=lambda r: peaks[r])
+        rank = max(range(len(peaks)), key=lambda r: peaks[r])
         if peaks[rank] > self.cluster.device.memory_bytes:
             self.reasons[draft] = memory_line(plan, rank, peaks[rank], self.cluster)
             return 1, peaks[rank] - self.cluster.device.memory_bytes

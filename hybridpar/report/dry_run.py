@@ -8,9 +8,9 @@ from rich.table import Table
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
-from hybridpar.planning.compile import parameter_count
 from hybridpar.planning.explain import reason, verdicts
 from hybridpar.planning.explanation import Explanation
+from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.plan import Plan, Prediction, Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.planning.search import Candidate, Planned
@@ -66,7 +66,8 @@ def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
     assert plan is not None
     program = compile_program(plan, chain, plan.global_batch, "train")
     limit = cluster.device.memory_bytes
-    table = titled(f"plan: {candidate.shape}, order {plan.order}")
+    replicas = f", {plan.replicas} replicas of {plan.replica_world} ranks" if plan.replicas > 1 else ""
+    table = titled(f"plan: {candidate.shape}, order {plan.order}{replicas}")
     for name, style in (
         ("stage", "left"),
         ("layers", "left"),

@@ -77,6 +77,8 @@ class Summary:
     gpu: GpuUse
     total_s: float
     """From the first step to the last evaluation."""
+    replicas: int = 1
+    """Of the plan. The stages stand on the ranks of the first one, and in each of the others alike."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -101,8 +103,9 @@ def show(summary: Summary, console: Console) -> None:
 
 def _results(s: Summary) -> Table:
     table = Table.grid(padding=(0, 2))
+    replicas = f", {s.replicas} plan replicas" if s.replicas > 1 else ""
     rows = {
-        "Model, data": f"{s.model} on {s.data}, seed {s.seed}, {s.precision}, {s.world} x {s.device}",
+        "Model, data": f"{s.model} on {s.data}, seed {s.seed}, {s.precision}, {s.world} x {s.device}{replicas}",
         "Training": f"{s.steps} steps of {s.global_batch} samples in {s.epochs} epochs, {s.total_s:.1f} s",
         "Test accuracy": f"{s.test_accuracy:.4f} (top 5 {s.test_top5:.4f}, loss {s.test_loss:.4f}) "
         f"on {s.test_samples} samples",

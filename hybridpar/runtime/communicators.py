@@ -31,7 +31,7 @@ class Communicators(Protocol):
         ...
 
     def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> Pending:
-        """Start summing ``tensor`` in place over ``operation.ranks``."""
+        """Start summing ``tensor`` in place over ``operation.ranks``, of all plan replicas if it is ``across``."""
         ...
 
     def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> Pending:
@@ -43,21 +43,22 @@ class ProcessGroups:
     """Communicators over process groups that exist already.
 
     ``groups`` maps a communicator's name to its process group and its members in the group's order; groups that
-    this rank is no member of may be missing.
+    this rank is no member of may be missing. Operations number ranks in a plan replica, groups over all of them:
+    ``first`` is this replica's first rank.
     """
 
-    def __init__(self, groups: Mapping[str, tuple[dist.ProcessGroup, tuple[int, ...]]]) -> None:
-        self._groups = dict(groups)
+    def __init__(self, groups: Mapping[str, tuple[dist.ProcessGroup, tuple[int, ...]]], first: int = 0) -> None:
+        self._groups, self._first = dict(groups), first
 
     def send(self, operation: Operation, tensor: torch.Tensor) -> Pending:
         """Start sending ``tensor`` to ``operation.ranks[1]``."""
         group, members = self._groups[operation.communicator]
-        return group.send([tensor], members.index(operation.ranks[1]), 0)
+        return group.send([tensor], members.index(self._first + operation.ranks[1]), 0)
 
     def receive(self, operation: Operation, tensor: torch.Tensor) -> Pending:
         """Start receiving from ``operation.ranks[0]`` into ``tensor``."""
         group, members = self._groups[operation.communicator]
-        return group.recv([tensor], members.index(operation.ranks[0]), 0)
+        return group.recv([tensor], members.index(self._first + operation.ranks[0]), 0)
 
     def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> Pending:
         """Start summing ``tensor`` in place over the communicator."""

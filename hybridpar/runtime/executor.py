@@ -62,7 +62,7 @@ class _Step:
     number: int
     batch: torch.Tensor | None
     labels: torch.Tensor
-    """(samples,) int64; other ranks' places hold 0 until all labels are gathered."""
+    """(samples of the step,) int64; other ranks' places hold 0 until all labels are gathered."""
     metrics: torch.Tensor
     outputs: dict[Key, torch.Tensor] = field(default_factory=dict)
     inputs: dict[Key, torch.Tensor] = field(default_factory=dict)
@@ -81,8 +81,8 @@ class _Step:
 class Executor:
     """Runs programs of one plan on one rank.
 
-    ``blocks`` are the rank's own, by block index. ``updater`` holds gradients and optimizers. After
-    :meth:`run` all ranks have the same :class:`Metrics`.
+    ``rank`` is its number in a plan replica, ``name`` what errors call it; ``blocks`` are its own, by block index.
+    ``updater`` holds gradients and optimizers. After :meth:`run` all ranks have the same :class:`Metrics`.
     """
 
     def __init__(
@@ -95,8 +95,10 @@ class Executor:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        name: str | None = None,
     ) -> None:
-        self.rank, self.blocks, self.communicators, self.updater = rank, blocks, communicators, updater
+        self.rank, self.name = rank, name or f"rank {rank}"
+        self.blocks, self.communicators, self.updater = blocks, communicators, updater
         self.seed, self.dtype, self.device = seed, dtype, device
         self.observer: Observer | None = None
         self._lookups = Lookups(rank)
@@ -131,7 +133,7 @@ class Executor:
     ) -> _Step:
         for modules in self.blocks.values():
             modules.train(program.mode == "train")
-        gathered = torch.zeros(program.samples, dtype=torch.int64)
+        gathered = torch.zeros(program.step_samples, dtype=torch.int64)
         if labels is not None and self._reports_labels(program):
             at = 0
             for start, stop in program.reads(self.rank):
@@ -165,7 +167,7 @@ class Executor:
         except HybridparError:
             raise
         except Exception as e:
-            raise ActionError(f"rank {self.rank} failed in '{program.describe(action)}': {e}") from e
+            raise ActionError(f"{self.name} failed in '{program.describe(action)}': {e}") from e
         if self.observer:
             self.observer(program, action, started, time.perf_counter())
 
@@ -178,7 +180,7 @@ class Executor:
                 self._wait(state, operation)
         elif action.kind == "load":
             if state.batch is None:
-                raise DataError(f"rank {self.rank} reads samples of this step but got no batch")
+                raise DataError(f"{self.name} reads samples of this step but got no batch")
         elif action.kind == "norm":
             state.norm = self.updater.squared_norm()
         elif action.kind == "update":
@@ -198,21 +200,21 @@ class Executor:
         if train and block > 0:
             x = x.detach().requires_grad_()
         modules = self.blocks[block]
-        with torch.set_grad_enabled(train and not modules.block.recompute):
+        with torch.set_grad_enabled(graph := train and not modules.block.recompute):
             y = modules(x, self._keys(state, key) if train and modules.draws else None)
         if train:
-            state.saved[key] = x, _edge(y)
+            state.saved[key] = x, get_gradient_edge(y) if graph and y.requires_grad else None
         state.outputs[key] = y.detach()
 
     def _recompute(self, state: _Step, key: Key, x: torch.Tensor) -> GradientEdge | None:
         """Run a forward again, now for its graph."""
         modules = self.blocks[key[0]]
-        return _edge(modules.again(x, self._keys(state, key) if modules.draws else None))
+        y = modules.again(x, self._keys(state, key) if modules.draws else None)
+        return get_gradient_edge(y) if y.requires_grad else None
 
     def _keys(self, state: _Step, key: Key) -> Keys:
-        start, stop = state.program.interval(*key, self.rank)
-        first = self._first_sample
-        return Keys(self.seed, state.number, torch.arange(first + start, first + stop, device=self.device))
+        start, stop = (self._first_sample + n for n in state.program.numbers(*key, self.rank))
+        return Keys(self.seed, state.number, torch.arange(start, stop, device=self.device))
 
     def _batch_slice(self, state: _Step, micro_batch: int) -> torch.Tensor:
         assert state.batch is not None
@@ -236,7 +238,7 @@ class Executor:
             state.outputs.pop(key),
             self._labels(state, key),
             state.figures.pop(key),
-            float(state.program.samples),
+            float(state.program.step_samples),
             train=train,
         )
         if outcome.gradient is not None:
@@ -248,8 +250,7 @@ class Executor:
         return CrossEntropy(block.features(state.program.chain, last.ranks.index(self.rank), "out")[0])
 
     def _labels(self, state: _Step, key: Key) -> torch.Tensor:
-        start, stop = state.program.interval(*key, self.rank)
-        return state.labels[start:stop]
+        return state.labels[slice(*state.program.numbers(*key, self.rank))]
 
     def _report(self, state: _Step, key: Key, outcome: Outcome) -> None:
         """Add to the metrics, once per sample: of all shards only the first one reports."""
@@ -389,10 +390,6 @@ class Executor:
     def _free(self, state: _Step, number: int) -> None:
         for kind, key in state.lookup.last_uses.get(number, ()):
             (state.outputs if kind == "activation" else state.input_gradients).pop(key, None)
-
-
-def _edge(y: torch.Tensor) -> GradientEdge | None:
-    return get_gradient_edge(y) if y.requires_grad else None
 
 
 def _place(target: torch.Tensor, part: torch.Tensor, *, add: bool) -> None:

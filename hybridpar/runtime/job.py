@@ -19,7 +19,7 @@ from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position, blocks, positions
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
-from hybridpar.planning.compile import is_zero
+from hybridpar.planning.parameters import is_zero
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.runtime.communicators import Communicators
@@ -49,12 +49,12 @@ class Evaluation:
 
 
 @lru_cache(maxsize=16)
-def checked_program(plan: Plan, chain: Chain, samples: int, mode: Mode) -> Program:
-    """Return the program of a step of ``samples`` samples.
+def checked_program(plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int) -> Program:
+    """Return the program of one of the plan's replicas in a step of ``samples`` samples, of all replicas.
 
     Raises ProgramError if it could hang, PlanError if it is impossible.
     """
-    program = compile_program(plan, chain, samples, mode)
+    program = compile_program(plan, chain, samples, mode, replica)
     check(program)
     return program
 
@@ -71,7 +71,7 @@ class Job:
         source: the initial values of the model's tensors.
         optimizer: makes an optimizer for some parameters.
         communicators: over the plan's ranks (``Process.connect``).
-        rank: this rank.
+        rank: this rank, of all replicas of the plan.
         seed: of initial values and dropout.
         device: of this rank.
         max_norm: clips the gradients by their global norm, if ``plan.recipe.clipping`` is set.
@@ -100,6 +100,8 @@ class Job:
         engines: EngineFactory | None = None,
     ) -> None:
         self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
+        self.replica, self.place = plan.locate(rank)
+        """The plan replica of this rank, and its number there, as programs number ranks."""
         self.device = device or torch.device("cpu")
         self.steps = 0
         """Steps that were run."""
@@ -108,15 +110,24 @@ class Job:
         self._communicators, self._next_sample = communicators, 0
         self._check(max_norm, engines)
         self._meter = MemoryMeter(self.device)
-        self._positions = tuple(p for p in positions(plan) if rank in p.ranks)
+        self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
         dtype = DTYPES[plan.precision]
         self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
         sharded = {
             p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(plan, p)
         }
-        self._updater = Updater(rank, self._positions, self._blocks, optimizer, max_norm, sharded)
+        self._updater = Updater(
+            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica
+        )
         self._executor = Executor(
-            rank, self._blocks, communicators, self._updater, seed=seed, dtype=dtype, device=self.device
+            self.place,
+            self._blocks,
+            communicators,
+            self._updater,
+            seed=seed,
+            dtype=dtype,
+            device=self.device,
+            name=f"rank {rank}",
         )
 
     def _check(self, max_norm: float | None, engines: EngineFactory | None) -> None:
@@ -137,9 +148,9 @@ class Job:
     def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
         places = positions(self.plan)
         return {
-            block.index: factory.make(block, places[block.position], self.rank)
+            block.index: factory.make(block, places[block.position], self.place)
             for block in blocks(self.plan, self.chain)
-            if self.rank in places[block.position].ranks
+            if self.place in places[block.position].ranks
         }
 
     def _blocks_of(self, position: Position) -> list[BlockModules]:
@@ -153,7 +164,7 @@ class Job:
     @property
     def reads(self) -> bool:
         """Whether this rank reads samples."""
-        return self.rank in positions(self.plan)[0].ranks
+        return self.place in positions(self.plan)[0].ranks
 
     @property
     def learning_rate(self) -> float | None:
@@ -169,8 +180,8 @@ class Job:
         self._executor.observer = observer
 
     def program(self, mode: Mode = "train", samples: int | None = None) -> Program:
-        """Return the program of a step of ``samples`` samples, by default the global batch."""
-        return checked_program(self.plan, self.chain, samples or self.plan.global_batch, mode)
+        """Return the program of this rank's plan replica in a step of ``samples``, by default the global batch."""
+        return checked_program(self.plan, self.chain, samples or self.plan.global_batch, mode, self.replica)
 
     def loader(
         self,
@@ -201,14 +212,14 @@ class Job:
             else EpochOrder.sequential(size, batch)
         )
         mode: Mode = "train" if train else "evaluate"
-        intervals = lambda count: self.program(mode, count).reads(self.rank)  # noqa: E731 - two lines say no more
+        intervals = lambda count: self.program(mode, count).reads(self.place)  # noqa: E731 - two lines say no more
         return Feed(StepLoader(samples, order, intervals, workers=workers, pin=self.device.type == "cuda"), order)
 
     def step(self, batch: GivenBatch, *, samples: int | None = None) -> float:
         """Train on one step's samples and return their mean loss, the same on every rank.
 
         ``batch`` is what ``loader`` gives; or (inputs, labels) of this rank's own samples in the order of
-        ``program().reads(rank)``; or (inputs, labels) of the whole step, of which the rank takes its own; or None
+        ``program().reads(place)``; or (inputs, labels) of the whole step, of which the rank takes its own; or None
         on a rank that reads nothing. For the latter three ``samples`` tells a step that is smaller than the global
         batch, on every rank. Raises DataError where the batch does not fit, and ActionError, which names rank,
         stage, micro-batch and action, where the step fails.
@@ -246,7 +257,7 @@ class Job:
         if isinstance(batch, StepBatch):
             return batch
         count = samples or self.plan.global_batch
-        reads = self.program(mode, count).reads(self.rank)
+        reads = self.program(mode, count).reads(self.place)
         own = sum(stop - start for start, stop in reads)
         if batch is None:
             if own:
@@ -267,16 +278,17 @@ class Job:
 
     def _average_statistics(self) -> None:
         for position in self._positions:
-            buffers = self._statistics(position) if position.replicated else []
+            buffers = self._statistics(position) if position.reduced else []
             if not buffers:
                 continue
             flat = torch.cat([b.reshape(-1) for b in buffers])
             size = flat.numel() * flat.element_size()
-            name = f"gradients:{position.name}"
+            name, ranks = position.gradients(self.place), position.sharers(self.place)
             # Between two steps, so it stands in no program and has no number of its own there.
-            operation = Operation(0, "all_reduce", "running_statistics", name, position.ranks, size)
+            across = position.copies > 1
+            operation = Operation(0, "all_reduce", "running_statistics", name, ranks, size, across=across)
             self._communicators.all_reduce(operation, flat).wait()
-            flat /= len(position.ranks)
+            flat /= len(ranks) * position.copies
             for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
                 buffer.copy_(mean.view_as(buffer))
 

@@ -21,7 +21,7 @@ from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type:
 from hybridpar.errors import HybridparError, LaunchError, PlanError
 from hybridpar.host import keep_freed_memory
 from hybridpar.planning.blocks import positions
-from hybridpar.planning.compile import communicators
+from hybridpar.planning.communicators import groups as groups_of
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.schema import from_data, to_data
@@ -218,13 +218,13 @@ def create_communicators(
 
     Returns the communicators for the executor, and this rank's process groups by name.
     """
-    own: dict[str, dist.ProcessGroup] = {}
-    members_of = dict(communicators(plan))
-    for name, members in members_of.items():
+    own: dict[str, tuple[dist.ProcessGroup, tuple[int, ...]]] = {}
+    for name, members in groups_of(plan):
         group: Any = dist.new_group(list(members), timeout=timeout, backend=backend)
         if rank in members:
-            own[name] = group
-    return ProcessGroups({name: (group, members_of[name]) for name, group in own.items()}), own
+            own[name] = group, members
+    first = plan.locate(rank)[0] * plan.replica_world
+    return ProcessGroups(own, first), {name: group for name, (group, _) in own.items()}
 
 
 def _warm_up(plan: Plan, rank: int, groups: dict[str, dist.ProcessGroup], device: torch.device) -> None:
@@ -234,10 +234,10 @@ def _warm_up(plan: Plan, rank: int, groups: dict[str, dist.ProcessGroup], device
     a program's steps, that could lock up.
     """
     token = torch.zeros(1, device=device)
-    for name, members in communicators(plan):
+    for name, members in groups_of(plan):
         if rank in members and not name.startswith(("forward.", "backward.")):
             groups[name].allreduce([token]).wait()
-    places = positions(plan)
+    places, rank = positions(plan), plan.locate(rank)[1]
     pairs = sorted({(a, b) for p, q in itertools.pairwise(places) for a in p.ranks for b in q.ranks if a != b})
     for source, target in pairs:
         way, back = ("up", "down") if source < target else ("down", "up")

@@ -61,7 +61,7 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     """
     place = place or Place.read(os.environ)
     check_config(config, place)
-    if place.rank in positions(plan)[0].ranks:
+    if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.out_shape[0])
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     for name, given, planned, remedy in (
@@ -144,7 +144,7 @@ class _Training:
 
     def _load(self) -> tuple[Any, Any]:
         """Return training and test samples: data sets where this rank reads them, their sizes elsewhere."""
-        readers = positions(self.plan)[0].ranks
+        readers = self.plan.everywhere(positions(self.plan)[0].ranks)
         splits: list[datasets.Splits] = []
 
         def load() -> list[int]:
@@ -161,12 +161,12 @@ class _Training:
 
     def _check_programs(self) -> None:
         """Compile and check, before any process group exists, every program that the job will run."""
-        batch = self.plan.global_batch
+        batch, replica = self.plan.global_batch, self.plan.locate(self.process.rank)[0]
         modes: tuple[tuple[Mode, Any], ...] = (("train", self.data[0]), ("evaluate", self.data[1]))
         for mode, data in modes:
             size = _size(data)
             for samples in {min(batch, size), size % batch or batch}:
-                checked_program(self.plan, self.chain, samples, mode)
+                checked_program(self.plan, self.chain, samples, mode, replica)
 
     def run(self, traced: Traced, source: Source) -> Summary:
         """Train and evaluate."""
@@ -279,6 +279,7 @@ class _Training:
             precision=plan.precision,
             device=torch.cuda.get_device_name(self.process.device) if cuda else "cpu",
             world=plan.world,
+            replicas=plan.replicas,
             global_batch=plan.global_batch,
             epochs=log.epochs,
             steps=job.steps,
@@ -291,7 +292,7 @@ class _Training:
             measured_step_s=step_s,
             predicted_step_s=prediction.step_s if prediction else None,
             measured_memory_bytes=tuple(memory),
-            predicted_memory_bytes=prediction.memory_bytes if prediction else None,
+            predicted_memory_bytes=prediction.memory_bytes * plan.replicas if prediction else None,
             prediction_source=prediction.source if prediction else None,
             stages=tuple(StageSummary(s.kind, s.layers, s.degree, s.ranks, s.micro_batch) for s in plan.stages),
             gpu=self._gpu_use(log, monitor),

@@ -37,9 +37,9 @@ class ShardedEngine(Protocol):
 class Updater:
     """Gradients and optimizers of one rank.
 
-    ``positions`` are the rank's own. Replicated positions keep their gradients in one flat bucket per block, as
-    views, so that a reduction copies nothing. ``max_norm`` clips by the global norm as
-    ``torch.nn.utils.clip_grad_norm_`` does.
+    ``rank`` is its number in plan replica ``replica``, ``positions`` are its own. Positions that are reduced keep
+    their gradients in one flat bucket per block, as views, so that a reduction copies nothing. ``max_norm`` clips
+    by the global norm as ``torch.nn.utils.clip_grad_norm_`` does.
     """
 
     def __init__(
@@ -50,8 +50,9 @@ class Updater:
         optimizer: OptimizerFactory,
         max_norm: float | None,
         engines: dict[int, ShardedEngine] | None = None,
+        replica: int = 0,
     ) -> None:
-        self._rank, self._positions, self._max_norm = rank, positions, max_norm
+        self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
         self._engines = engines or {}
         self._parameters: dict[int, list[nn.Parameter]] = {p.index: [] for p in positions}
         self._buckets: dict[int, torch.Tensor] = {}
@@ -61,7 +62,7 @@ class Updater:
             position = by_index[modules.block.position]
             parameters = [o.tensor for o in modules.owned if o.tensor.requires_grad]
             self._parameters[position.index] += parameters
-            if position.replicated and position.index not in self._engines:
+            if position.reduced and position.index not in self._engines:
                 self._buckets[index] = self._flatten([o.tensor for o in modules.owned])
         self.optimizers = {
             index: optimizer(parameters)
@@ -107,7 +108,7 @@ class Updater:
         """Return this rank's share of the squared global norm, float64 scalar: each parameter counts once."""
         total: torch.Tensor | None = None
         for position in self._positions:
-            if position.replicated and position.ranks[0] != self._rank:
+            if self._replica or (position.replicated and position.ranks[0] != self._rank):
                 continue
             for parameter in self._parameters[position.index]:
                 if parameter.grad is not None:

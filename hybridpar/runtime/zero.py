@@ -53,7 +53,7 @@ def make_engines(process: Process, optimizer: OptimizerFactory) -> EngineFactory
     _import_deepspeed()  # before the job begins to measure its memory
 
     def make(position: Position, blocks: Sequence[BlockModules]) -> ZeroEngine:
-        return ZeroEngine(nn.ModuleList(blocks), optimizer, process.groups[f"gradients:{position.name}"])
+        return ZeroEngine(nn.ModuleList(blocks), optimizer, process.groups[position.gradients(process.rank)])
 
     return make
 

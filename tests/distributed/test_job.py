@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,8 +40,7 @@ def make_plan(**changes: object) -> Plan:
     front = Stage("front", 3, (Segment((0, 3), (0, 1)),))
     middle = Stage("middle", 4, (Segment((3, cut), (2,)),))
     tail = Stage("tail", 5, (Segment((cut, last), (1, 2)),), ("column", "row", "column"))
-    fields = {"recipe": Recipe(), **changes}
-    plan = Plan(chain.model, chain.fingerprint, 3, 13, "float64", (front, middle, tail), **fields)  # type: ignore[arg-type]
+    plan = replace(Plan(chain.model, chain.fingerprint, 3, 13, "float64", (front, middle, tail)), **changes)  # type: ignore[arg-type]
     validate(plan, chain)
     return plan
 
@@ -51,20 +51,23 @@ def make_job(rank: int, groups: ProcessGroups, plan: Plan | None = None) -> Job:
         return Job(plan or make_plan(), CASE.traced, CASE.source, factory, groups, rank=rank, seed=7)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("form", ["whole", "own"])
-def test_a_step_takes_whole_batches_and_own_samples(form: str) -> None:
+def test_a_step_takes_whole_batches_and_own_samples(form: str, replicas: int) -> None:
+    plan = make_plan(replicas=replicas, world=3 * replicas)
+
     def body(rank: int, groups: ProcessGroups) -> list[float]:
-        job, losses = make_job(rank, groups), []
+        job, losses = make_job(rank, groups, plan), []
         for x, y in CASE.data:
             batch: tuple[torch.Tensor, torch.Tensor] | None = (x, y)
             if form == "own":
-                parts = [torch.arange(a, b) for a, b in job.program(samples=len(y)).reads(rank)]
+                parts = [torch.arange(a, b) for a, b in job.program(samples=len(y)).reads(job.place)]
                 batch = (x[torch.cat(parts)], y[torch.cat(parts)]) if parts else None
             losses.append(job.step(batch, samples=len(y)))
         return losses
 
     expected = train_single(CASE).losses
-    for losses in run_ranks(make_plan(), body):
+    for losses in run_ranks(plan, body):
         assert losses == pytest.approx(expected, rel=1e-10)
 
 
@@ -141,12 +144,14 @@ def test_class_numbers_beyond_float32_are_told_apart() -> None:
     assert (other.top1, other.top5) == (0, 1)
 
 
-def test_a_loader_feeds_steps_and_evaluations() -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_loader_feeds_steps_and_evaluations(replicas: int) -> None:
+    plan = make_plan(replicas=replicas, world=3 * replicas)
     x, y = (torch.cat(parts) for parts in zip(*CASE.data, strict=True))
     dataset = torch.utils.data.TensorDataset(x.float(), y)
 
     def body(rank: int, groups: ProcessGroups) -> tuple[int, Evaluation, dict[str, torch.Tensor]]:
-        job = make_job(rank, groups)
+        job = make_job(rank, groups, plan)
         with job.loader(Pairs(dataset) if job.reads else len(dataset)) as feed:
             for _ in range(2):
                 for batch in feed:
@@ -156,7 +161,7 @@ def test_a_loader_feeds_steps_and_evaluations() -> None:
         assert job.evaluate([(x.float()[:13], y[:13]), (x.float()[13:], y[13:])]) == pytest.approx(evaluation)
         return job.steps, evaluation, {n: o.tensor for n, o in job.parameters.items()}
 
-    (steps, evaluation, _), *others = run_ranks(make_plan(), body)
+    (steps, evaluation, _), *others = run_ranks(plan, body)
     assert steps == 6
     assert evaluation.samples == 35
     assert all(other[1] == evaluation for other in others)
@@ -179,7 +184,8 @@ class Pairs(torch.utils.data.Dataset):
         return x, int(y)
 
 
-def test_batch_norm_statistics_become_the_mean_of_the_replicas() -> None:
+@pytest.mark.parametrize("plan_replicas", [False, True])
+def test_batch_norm_statistics_become_the_mean_of_the_replicas(plan_replicas: bool) -> None:
     def build() -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 7)
@@ -188,8 +194,9 @@ def test_batch_norm_statistics_become_the_mean_of_the_replicas() -> None:
     source = defer(build)
     traced = trace(source.module, (2, 6, 6), "normed")
     chain = traced.chain
-    stages = (Stage("front", 8, (Segment((0, len(chain.layers)), (0, 1)),)),)
-    plan = Plan(chain.model, chain.fingerprint, 2, 16, "float64", stages)
+    ranks = (0,) if plan_replicas else (0, 1)
+    stages = (Stage("front", 8, (Segment((0, len(chain.layers)), ranks),)),)
+    plan = Plan(chain.model, chain.fingerprint, 2, 16, "float64", stages, replicas=2 // len(ranks))
     x, y = torch.randn(16, 2, 6, 6, dtype=torch.float64), torch.randint(7, (16,))
 
     def body(rank: int, groups: ProcessGroups) -> tuple[torch.Tensor, Evaluation, float]:

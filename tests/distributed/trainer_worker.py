@@ -26,13 +26,24 @@ def make_plan(shape: str, config: Config, chain: Chain) -> Plan:
         world, middle = 4, Stage("middle", 6, (Segment((5, 9), (2,)), Segment((9, cut), (3,))))
         tail = Stage("tail", 16, (Segment((cut, last), (0, 1)),), ("column", "row", "column"))
         stages: tuple[Stage, ...] = (Stage("front", 8, (Segment((0, 5), (0, 1)),)), middle, tail)
+    elif shape == "replicas":
+        tail = Stage("tail", 6, (Segment((cut, last), (1, 0)),), ("column", "row", "column"))
+        world, stages = 4, (Stage("front", 4, (Segment((0, cut), (0, 1)),), recompute=True), tail)
     elif shape == "data_parallel":
         world, stages = 2, (Stage("front", 8, (Segment((0, last), (0, 1)),)),)
     else:
         world, stages = 1, (Stage("front", 8, (Segment((0, last), (0,)),)),)
     train = config.train
     plan = Plan(
-        chain.model, chain.fingerprint, world, train.global_batch, train.precision, stages, recipe=config.recipe()
+        chain.model,
+        chain.fingerprint,
+        world,
+        train.global_batch,
+        train.precision,
+        stages,
+        recipe=config.recipe(),
+        replicas=2 if shape == "replicas" else 1,
+        replica_shares=(2.0, 1.0) if shape == "replicas" else None,
     )
     validate(plan, chain)
     return plan

@@ -15,8 +15,8 @@ from hybridpar.planning.program import Operation
 from tests.support.threads import in_threads
 
 T = TypeVar("T")
-Key = tuple[int, int]
-"""(step, operation)."""
+Key = tuple[int, Hashable]
+"""Step, and the replica and index of an operation, or what names one across replicas."""
 
 
 class HangError(RuntimeError):
@@ -26,14 +26,16 @@ class HangError(RuntimeError):
 @dataclass
 class _Open:
     operation: Operation
+    ranks: tuple[int, ...]
+    """Participants, over all replicas."""
     tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
 
 class Machine:
     """What the ranks share. An operation runs once it leads the queues of all its participants."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, width: int) -> None:
+        self.world, self.width = world, width
         self.changed = threading.Condition()
         self.queues: dict[tuple[int, Hashable], deque[Key]] = defaultdict(deque)
         self.open: dict[Key, _Open] = {}
@@ -44,16 +46,22 @@ class Machine:
 
     def start(self, rank: int, key: Key, operation: Operation, tensors: list[torch.Tensor]) -> None:
         with self.changed:
-            self.open.setdefault(key, _Open(operation)).tensors[rank] = tensors
+            ranks = self.participants(rank, operation)
+            self.open.setdefault(key, _Open(operation, ranks)).tensors[rank] = tensors
             queue = rank, queue_of(operation)
             self.queues[queue].append(key)
             self._settle(key)
             self.changed.notify_all()
 
+    def participants(self, rank: int, operation: Operation) -> tuple[int, ...]:
+        first = rank - rank % self.width
+        firsts = range(0, self.world, self.width) if operation.across else (first,)
+        return tuple(f + r for f in firsts for r in operation.ranks)
+
     def _settle(self, key: Key | None) -> None:
         while key is not None:
             opened = self.open[key]
-            ranks, name = opened.operation.ranks, queue_of(opened.operation)
+            ranks, name = opened.ranks, queue_of(opened.operation)
             own = [self.queues[r, name] for r in ranks]
             if any(not q or q[0] != key for q in own):
                 return
@@ -73,8 +81,8 @@ class Machine:
                     self._settle(k)
 
     def _leads(self, key: Key) -> bool:
-        operation = self.open[key].operation
-        own = [self.queues[r, queue_of(operation)] for r in operation.ranks]
+        opened = self.open[key]
+        own = [self.queues[r, queue_of(opened.operation)] for r in opened.ranks]
         return all(q and q[0] == key for q in own)
 
     def wait(self, rank: int, key: Key) -> None:
@@ -100,7 +108,7 @@ class Machine:
 
 def _move(opened: _Open) -> None:
     operation, tensors = opened.operation, opened.tensors
-    own = [tensors[r] for r in operation.ranks]
+    own = [tensors[r] for r in opened.ranks]
     if operation.kind == "send":
         own[1][0].copy_(own[0][0])
     elif operation.kind == "all_reduce":
@@ -128,7 +136,8 @@ class Endpoint:
         self._machine, self._rank, self.step = machine, rank, 0
 
     def _begin(self, operation: Operation, tensors: list[torch.Tensor]) -> _Started:
-        key = self.step, operation.index
+        replica = self._rank // self._machine.width
+        key = self.step, operation.place if operation.across else (replica, operation.index)
         self._machine.start(self._rank, key, operation, tensors)
         return _Started(self._machine, self._rank, key)
 
@@ -149,9 +158,14 @@ class Endpoint:
         return self._begin(operation, [tensor, *outputs])
 
 
-def run_strictly(world: int, body: Callable[[int, Endpoint], T]) -> list[T | BaseException]:
-    """Run ``body(rank, endpoint)`` on every rank; an exception stands in the place of the result."""
-    machine = Machine(world)
+def run_strictly(
+    world: int, body: Callable[[int, Endpoint], T], width: int | None = None
+) -> list[T | BaseException]:
+    """Run ``body(rank, endpoint)`` on every rank; an exception stands in the place of the result.
+
+    ``width`` is the number of ranks of a plan replica, by default all.
+    """
+    machine = Machine(world, width or world)
     results: dict[int, T | BaseException] = {}
 
     def main(rank: int) -> None:

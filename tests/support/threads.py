@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from hybridpar.planning.compile import communicators
+from hybridpar.planning.communicators import groups as groups_of
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime.communicators import ProcessGroups
 
@@ -42,14 +42,14 @@ def run_ranks(plan: Plan, body: Callable[[int, ProcessGroups], T], *, timeout_s:
     def main(rank: int) -> None:
         try:
             groups = {}
-            for name, members in communicators(plan):
-                if rank in members and len(members) > 1:
-                    prefix = dist.PrefixStore(f"{number}/{name}", store)
+            for name, members in groups_of(plan):
+                if rank in members:
+                    prefix = dist.PrefixStore(f"{number}/{name}/{members[0]}", store)
                     group = dist.ProcessGroupGloo(
                         prefix, members.index(rank), len(members), timedelta(seconds=timeout_s)
                     )
                     groups[name] = (group, members)
-            results[rank] = body(rank, ProcessGroups(groups))
+            results[rank] = body(rank, ProcessGroups(groups, rank - plan.locate(rank)[1]))
         except BaseException as e:  # noqa: BLE001 - handed to the caller
             failures.append(e)
 

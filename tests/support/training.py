@@ -122,8 +122,8 @@ def whole_model(case: Case) -> nn.Sequential:
 
 
 def make_executor(case: Case, plan: Plan, rank: int, groups: Communicators) -> Executor:
-    """Wire one rank's executor as the trainer does."""
-    chain = case.traced.chain
+    """Wire the executor of one of all ranks as the job does."""
+    chain, (replica, rank) = case.traced.chain, plan.locate(rank)
     factory = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
     places = positions(plan)
     with _building:
@@ -134,7 +134,12 @@ def make_executor(case: Case, plan: Plan, rank: int, groups: Communicators) -> E
         }
     mine = tuple(p for p in places if rank in p.ranks)
     updater = Updater(
-        rank, mine, own, lambda params: torch.optim.SGD(params, lr=RATE, momentum=MOMENTUM), case.max_norm
+        rank,
+        mine,
+        own,
+        lambda params: torch.optim.SGD(params, lr=RATE, momentum=MOMENTUM),
+        case.max_norm,
+        replica=replica,
     )
     return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=torch.device("cpu"))
 
@@ -153,13 +158,13 @@ def run_step(
 
 
 def train_rank(case: Case, plan: Plan, rank: int, executor: Executor) -> list[Metrics]:
-    """Run all steps of the case on one rank."""
-    metrics, first = [], 0
+    """Run all steps of the case on one of all ranks."""
+    metrics, first, (replica, place) = [], 0, plan.locate(rank)
     for step, (x, _) in enumerate(case.data):
-        program = compile_program(plan, case.traced.chain, len(x), "train")
+        program = compile_program(plan, case.traced.chain, len(x), "train", replica)
         if step == 0 or len(x) != len(case.data[step - 1][0]):
             check(program)
-        metrics.append(run_step(case, program, rank, executor, step, first))
+        metrics.append(run_step(case, program, place, executor, step, first))
         first += len(x)
     return metrics
 

@@ -10,7 +10,7 @@ from hybridpar.model.chain import Chain, Layer, Linear, Parameter
 from hybridpar.planning.blocks import blocks, positions
 from hybridpar.planning.boundary import boundaries
 from hybridpar.planning.check import check, queue_of
-from hybridpar.planning.compile import communicators
+from hybridpar.planning.communicators import communicators, groups
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.order import default_caps
 from hybridpar.planning.plan import Recipe, Segment, Stage
@@ -347,7 +347,7 @@ def test_programs_are_cached_by_plan_samples_and_mode():
 def test_communicators_have_one_plan_derived_order():
     plan = next(plans())
     world = (0, 1, 2, 3)
-    assert communicators(plan) == (
+    assert [c[:2] for c in communicators(plan)] == [
         ("control", world),
         ("forward.up", world),
         ("forward.down", world),
@@ -356,6 +356,25 @@ def test_communicators_have_one_plan_derived_order():
         ("gradients:front", (1, 0)),
         ("gradients:middle.1", (1, 3)),
         ("tail", (3, 0, 2)),
+    ]
+    assert groups(plan) == tuple(c[:2] for c in communicators(plan))
+
+
+def test_replicas_meet_in_gradients_and_control_and_have_all_else_for_themselves():
+    front = Stage("front", 1, (Segment((0, 1), (1, 0)),))
+    middle = Stage("middle", 2, (Segment((1, 3), (2,)),))
+    tail = Stage("tail", 2, (Segment((3, LAST), (2, 0)),), ("column", "row", "column"))
+    plan = plan_of(front, middle, tail, world=6, replicas=2)
+    ways = ("forward.up", "forward.down", "backward.up", "backward.down")
+    assert groups(plan) == (
+        ("control", (0, 1, 2, 3, 4, 5)),
+        *((way, members) for way in ways for members in ((0, 1, 2), (3, 4, 5))),
+        ("gradients:front", (1, 0, 4, 3)),
+        ("gradients:middle.0", (2, 5)),
+        ("tail", (2, 0)),
+        ("tail", (5, 3)),
+        ("gradients:tail.0", (2, 5)),
+        ("gradients:tail.1", (0, 3)),
     )
 
 

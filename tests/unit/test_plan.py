@@ -11,6 +11,7 @@ from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
+from hybridpar.schema import to_data
 from tests.support.training import small_vgg
 
 
@@ -74,3 +75,49 @@ def test_a_recipe_that_contradicts_itself_is_refused() -> None:
         validate(replace(plan, recipe=Recipe(clipping=True, sharding="zero1")), model)
     with pytest.raises(PlanError, match=r"plan\.recipe\.sharding: zero1 keeps float32 state, but .* float64"):
         validate(replace(plan, precision="float64"), model)
+
+
+def replicated(**changes: object) -> Plan:
+    model = chain()
+    stage = Stage("front", 2, (Segment((0, len(model.layers)), (0, 1)),))
+    fields: dict[str, object] = {"replicas": 3, **changes}
+    plan = Plan(model.model, model.fingerprint, 6, 13, "float32", (stage,))
+    return replace(plan, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"replicas": 0}, r"plan\.replicas: 0 must be at least 1"),
+        ({"replicas": 4}, r"plan\.replicas: 4 do not share out the 6 ranks evenly; set world"),
+        ({"replicas": 6}, r"plan\.front\.ranks: \[0, 1\] must lie in 0\.\.0"),
+        ({"replicas": 2}, r"plan\.stages: \[2\] are ranks without any stage"),
+        ({"global_batch": 2}, r"plan\.replicas: 3 leave a replica without any of the global batch's 2 samples"),
+        (
+            {"replica_shares": (1.0, 1.0, 90.0)},
+            r"plan\.replicas: 3 leave a replica .* more even shares",
+        ),
+        ({"replica_shares": (1.0, 2.0)}, r"plan\.replica_shares: \(1\.0, 2\.0\) must be 3 positive numbers"),
+        ({"replica_shares": (1.0, 2.0, 0.0)}, r"plan\.replica_shares: .* must be 3 positive numbers"),
+        (
+            {"recipe": Recipe(sharding="zero1")},
+            r"plan\.recipe\.sharding: zero1 does not work with 3",
+        ),
+        ({"global_batch": 6}, r"plan\.front\.micro_batch: 2 is above the 1 samples of one rank's share"),
+    ],
+)
+def test_replicas_that_cannot_run_are_refused(changes: dict[str, object], message: str) -> None:
+    validate(replicated(), chain())
+    with pytest.raises(PlanError, match=message):
+        validate(replicated(**changes), chain())
+
+
+def test_a_replica_has_its_place_in_the_job_and_its_part_of_a_step() -> None:
+    plan = replicated(replica_shares=(1.0, 2.0, 1.0))
+    assert (plan.replica_world, plan.replica_batch) == (2, 7)
+    assert plan.replica_samples(13) == ((0, 3), (3, 10), (10, 13))
+    assert plan.replica_samples(1) == ((0, 0), (0, 1), (1, 1))
+    assert [plan.locate(r) for r in range(6)] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert plan.everywhere((1, 0)) == (1, 0, 3, 2, 5, 4)
+    model = chain()
+    assert Plan.from_data(to_data(plan), model) == plan
