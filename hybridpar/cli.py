@@ -30,7 +30,8 @@ commands
   plan      print what would run where, how fast, in how much memory, and why; needs no GPU
   plan -m   the same for every combination of KEY=A,B ..., as one table
   train     train; under torchrun, one process per rank: torchrun --nproc-per-node 4 -m hybridpar train ...
-  profile   measure the time of every layer on this machine and write it to out=FILE
+  profile   measure time and memory of every layer on this machine and write them to out=FILE; under torchrun on
+            all ranks at once
   probe     measure the links between the processes of a job and write the cluster to probe.out;
             torchrun --nproc-per-node 4 -m hybridpar probe
   config    print the resolved configuration
@@ -188,18 +189,26 @@ def train(config: Config) -> None:
 
 
 def profile(config: Config) -> None:
-    """Measure the layers on this machine and write the profile, with its chain, to ``out``."""
+    """Measure the layers on this machine, all ranks at once, and write the profile with its chain to ``out``."""
     from hybridpar.planner import load_model, measured  # noqa: PLC0415
+    from hybridpar.report.progress import Progress  # noqa: PLC0415
+    from hybridpar.runtime.process import Process  # noqa: PLC0415
 
     if config.out is None:
         raise ConfigError("out: missing; name the file for the profile, as in out=profile.json")
-    _check_out(config)
     if config.profile.kind != "measured":
         raise ConfigError(f"profile={config.profile.kind} cannot be measured; use profile=measured")
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        _check_out(config)
+    process = Process(config.train.device, config.train.timeout_s)
     traced, _ = load_model(config)
-    record = dataclasses.replace(measured(config, traced, _note), described=traced.chain)
-    _write(config.out, record.to_json() + "\n")
-    _note(f"profile saved to {config.out}; use it with profile=from_file profile.path={config.out}")
+    shown = Progress(sys.stderr, quiet=not first)
+    found = measured(config, traced, shown.note, process=process, progress=shown.update)
+    if first:
+        record = dataclasses.replace(found, described=traced.chain)
+        _write(config.out, record.to_json() + "\n")
+        shown.note(f"profile saved to {config.out}; use it with profile=from_file profile.path={config.out}")
 
 
 def probe(config: Config) -> None:

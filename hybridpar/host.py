@@ -11,17 +11,36 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 """DEFAULT_MMAP_THRESHOLD_MAX of 64-bit glibc; mallopt refuses more."""
 
 
+_KEPT = (_LARGEST_MMAP_THRESHOLD, 2**31 - 1)
+_GIVEN_BACK = (64 * 2**10, 0)
+"""Values of the two: bytes from which on a block is mapped apart, and free bytes that the heap's end may keep."""
+
+
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory of tensors on the CPU instead of handing it back to the system.
 
     A training step allocates the same tensors again and again; returned pages would have to be mapped and cleared
     by the kernel at every step. Returns whether it is in force: glibc only, elsewhere nothing changes.
     """
+    return _set(*_KEPT)
+
+
+def give_back_freed_memory() -> bool:
+    """Let the C library hand freed memory back to the system at once, and all that it has kept so far.
+
+    What is resident then is what is in use, which is what a measurement of memory needs. Returns as
+    :func:`keep_freed_memory`, which undoes it.
+    """
+    return _set(*_GIVEN_BACK) and ctypes.CDLL(None).malloc_trim(0) in {0, 1}
+
+
+def _set(mmap_threshold: int, trim_threshold: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    largest = ctypes.c_int(2**31 - 1)
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, largest))
+    values = ((_M_MMAP_THRESHOLD, mmap_threshold), (_M_TRIM_THRESHOLD, trim_threshold))
+    done = [bool(mallopt(parameter, ctypes.c_int(value))) for parameter, value in values]
+    return all(done)

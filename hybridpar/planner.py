@@ -5,16 +5,17 @@ The command line and the training job share it. Torch is imported only where a m
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridpar.cluster.describe import from_config
 from hybridpar.cluster.topology import Cluster
 from hybridpar.config import Config
-from hybridpar.errors import ProfileError
+from hybridpar.errors import DataError, ProfileError
 from hybridpar.host import keep_freed_memory
 from hybridpar.model.chain import Chain
 from hybridpar.planning.check import check
@@ -23,11 +24,14 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.search import Candidate, Planned, assess, search
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.record import Profile
-from hybridpar.schema import to_data
+from hybridpar.schema import from_data, to_data
 
 if TYPE_CHECKING:
+    import torch
+
     from hybridpar.model.deferred import Source
     from hybridpar.model.trace import Traced
+    from hybridpar.runtime.process import Process
 
 Report = Callable[[str], None]
 
@@ -69,7 +73,14 @@ class Shelf:
         if config.profile.kind == "analytic":
             return prepare(config, self.traced[model], report=report)
         local = config.cluster.get("kind") == "local"
-        key = repr((model, config.profile, config.train.precision, config.train.device, local))
+        settings = (
+            config.profile,
+            config.train.precision,
+            config.train.device,
+            config.data,
+            _optimizer_text(config),
+        )
+        key = repr((model, settings, local))
         subject = prepare(config, self.traced[model], report=report, profile=self.profiles.get(key))
         self.profiles[key] = subject.profile
         return subject
@@ -95,6 +106,7 @@ def prepare(
         chain = traced.chain if traced is not None else _described(profile, config, report)
         profile.check(chain)
         _check_precision(profile, config)
+        _note_differences(profile, config, cluster, report)
         return Subject(chain, profile, cluster)
     traced = traced or load_model(config)[0]
     if config.profile.kind == "analytic":
@@ -108,6 +120,11 @@ def prepare(
 def _described(profile: Profile, config: Config, report: Report) -> Chain:
     """Return the profile's own chain; it stands in for the configured model."""
     chain = profile.described
+    if chain is None and importlib.util.find_spec("torch") is None:
+        raise ProfileError(
+            f"{config.profile.path} describes no chain, and tracing model {config.model.name} needs torch; give "
+            "the file a field `described`, as `hybridpar profile` does, or install torch"
+        )
     if chain is None:
         return load_model(config)[0].chain
     if (chain.model, chain.in_shape) != (config.model.name, config.model.in_shape):
@@ -123,34 +140,128 @@ def _check_precision(profile: Profile, config: Config) -> None:
         )
 
 
-def measured(config: Config, traced: Traced, report: Report, *, on_cpu: bool = False) -> Profile:
-    """Time the model's layers on this machine's device as a run would, or take the cached times."""
+def _note_differences(profile: Profile, config: Config, cluster: Cluster, report: Report) -> None:
+    """Tell where a profile's figures are for something else than what is planned."""
+    if profile.device_kind not in {None, cluster.device.kind}:
+        report(
+            f"the profile's times are those of {profile.device}; they stand for the {cluster.device.name} of "
+            f"cluster {cluster.name}"
+        )
+    wanted = _optimizer_text(config)
+    if profile.optimizer not in {None, wanted}:
+        report(f"the profile's update time is that of {profile.optimizer}; it stands for {wanted}")
+
+
+def _optimizer_text(config: Config) -> str:
+    """Name an optimizer by what its step's time depends on: the options that are on."""
+    on = [f"{k}={v}" for k, v in sorted(config.optimizer.options.items()) if v]
+    return f"{config.optimizer.name}({', '.join(on)})"
+
+
+def measured(
+    config: Config,
+    traced: Traced,
+    report: Report,
+    *,
+    on_cpu: bool = False,
+    process: Process | None = None,
+    progress: Report = lambda _: None,
+) -> Profile:
+    """Time the model's layers on this machine's device as a run would, or take the cached times.
+
+    All ranks of ``process`` measure at the same time and return the same profile; None: this process alone.
+    """
     import torch  # noqa: PLC0415 - torch takes seconds to import
 
-    from hybridpar.profiling.cache import cache_directory, cache_key, cached  # noqa: PLC0415
-    from hybridpar.profiling.measure import device_name, measure  # noqa: PLC0415
+    from hybridpar.profiling.cache import cache_directory, cache_key, device_name, find, keep  # noqa: PLC0415
 
-    settings = config.profile
+    settings, first = config.profile, process is None or process.rank == 0
     on_cpu = on_cpu or config.train.device == "cpu" or not torch.cuda.is_available()
-    device = "cpu" if on_cpu else "cuda"
-    precision = config.train.precision
+    device = process.device if process else torch.device("cpu" if on_cpu else "cuda")
+    meet = _meeting(process)
+    key = cache_key(
+        traced.chain,
+        device_name(device),
+        config.train.precision,
+        settings,
+        config.data,
+        _optimizer_text(config),
+        (process.world, process.place.local_world) if process else (1, 1),
+    )
+    if settings.cache:
+        known = find(cache_directory(), key) if first else None
+        kept = meet(known and to_data(known))[0]
+        if kept is not None:
+            report(f"profile {key} from {cache_directory()}; profile.cache=false measures again")
+            return from_data(Profile, kept, "profile", ProfileError)
+    profile = _measured_now(config, traced, device, meet, process, report if first else lambda _: None, progress)
+    if settings.cache and first:
+        keep(cache_directory(), key, profile)
+    return profile
 
-    def make() -> Profile:
-        keep_freed_memory()
-        return measure(
-            traced.modules,
-            traced.chain,
-            device,
-            precision,
-            settings.micro_batches,
-            budget_s=settings.budget_s,
-            report=report,
-        )
 
-    if not settings.cache:
-        return make()
-    key = cache_key(traced.chain, device_name(device), precision, settings.micro_batches, settings.budget_s)
-    return cached(cache_directory(), key, make)
+def _meeting(process: Process | None) -> Callable[[Any], list[Any]]:
+    """Return how the ranks of a process tell each other a JSON value each."""
+    if process is None or process.world == 1:
+        return lambda value: [value]
+    return lambda value: [process.share(lambda: value, rank) for rank in range(process.world)]
+
+
+def _measured_now(
+    config: Config,
+    traced: Traced,
+    device: torch.device,
+    meet: Callable[[Any], list[Any]],
+    process: Process | None,
+    report: Report,
+    progress: Report,
+) -> Profile:
+    from hybridpar.profiling.combine import combine  # noqa: PLC0415 - torch takes seconds to import
+    from hybridpar.profiling.measure import measure  # noqa: PLC0415
+    from hybridpar.runtime.optimizer import make_factory  # noqa: PLC0415
+
+    keep_freed_memory()
+    optimizer = make_factory(config.optimizer)
+    loader_s = _loader_rate(config, traced.chain, report)
+    own = measure(
+        traced.modules,
+        traced.chain,
+        device,
+        config.train.precision,
+        config.profile.micro_batches,
+        config.profile.fractions,
+        config.profile.budget_s,
+        report,
+        progress=progress,
+        optimizer=optimizer,
+        meet=meet,
+        sharing=process.place.local_world if process else 1,
+    )
+    own = replace(
+        own,
+        optimizer=_optimizer_text(config),
+        loader_samples_per_s=loader_s,
+        data=config.data.name if loader_s else None,
+    )
+    ranks = [
+        from_data(Profile, data, f"profile of rank {i}", ProfileError) for i, data in enumerate(meet(to_data(own)))
+    ]
+    combined = combine(ranks)
+    for note in combined.notes[len(own.notes) :] if len(ranks) > 1 else ():
+        report(note)
+    return combined
+
+
+def _loader_rate(config: Config, chain: Chain, report: Report) -> float | None:
+    """Return the training samples that a core reads per second; None, and why, where they cannot be read."""
+    from hybridpar.data.datasets import load  # noqa: PLC0415 - torch takes seconds to import
+    from hybridpar.profiling.loading import samples_per_s  # noqa: PLC0415
+
+    try:
+        return samples_per_s(load(config.data, chain.in_shape, chain.out_shape[0]).train)
+    except DataError as e:
+        report(f"the loader is not measured: {e}")
+        return None
 
 
 def make_plan(config: Config, subject: Subject) -> Planned:

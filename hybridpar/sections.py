@@ -65,6 +65,8 @@ class ProfileConfig:
     path: str | None = None
     micro_batches: tuple[int, ...] = ()
     """Samples per timed forward, of a measured profile."""
+    fractions: tuple[float, ...] = (1.0, 0.5, 0.25)
+    """Shares of a linear layer's features that are timed."""
     budget_s: float = 60.0
     cache: bool = True
 
@@ -76,6 +78,11 @@ class ProfileConfig:
             )
         least = min(self.micro_batches, default=1)
         _require(least >= 1, "profile.micro_batches", list(self.micro_batches), "must be positive")
+        ascending = list(self.micro_batches) == sorted(set(self.micro_batches))
+        _require(ascending, "profile.micro_batches", list(self.micro_batches), "must ascend")
+        shares = list(self.fractions)
+        descending = shares[:1] == [1.0] and shares == sorted(set(shares), reverse=True) and shares[-1] > 0
+        _require(descending, "profile.fractions", shares, "must descend from 1.0 and stay above 0")
         _require(self.budget_s > 0, "profile.budget_s", self.budget_s, "must be above 0 seconds")
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from hybridpar.errors import ProfileError
 from hybridpar.model.chain import Chain
 from hybridpar.profiling.record import SCHEMA_VERSION, Profile
 
-_METHOD = 2
+_METHOD = 3
 """Counts the ways in which profiles were measured: those of an earlier one are not used again."""
 
 
@@ -38,21 +37,29 @@ def cache_directory() -> Path:
 
 
 def cache_key(chain: Chain, device: str, dtype: str, *settings: object) -> str:
-    """Hash over what a measured profile depends on: chain, device, dtype, versions, ``settings``."""
-    facts = [chain.fingerprint, device, dtype, torch.__version__, SCHEMA_VERSION, _METHOD, *map(repr, settings)]
+    """Hash over what a measured profile depends on: chain, device, dtype, versions, CPU quota, ``settings``."""
+    versions = [torch.__version__, platform.python_version(), SCHEMA_VERSION, _METHOD]
+    facts = [chain.fingerprint, device, dtype, *versions, core_quota(), *map(repr, settings)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def cached(directory: Path, key: str, make: Callable[[], Profile]) -> Profile:
-    """Return the profile kept under ``key`` in ``directory``, or make it and keep it where that can be written."""
-    path = directory / f"profile-{key}.json"
+def find(directory: Path, key: str) -> Profile | None:
+    """Return the profile that is kept under ``key`` in ``directory``; None where none can be read."""
     try:
-        return Profile.load(path)
+        return Profile.load(_path(directory, key))
     except ProfileError:
-        profile = make()
+        return None
+
+
+def keep(directory: Path, key: str, profile: Profile) -> None:
+    """Keep ``profile`` under ``key`` in ``directory``, where that can be written."""
+    path = _path(directory, key)
     partial = path.with_suffix(f".{os.getpid()}")
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         profile.save(partial)
         partial.replace(path)
-    return profile
+
+
+def _path(directory: Path, key: str) -> Path:
+    return directory / f"profile-{key}.json"

@@ -1,103 +1,50 @@
-"""A profile of the device at hand: every layer's forward and backward, timed at several micro-batch sizes.
+"""A profile of the device at hand: every layer's passes, timed at several micro-batch sizes as in training.
 
-Layers run one after the other as in training: one that runs alone finds its values in the caches again and again.
+Layers run one after the other: one that runs alone finds its values in the caches again and again.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
+import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybridpar.cluster.describe import usable_memory_bytes
 from hybridpar.errors import ProfileError
-from hybridpar.model.chain import Chain, Layer, Parameter
-from hybridpar.model.copies import blank
-from hybridpar.model.footprint import set_keys
-from hybridpar.model.keyed import Keys
+from hybridpar.model.chain import Chain
 from hybridpar.profiling.analytic import ITEM_BYTES
+from hybridpar.profiling.bench import Bench, Meeting, Report, alone, own_quota, silent, undisturbed
 from hybridpar.profiling.cache import device_name
-from hybridpar.profiling.record import LayerProfile, Profile, interpolate
+from hybridpar.profiling.record import LayerProfile, Profile
+from hybridpar.profiling.rounds import Timed, run_job
+from hybridpar.profiling.rows import Row, entry, rounded
+from hybridpar.profiling.strands import Job, Strand, single, whole
+from hybridpar.profiling.workspace import Gauge, find_gauge
 
 __all__ = ["FRACTIONS", "MICRO_BATCHES", "device_name", "measure"]
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 FRACTIONS = (1.0, 0.5, 0.25)
 
-# Rounds through all sizes: so many must fit into the time, so many are enough, and further ones get a share of it.
-_LEAST_ROUNDS, _MOST_ROUNDS, _REFINE_SHARE = 3, 9, 0.5
-# Passes timed in one visit of a size: as many as fit into so many seconds, up to a limit.
-_VISIT_S, _VISIT_PASSES = 0.1, 5
-# Share of the free memory that the layers under measurement may fill.
-_MEMORY_SHARE = 0.8
-# The timed optimizer step and loss: repeats, parameters and logits, which take ms but fill the caches.
-_REPEATS, _UPDATE_BYTES, _LOSS_ELEMENTS = 20, 8 << 20, 1 << 19
+# The timed optimizer step and loss: parameters where there are none of the model's, and logits.
+_UPDATE_BYTES, _LOSS_ELEMENTS = 8 << 20, 1 << 19
+# Timed optimizer steps, and the share of the memory that the stepped parameters may fill, states apart.
+_STEPS, _UPDATE_SHARE = 5, 0.2
+# A figure to doubt: its spread is above the first, and above the second as a share of its size's whole pass.
+_DOUBTFUL_SPREAD, _DOUBTFUL_SHARE, _DOUBTS = 0.25, 0.02, 5
+# A rank that got less than this share of what it may use was not alone.
+_BUSY_SHARE = 0.9
 
-_Mark = float | torch.cuda.Event
-_Call = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Strand:
-    """Layers that run one after the other: the whole chain, or one layer that stands for all that are equal."""
-
-    layers: tuple[Layer, ...]
-    integers: bool
-    """The input is token ids."""
-    first: bool = True
-    """They begin the model: their input needs no gradient."""
-    share: float = 1.0
-    """Share of its output features; below 1 only for a linear layer."""
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-_Job = dict[_Strand, list[nn.Module]]
-"""Strands that take turns, with modules to copy. Another whole layer takes its copy from the first strand."""
-_Table = list[list[float]]
-"""Per micro-batch size: forward and backward seconds of a strand's first layer, of its second, ..."""
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """Where and how to time, and whom to tell.
-
-    On a GPU between events on its stream, which can be compared after a wait: what the host does while the GPU is
-    busy costs nothing, as in training. On a CPU by the clock.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    report: Callable[[str], None]
-
-    def mark(self) -> _Mark:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def memory_bytes(self) -> float:
-        on_gpu = self.device.type == "cuda"
-        return _MEMORY_SHARE * (torch.cuda.mem_get_info(self.device)[0] if on_gpu else usable_memory_bytes())
-
-    def median_s(self, run: Callable[[], object]) -> float:
-        marks = []
-        for _ in range(1 + _REPEATS):
-            run()
-            marks.append(self.mark())
-        self.wait()
-        return statistics.median(itertools.starmap(_seconds, itertools.pairwise(marks)))
+def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
 
 
 def measure(
@@ -108,7 +55,12 @@ def measure(
     micro_batches: Sequence[int] = MICRO_BATCHES,
     fractions: Sequence[float] = FRACTIONS,
     budget_s: float = 60.0,
-    report: Callable[[str], None] = lambda _: None,
+    report: Report = silent,
+    *,
+    progress: Report = silent,
+    optimizer: MakeOptimizer = _sgd,
+    meet: Meeting = alone,
+    sharing: int = 1,
 ) -> Profile:
     """Time every layer of ``chain`` on ``device``: seconds of its forward and backward per micro-batch size.
 
@@ -117,276 +69,182 @@ def measure(
     freed; on a CPU, on one thread. Backwards add onto gradients, as all micro-batches but a step's first do. Where
     the whole model exceeds the memory, ``report`` is told, and each distinct layer is timed alone.
 
-    Linear layers also run with ``fractions`` of their output features. As such layers stand in no model, they are
-    timed alone, next to the whole layer alone. For each pass and size, the time at a share f is scaled by how much
-    longer the whole layer takes in the model: T(f) = alone(f) * in_model(1) / alone(1).
+    Linear layers also run with ``fractions`` of their output features, and of their input features. As such layers
+    stand in no model, they are timed alone, next to the whole layer alone. For each pass and size, the time at a
+    share f is scaled by how much longer the whole layer takes in the model:
+    T(f) = alone(f) * in_model(1) / alone(1). That also continues a linear layer to sizes at which the model is too
+    slow to be timed.
 
     The profile ends before the first micro-batch size that exceeds ``budget_s`` or the free memory; ``report`` is
-    told so. The first size is always timed. Raises ProfileError where ``modules`` do not fit ``chain``, ``dtype``
-    is unknown, or a layer does not fit into memory even at the first size.
+    told so. The first size is always timed. ``optimizer`` makes the one whose step is timed. Several ranks may
+    measure at once, ``sharing`` of them on one machine's memory: they begin each size together and agree on when
+    to stop through ``meet``.
+
+    Raises ProfileError where ``modules`` do not fit ``chain``, ``dtype`` is unknown, or a layer does not fit into
+    memory even at the first size.
     """
     if len(modules) != len(chain.layers):
         raise ProfileError(f"{len(modules)} modules do not fit the {len(chain.layers)} layers of {chain.model}")
     if dtype not in ITEM_BYTES:
         raise ProfileError(f"dtype {dtype!r} is unknown; use {', '.join(ITEM_BYTES)}")
-    bench, sizes = _Bench(torch.device(device), getattr(torch, dtype), report), tuple(micro_batches)
-    whole = _Strand(chain.layers, chain.input_dtype == "int")
-    alone = [_alone(chain, i, tuple(fractions)) for i in range(len(chain.layers))]
-    jobs = {shares[0]: {s: [m] for s in shares} for shares, m in zip(alone, modules, strict=True)}
-    together = {whole: list(modules)} | {s: m for job in jobs.values() if len(job) > 1 for s, m in job.items()}
-    with _undisturbed(bench.device):
-        began = time.perf_counter()
-        try:
-            tables = _time_job(bench, together, sizes, budget_s)
-        except ProfileError as e:
-            report(f"{e}; layers are timed one by one, which makes them look faster than in the model")
-            tables = _time_apart(bench, list(jobs.values()), sizes, began + budget_s)
-        update_s, loss_s = _time_update(bench), _time_loss(bench, *chain.out_shape[:1])
-    sizes = sizes[: min(map(len, tables.values()))]
+    place = torch.device(device)
+    bench = Bench(place, getattr(torch, dtype), report, progress, meet, sharing, own_quota(place))
+    sizes, shares = tuple(micro_batches), tuple(fractions)
+    with undisturbed(place):
+        found = _Measurement(bench, modules, chain, shares, optimizer).run(sizes, budget_s)
+        loss_s = _time_loss(bench, *chain.out_shape[:1])
+    layers = found.layers()
+    count = max(len(row) for layer in layers for row in layer.forward_s)
+    _doubt(bench, layers, sizes[:count])
     return Profile(
         chain=chain.fingerprint,
         source="measured",
-        device=device_name(bench.device),
+        device=device_name(place),
         dtype=dtype,
-        micro_batches=sizes,
-        fractions=tuple(fractions),
-        layers=tuple(
-            _layer_profile(
-                layer.name, i, tables.get(whole), [tables[s] for s in shares if s in tables], len(sizes)
-            )
-            for i, (layer, shares) in enumerate(zip(chain.layers, alone, strict=True))
-        ),
-        update_s_per_byte=update_s,
-        loss_s_per_element=loss_s,
+        micro_batches=sizes[:count],
+        fractions=shares,
+        layers=layers,
+        update_s_per_byte=rounded(found.update_s),
+        loss_s_per_element=rounded(loss_s),
+        zero_s_per_byte=rounded(found.zero_s),
+        memory_source=found.gauge.source if found.gauge else None,
+        device_kind="cuda" if bench.on_gpu else "cpu",
+        quota=bench.quota,
+        core_share=None if bench.on_gpu else rounded(bench.busy_s / bench.passed_s),
+        made_with=f"torch {torch.__version__}, Python {platform.python_version()}, 1 thread",
+        notes=tuple(bench.notes),
     )
 
 
-def _alone(chain: Chain, index: int, fractions: tuple[float, ...]) -> list[_Strand]:
-    """One layer alone, once per share; names are left out, so that equal layers have equal strands."""
-    layer, first = chain.layers[index], index == 0
-    parameters = tuple(Parameter(str(i), p.shape) for i, p in enumerate(layer.parameters))
-    nameless = (replace(layer, name="", parameters=parameters),)
-    shares = fractions if layer.linear else (1.0,)
-    return [_Strand(nameless, first and chain.input_dtype == "int", first, share) for share in shares]
+class _Measurement:
+    """All strands of a chain, and what was measured of them."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        modules: Sequence[nn.Module],
+        chain: Chain,
+        fractions: tuple[float, ...],
+        optimizer: MakeOptimizer,
+    ) -> None:
+        self.bench, self.chain, self.fractions, self.optimizer = bench, chain, fractions, optimizer
+        self.gauge: Gauge | None = find_gauge(bench)
+        self.main = whole(chain)
+        self.alone = [single(chain, i, fractions) for i in range(len(chain.layers))]
+        self.jobs: dict[Strand, Job] = {
+            strands[0]: {s: [m] for s in strands} for strands, m in zip(self.alone, modules, strict=True)
+        }
+        shared = {s: m for job in self.jobs.values() if len(job) > 1 for s, m in job.items()}
+        self.together: Job = {self.main: list(modules)} | shared
+        self.timed: dict[Strand, Timed] = {}
+        """By strand: the job that it was timed in."""
+        self.update_s = self.zero_s = 0.0
+
+    def run(self, sizes: tuple[int, ...], budget_s: float) -> _Measurement:
+        """Time all strands in about ``budget_s``."""
+        began = time.perf_counter()
+        try:
+            with run_job(self.bench, self.together, sizes, budget_s, self.gauge) as (timed, made):
+                self.timed = dict.fromkeys(self.together, timed)
+                self.zero_s = timed.zero_s_per_byte
+                self.update_s = _time_update(self.bench, self.optimizer, made[0][1])
+        except ProfileError as e:
+            self.bench.note(f"{e}; layers are timed one by one, which makes them look faster than in the model")
+            self._run_apart(sizes, began + budget_s)
+            self.update_s = _time_update(self.bench, self.optimizer, [])
+        return self
+
+    def _run_apart(self, sizes: tuple[int, ...], end_s: float) -> None:
+        """Time jobs one by one until about ``end_s`` on the clock, cheap ones first: they leave time to others."""
+        jobs = sorted(self.jobs.values(), key=lambda job: sum(s.layers[0].flops_per_sample * s.share for s in job))
+        zero_s = []
+        for number, job in enumerate(jobs):
+            share_s = max(0.0, end_s - time.perf_counter()) / (len(jobs) - number)
+            with run_job(self.bench, job, sizes, share_s, self.gauge) as (timed, _):
+                sizes = sizes[: len(timed.entries)]
+                self.timed |= dict.fromkeys(job, timed)
+                zero_s.append(timed.zero_s_per_byte)
+        self.zero_s = max(zero_s)
+
+    def layers(self) -> tuple[LayerProfile, ...]:
+        """Put every layer's entry together, as :func:`measure` says."""
+        return tuple(self._layer(i) for i in range(len(self.chain.layers)))
+
+    def _layer(self, index: int) -> LayerProfile:
+        name, (full, *narrow) = self.chain.layers[index].name, self.alone[index]
+        if self.main not in self.timed:
+            timed = self.timed[full]
+            row, accumulate_s = Row.of(timed, full, 0), timed.accumulate_s[0]
+        else:
+            timed = self.timed[self.main]
+            row, accumulate_s = Row.of(timed, self.main, index), timed.accumulate_s[index]
+        if not narrow:
+            return entry(name, [row], accumulate_s)
+        single = Row.of(timed, full, 0)
+        row = row.continued(single)
+        by_cut = {
+            cut: entry(
+                name,
+                [row, *(row.share(single, Row.of(timed, s, 0)) for s in narrow if s.cut == cut)],
+                accumulate_s,
+            )
+            for cut in ("columns", "rows")
+        }
+        return replace(by_cut["columns"], by_rows=by_cut["rows"])
 
 
-def _layer_profile(name: str, index: int, whole: _Table | None, alone: list[_Table], count: int) -> LayerProfile:
-    """Put a layer's entry together, as ``measure`` says, from the table of the chain and those of its shares."""
-    passes = []
-    for k in (0, 1):
-        shares = [[row[k] for row in table[:count]] for table in alone]
-        full = [row[2 * index + k] for row in whole[:count]] if whole else shares[0]
-        scales = [a / b if b > 0 else 1.0 for a, b in zip(full, shares[0] if shares else full, strict=True)]
-        narrow = (tuple(s * t for s, t in zip(scales, times, strict=True)) for times in shares[1:])
-        passes.append((tuple(full), *narrow))
-    return LayerProfile(name, *passes)
+def _doubt(bench: Bench, layers: Sequence[LayerProfile], sizes: tuple[int, ...]) -> None:
+    """Name the figures that vary, and a machine that was busy."""
+    found = []
+    for j, size in enumerate(sizes):
+        figures = [
+            (row[j], spreads[j], f"{kind} of layer {layer.name} at {size} samples")
+            for layer in layers
+            for kind, row, spreads in (
+                ("forward", layer.forward_s[0], layer.forward_spread[0]),
+                ("backward", layer.backward_s[0], layer.backward_spread[0]),
+            )
+            if j < len(row)
+        ]
+        least_s = _DOUBTFUL_SHARE * sum(seconds for seconds, _, _ in figures)
+        found += [(wide, what) for s, wide, what in figures if wide > _DOUBTFUL_SPREAD and s * wide > least_s]
+    for wide, what in sorted(found, reverse=True)[:_DOUBTS]:
+        bench.note(f"{what}: its times spread by {wide:.0%}; is the machine busy?")
+    if len(found) > _DOUBTS:
+        bench.note(f"{len(found) - _DOUBTS} more figures spread like that")
+    share = bench.busy_s / bench.passed_s if bench.passed_s else bench.quota
+    if not bench.on_gpu and share < _BUSY_SHARE * bench.quota:
+        bench.note(
+            f"a rank got {share:.2g} of a core, of the {bench.quota:.2g} it may use: other processes ran, or "
+            "the ranks outnumber the cores; times are those of a core of its own"
+        )
 
 
-@contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Run on one CPU thread, as a rank on a CPU does, and leave thread count and random state as they were."""
-    on_gpu, before = device.type == "cuda", torch.get_num_threads()
-    try:
-        torch.set_num_threads(before if on_gpu else 1)
-        current = torch.cuda.device(device) if on_gpu else nullcontext()
-        with current, torch.random.fork_rng(devices=[device] if on_gpu else []):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _time_apart(bench: _Bench, jobs: list[_Job], sizes: tuple[int, ...], end_s: float) -> dict[_Strand, _Table]:
-    """Time jobs one by one until about ``end_s`` on the clock, cheap ones first: they leave time to others."""
-    tables: dict[_Strand, _Table] = {}
-    jobs = sorted(jobs, key=lambda job: sum(s.layers[0].flops_per_sample * s.share for s in job))
-    for number, job in enumerate(jobs):
-        share_s = max(0.0, end_s - time.perf_counter()) / (len(jobs) - number)
-        made = _time_job(bench, job, sizes, share_s)
-        sizes, tables = sizes[: min(map(len, made.values()))], tables | made
-    return tables
-
-
-def _time_job(bench: _Bench, job: _Job, sizes: tuple[int, ...], share_s: float) -> dict[_Strand, _Table]:
-    """Table of each strand, for as many of ``sizes`` as ``share_s`` and memory allow.
-
-    Times are medians over rounds through all sizes: what keeps the machine busy for a while spoils no size whole.
-    """
-    main, memory_bytes, began = next(iter(job)), bench.memory_bytes(), time.perf_counter()
-    label = f"layer {main.layers[0].kind}" if len(main.layers) == 1 else f"chain of {len(main.layers)} layers"
-    laps, strands = list[_Table](), list[tuple[_Strand, list[nn.Module]]]()
-    try:
-        for size in sizes:
-            why, need = "", _need_bytes(job, size, bench.dtype.itemsize)
-            took_s = [sum(_medians(passes)) for passes in laps]
-            next_s = interpolate(sizes[: len(laps)], tuple(took_s), size) if laps else 0.0
-            rounds_s = (_LEAST_ROUNDS - 1) * sum(map(_visit_s, took_s)) + (_LEAST_ROUNDS + 1) * _visit_s(next_s)
-            if need > memory_bytes:
-                why = f"needs about {need / 1e9:.2g} GB and may fill {memory_bytes / 1e9:.2g}"
-            elif laps and time.perf_counter() - began + rounds_s > share_s:
-                why = f"would take more than {share_s:.3g} s"
-            else:
-                try:
-                    strands = strands or _real_copies(bench, job)
-                    laps.append(_visit(bench, strands, size, 0.0))
-                except torch.OutOfMemoryError:
-                    why = "runs out of memory"
-            if why and not laps:
-                raise ProfileError(f"micro-batch {size} does not fit into memory: {label} {why}")
-            if why:
-                bench.report(f"profile ends before micro-batch {size}: {label} {why}")
-                break
-        for number in range(1, _MOST_ROUNDS):
-            limit_s = share_s * (1.0 if number < _LEAST_ROUNDS else _REFINE_SHARE)
-            took_s = [sum(_medians(passes)) for passes in laps]
-            if time.perf_counter() - began + sum(map(_visit_s, took_s)) > limit_s:
-                break
-            for size, passes, pass_s in zip(sizes, laps, took_s, strict=False):
-                passes.extend(_visit(bench, strands, size, pass_s))
-    finally:
-        nn.ModuleList(itertools.chain(*(copies for _, copies in strands))).to_empty(device="meta")
-        torch.cuda.empty_cache()
-    rows = [iter(_medians(passes)) for passes in laps]
-    return {s: [list(itertools.islice(row, 2 * len(s.layers))) for row in rows] for s in job}
-
-
-def _need_bytes(job: _Job, samples: int, item_bytes: int) -> float:
-    """Bytes of parameters, gradients, one gradient to be added; activations, saved values, a layer's gradients."""
-    main, *others = job
-    counts = [layer.parameter_count for layer in main.layers]
-    narrow = sum(s.share * s.layers[0].parameter_count for s in others if s.share < 1.0)
-    outs = sum(layer.out_elements for layer in main.layers if not layer.aliases_input)
-    widest = max(layer.in_elements + layer.out_elements for layer in main.layers)
-    elements = 2 * (sum(counts) + narrow) + max(counts) + samples * (main.layers[0].in_elements + outs + widest)
-    return elements * item_bytes + sum(layer.saved.total_bytes(samples, item_bytes) for layer in main.layers)
-
-
-def _medians(passes: _Table) -> list[float]:
-    return [statistics.median(column) for column in zip(*passes, strict=True)]
-
-
-def _timed(pass_s: float) -> int:
-    """How many passes a visit times. One to warm up goes before, if they are several or the size is new."""
-    return min(_VISIT_PASSES, max(1, int(_VISIT_S / max(pass_s, 1e-6))))
-
-
-def _visit_s(pass_s: float) -> float:
-    return pass_s * (_timed(pass_s) + (_timed(pass_s) > 1))
-
-
-def _real_copies(bench: _Bench, job: _Job) -> list[tuple[_Strand, list[nn.Module]]]:
-    """Copy the layers to the device in training mode with small random parameters; narrow ones with their share.
-
-    Tied parameters stay tied. Buffers are zeros: indices that every table has, and statistics that training mode
-    does not read.
-    """
-    main, *others = job
-    narrow = [
-        nn.Linear(linear.in_features, max(1, round(linear.out_features * s.share)), linear.bias, device="meta")
-        for s in others
-        if (linear := s.layers[0].linear) is not None and s.share < 1.0
-    ]
-    copied = blank(nn.ModuleList([*job[main], *narrow]), str(bench.device)).to(dtype=bench.dtype).train()
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            # Values keep their magnitude from layer to layer: numbers next to nothing take a CPU longer.
-            bound = math.sqrt(3.0 / max(1, parameter[0].numel() if parameter.ndim else 1))
-            parameter.uniform_(-bound, bound)
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    assert isinstance(copied, nn.ModuleList)
-    made = dict(zip([*job[main], *narrow], copied, strict=True))
-    return [(s, [made[m] for m in job[s]] if s.share == 1.0 else [made[narrow.pop(0)]]) for s in job]
-
-
-def _visit(bench: _Bench, strands: list[tuple[_Strand, list[nn.Module]]], size: int, pass_s: float) -> _Table:
-    """Seconds of a few passes of ``size`` samples through all strands, given those of one; 0: the size is new."""
-    calls = [(s, [_callable(bench, *pair, size) for pair in zip(s.layers, m, strict=True)]) for s, m in strands]
-
-    def run() -> list[tuple[_Mark, _Mark]]:
-        return [mark for s, layers in calls for mark in _pass(bench, layers, _input(bench, s, size))]
-
-    began = time.perf_counter()
-    rounds = [run()]
+def _time_update(bench: Bench, optimizer: MakeOptimizer, modules: Sequence[nn.Module]) -> float:
+    """Seconds per byte of parameters of an optimizer step over the model's parameters, as far as memory goes."""
+    distinct = {id(p): p for m in modules for p in m.parameters() if p.grad is not None}
+    chosen, total = list[nn.Parameter](), 0
+    limit = _UPDATE_SHARE * bench.memory_bytes()
+    for parameter in distinct.values():
+        if total + parameter.nbytes <= limit:
+            chosen.append(parameter)
+            total += parameter.nbytes
+    if not chosen:
+        values = torch.rand(8, _UPDATE_BYTES // bench.dtype.itemsize // 8, device=bench.device, dtype=bench.dtype)
+        chosen, total = [nn.Parameter(row) for row in values], values.nbytes
+        for parameter in chosen:
+            parameter.grad = torch.rand_like(parameter)
+    step = optimizer(chosen).step
+    step()  # makes the states
+    marks = [bench.mark()]
+    for _ in range(_STEPS):
+        step()
+        marks.append(bench.mark())
     bench.wait()
-    count = _timed(pass_s or time.perf_counter() - began)
-    if not pass_s or count > 1:
-        rounds = [run() for _ in range(count)]
-        bench.wait()
-    return [[max(0.0, _seconds(*pair)) for pair in row] for row in rounds]
+    return statistics.median(map(bench.seconds, marks, marks[1:])) / total
 
 
-def _callable(bench: _Bench, layer: Layer, module: nn.Module, size: int) -> _Call:
-    """Return the layer ready to run. One with batch norm may be unable to take one sample of one position."""
-    set_keys(module, Keys(0, 0, torch.arange(size, device=bench.device)))
-    if size > 1 or not layer.batch_norm:
-        return module
-    doubled = False
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        nonlocal doubled
-        if not doubled:
-            try:
-                return module(x)  # type: ignore[no-any-return]
-            except ValueError:  # There are no statistics of one value; two samples take about as long.
-                doubled = True
-                set_keys(module, Keys(0, 0, torch.arange(2, device=bench.device)))
-        return module(torch.cat([x, x]))[:1]  # type: ignore[no-any-return]
-
-    return run
-
-
-def _pass(bench: _Bench, layers: Sequence[_Call], x: torch.Tensor) -> list[tuple[_Mark, _Mark]]:
-    """Begin and end of forward and backward of each layer, run as in a stage: in one graph with one backward.
-
-    A hook on each layer's input marks when its gradient is complete; the layer's backward is over by then, as
-    autograd runs first what the forward made last. So the time to enter autograd, which a stage does once, is no
-    layer's. A layer that changes a view in place loses the hook, and counts the layer before as its own.
-    """
-    forward, reached = list[tuple[_Mark, _Mark]](), dict[int, _Mark]()
-
-    def watch(index: int, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad:
-            x.register_hook(lambda _: reached.update({index: bench.mark()}))  # type: ignore[no-untyped-call]
-        return x
-
-    for i, layer in enumerate(layers):
-        watch(i, x)
-        begin = bench.mark()
-        x = layer(x)
-        forward.append((begin, bench.mark()))
-    if watch(len(layers), x).requires_grad:
-        torch.autograd.backward([x], [torch.rand_like(x)])
-    ends = [bench.mark()]
-    for i in range(len(layers) + 1):
-        ends.append(reached.get(i, ends[-1]))
-    backward = [(begin, end) for end, begin in itertools.pairwise(ends[1:])]
-    return list(itertools.chain(*zip(forward, backward, strict=True)))
-
-
-def _seconds(begin: _Mark, end: _Mark) -> float:
-    if isinstance(begin, torch.cuda.Event):
-        return float(begin.elapsed_time(end)) / 1e3  # type: ignore[arg-type]
-    return end - begin  # type: ignore[operator]
-
-
-def _input(bench: _Bench, strand: _Strand, size: int) -> torch.Tensor:
-    """Random input (size, *in_shape), no leaf, as a layer may work in place; any vocabulary has ids below 2."""
-    shape = (size, *strand.layers[0].in_shape)
-    if strand.integers:
-        return torch.randint(0, 2, shape, device=bench.device)
-    x = torch.rand(shape, device=bench.device, dtype=bench.dtype)
-    return x if strand.first else x.requires_grad_().clone()
-
-
-def _time_update(bench: _Bench) -> float:
-    """Seconds per byte of parameters of an SGD step with momentum."""
-    values = torch.rand(8, _UPDATE_BYTES // bench.dtype.itemsize // 8, device=bench.device, dtype=bench.dtype)
-    parameters = [nn.Parameter(row) for row in values]
-    for parameter in parameters:
-        parameter.grad = torch.rand_like(parameter)
-    return bench.median_s(torch.optim.SGD(parameters, lr=1e-3, momentum=0.9).step) / _UPDATE_BYTES
-
-
-def _time_loss(bench: _Bench, classes: int = 1) -> float:
+def _time_loss(bench: Bench, classes: int = 1) -> float:
     """Seconds per logit of a summed softmax cross-entropy with its gradient."""
     samples = max(1, _LOSS_ELEMENTS // classes)
     logits = torch.rand(samples, classes, device=bench.device, dtype=bench.dtype, requires_grad=True)

@@ -1,36 +1,64 @@
-"""The profile record: seconds per layer, pass, micro-batch size and share of features."""
+"""The profile record: seconds and bytes per layer, pass, micro-batch size and share of features."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hybridpar.errors import ProfileError
 from hybridpar.model.chain import Chain
-from hybridpar.schema import read_json, to_data
+from hybridpar.schema import from_data, read_json, to_data
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+Table = tuple[tuple[float, ...], ...]
+"""``table[i][j]`` belongs to fraction i and micro-batch size j of the profile. A row may end early: what it lacks
+is continued along its last segment. One row where a layer is profiled whole only; none where nothing is known."""
+Pass = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Times of one layer: ``forward_s[i][j]`` belongs to fraction i and micro-batch size j of the profile.
+    """Figures of one layer. ``docs/profiles.md`` defines every field for those who write profiles themselves.
 
-    Only linear layers are profiled at fractions below 1; for all others the outer tuples have one entry.
-    ``backward_s`` includes the gradient of the layer's input, except for the model's first layer.
+    ``backward_s`` includes the gradient of the layer's input, except for the model's first layer, and adding the
+    parameters' gradients to those of an earlier micro-batch.
     """
 
     name: str
-    forward_s: tuple[tuple[float, ...], ...]
-    backward_s: tuple[tuple[float, ...], ...]
+    forward_s: Table
+    backward_s: Table
+    forward_spread: Table = ()
+    """Interquartile range of the timed passes as a share of their median."""
+    backward_spread: Table = ()
+    accumulate_s: float = 0.0
+    """Of ``backward_s``: adding to gradients that are there. A micro-batch that finds none does not pay it."""
+    saved_bytes: Table = ()
+    """Kept for the backward, apart from input, output and parameters."""
+    forward_workspace_bytes: Table = ()
+    """Peak of the forward above what is there when it ends."""
+    backward_workspace_bytes: Table = ()
+    """Peak of the backward above what is there when it begins and the input's gradient; includes the parameters'
+    gradients before they are added."""
+    rank_spread: float = 0.0
+    """Greatest minus least rank's time as a share of the median rank's: the median over the layer's figures."""
+    by_rows: LayerProfile | None = None
+    """The same tables where fractions are shares of a linear layer's input features; None: as by columns."""
+
+    def tables(self) -> dict[str, Table]:
+        """Return all tables by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, tuple)}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Times of every layer of one chain on one device."""
+    """Figures of every layer of one chain on one device."""
 
     chain: str
     """Fingerprint of the chain."""
@@ -40,35 +68,75 @@ class Profile:
     micro_batches: tuple[int, ...]
     """Ascending."""
     fractions: tuple[float, ...]
-    """Descending from 1.0: shares of a linear layer's output features that were timed."""
+    """Descending from 1.0: shares of a linear layer's output features (columns), and of its input features
+    (``by_rows``), that were profiled."""
     layers: tuple[LayerProfile, ...]
     update_s_per_byte: float
     """Optimizer step, seconds per byte of parameters."""
     loss_s_per_element: float
     """Softmax cross-entropy with its gradient, seconds per logit."""
+    zero_s_per_byte: float = 0.0
+    """Setting gradients to zero at the begin of a step, seconds per byte; 0 where unknown."""
+    optimizer: str | None = None
+    """What ``update_s_per_byte`` is for; None: SGD with momentum."""
+    loader_samples_per_s: float | None = None
+    """Training samples of ``data`` that one core reads in a second; None: unknown."""
+    data: str | None = None
+    """The data set behind ``loader_samples_per_s``."""
+    memory_source: Literal["cuda allocator", "resident high-water mark"] | None = None
+    """What the workspace bytes were read from."""
+    device_kind: Literal["cpu", "cuda"] | None = None
+    quota: float = 1.0
+    """Share of a core that a rank may use; times on a CPU are CPU seconds divided by it."""
+    core_share: float | None = None
+    """CPU seconds per second that a rank got while it measured; below ``quota`` the machine was busy."""
+    rank_speeds: tuple[float, ...] = ()
+    """Per rank that measured: how much faster than the median rank it was (2.0: twice as fast)."""
+    made_with: str | None = None
+    """Versions and threads."""
+    notes: tuple[str, ...] = ()
+    """Where the measurement ended early, and figures to doubt."""
     described: Chain | None = None
     """The chain itself, so that a profile alone is enough to plan."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema != SCHEMA_VERSION:
-            raise ProfileError(f"schema {self.schema} is not {SCHEMA_VERSION}; profile the model again")
-        if list(self.micro_batches) != sorted(set(self.micro_batches)) or not self.micro_batches:
-            raise ProfileError(f"micro_batches: {self.micro_batches} is not ascending")
+        _check_schema(self.schema)
+        if list(self.micro_batches) != sorted(set(self.micro_batches)) or min(self.micro_batches, default=0) < 1:
+            raise ProfileError(f"micro_batches: {self.micro_batches} is not ascending from at least 1")
         if (
             not self.fractions
             or self.fractions[0] != 1.0
+            or self.fractions[-1] <= 0
             or list(self.fractions) != sorted(set(self.fractions), reverse=True)
         ):
-            raise ProfileError(f"fractions: {self.fractions} does not descend from 1.0")
+            raise ProfileError(f"fractions: {self.fractions} does not descend from 1.0 to above 0")
         if self.described is not None and self.described.fingerprint != self.chain:
             raise ProfileError(f"described: chain {self.described.fingerprint} is not the profile's {self.chain}")
+        if self.described is not None and len(self.described.layers) != len(self.layers):
+            raise ProfileError(f"layers: {len(self.layers)}, but the chain has {len(self.described.layers)}")
+        for name in ("update_s_per_byte", "loss_s_per_element", "zero_s_per_byte", "loader_samples_per_s"):
+            _check_figures(name, [getattr(self, name) or 0.0])
+        if not 0 < self.quota <= 1:
+            raise ProfileError(f"quota: {self.quota} is not above 0 and at most 1")
         for layer in self.layers:
-            for field, table in (("forward_s", layer.forward_s), ("backward_s", layer.backward_s)):
-                if len(table) not in {1, len(self.fractions)} or any(
-                    len(row) != len(self.micro_batches) for row in table
-                ):
-                    raise ProfileError(f"layer {layer.name}: {field} does not fit fractions x micro_batches")
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: LayerProfile) -> None:
+        where = f"layer {layer.name}"
+        _check_figures(f"{where}: accumulate_s", [layer.accumulate_s])
+        for name, table in layer.tables().items():
+            required = name in {"forward_s", "backward_s"}
+            counts = {1, len(self.fractions)} | (set() if required else {0})
+            if len(table) not in counts or any(not 1 <= len(row) <= len(self.micro_batches) for row in table):
+                raise ProfileError(
+                    f"{where}: {name} does not fit fractions x micro_batches "
+                    f"({len(self.fractions)} x {len(self.micro_batches)}); rows may only end early"
+                )
+            for row in table:
+                _check_figures(f"{where}: {name}", row)
+        if layer.by_rows is not None:
+            self._check_layer(layer.by_rows)
 
     def check(self, chain: Chain) -> None:
         """Raise ProfileError unless the profile was made for ``chain``."""
@@ -78,37 +146,88 @@ class Profile:
                 "profile this model, or use profile=analytic"
             )
 
-    def forward_time(self, layer: int, samples: int, fraction: float = 1.0) -> float:
-        """Seconds of the forward of ``layer`` for a micro-batch, on ``fraction`` of its features."""
-        return self._time(self.layers[layer].forward_s, samples, fraction)
+    def forward_time(self, layer: int, samples: int, fraction: float = 1.0, *, rows: bool = False) -> float:
+        """Seconds of the forward of ``layer`` for a micro-batch, on ``fraction`` of its features.
 
-    def backward_time(self, layer: int, samples: int, fraction: float = 1.0) -> float:
-        """Seconds of the backward of ``layer`` for a micro-batch, on ``fraction`` of its features."""
-        return self._time(self.layers[layer].backward_s, samples, fraction)
+        Of a linear layer these are its output features, or its input features where ``rows`` is set.
+        """
+        return self._at(self._entry(layer, rows).forward_s, samples, fraction)
 
-    def _time(self, table: tuple[tuple[float, ...], ...], samples: int, fraction: float) -> float:
-        if samples == 0:
+    def backward_time(self, layer: int, samples: int, fraction: float = 1.0, *, rows: bool = False) -> float:
+        """Seconds of the backward of ``layer`` for a micro-batch that adds to gradients; else as the forward."""
+        return self._at(self._entry(layer, rows).backward_s, samples, fraction)
+
+    def accumulate_time(self, layer: int, fraction: float = 1.0) -> float:
+        """Seconds within ``backward_time`` that a micro-batch without gradients to add to does not pay."""
+        return self.layers[layer].accumulate_s * fraction
+
+    def saved_bytes(self, layer: int, samples: int, fraction: float = 1.0, *, rows: bool = False) -> float:
+        """Bytes that the forward keeps, apart from input, output and parameters; 0 where unknown."""
+        return self._at(self._entry(layer, rows).saved_bytes, samples, fraction)
+
+    def workspace_bytes(
+        self, layer: int, samples: int, fraction: float = 1.0, *, rows: bool = False, kind: Pass | None = None
+    ) -> float:
+        """Bytes that a pass needs while it runs and gives back; of the greater one without ``kind``.
+
+        Beyond inputs, outputs, what is saved, and their gradients. A backward's include one gradient of the
+        parameters; the micro-batch that finds no gradient to add to keeps that one. 0 where unknown.
+        """
+        entry = self._entry(layer, rows)
+        tables = {"forward": entry.forward_workspace_bytes, "backward": entry.backward_workspace_bytes}
+        chosen = tables.values() if kind is None else [tables[kind]]
+        return max(self._at(table, samples, fraction) for table in chosen)
+
+    def _entry(self, layer: int, rows: bool) -> LayerProfile:
+        entry = self.layers[layer]
+        return entry.by_rows if rows and entry.by_rows is not None else entry
+
+    def _at(self, table: Table, samples: int, fraction: float) -> float:
+        if samples == 0 or not table:
             return 0.0
         if fraction == 1.0:
-            return interpolate(self.micro_batches, table[0], samples)
+            return self._in_row(table[0], samples)
         if len(table) == 1:
-            return interpolate(self.micro_batches, table[0], samples * fraction)
+            return self._in_row(table[0], samples * fraction)
         ascending = self.fractions[::-1]
-        times = tuple(interpolate(self.micro_batches, row, samples) for row in table[::-1])
-        return interpolate(ascending, times, fraction)
+        values = tuple(self._in_row(row, samples) for row in table[::-1])
+        return interpolate(ascending, values, fraction)
+
+    def _in_row(self, row: tuple[float, ...], samples: float) -> float:
+        return interpolate(self.micro_batches[: len(row)], row, samples)
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON."""
         path.write_text(self.to_json() + "\n")
 
     def to_json(self) -> str:
-        """Return the profile as JSON text."""
-        return json.dumps(to_data(self), indent=1)
+        """Return the profile as JSON text, with the rows of the tables on one line each."""
+        text = json.dumps(to_data(self), indent=1)
+        return re.sub(r"\[\n[^\[\]{}]*?\n\s*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)
 
     @staticmethod
     def load(path: Path) -> Profile:
-        """Read a profile from JSON; raises ProfileError naming the field."""
-        return read_json(Profile, path, ProfileError)
+        """Read a profile from JSON; raises ProfileError naming the file and the field."""
+        data = read_json(dict[str, Any], path, ProfileError)
+        try:
+            _check_schema(data.get("schema"))
+        except ProfileError as e:
+            raise ProfileError(f"{path.name}: {e}") from e
+        return from_data(Profile, data, path.name, ProfileError)
+
+
+def _check_schema(found: object) -> None:
+    if found != SCHEMA_VERSION:
+        raise ProfileError(
+            f"schema: {found} is not {SCHEMA_VERSION}; measure the profile again with `hybridpar profile`, or "
+            "convert it as docs/profiles.md says"
+        )
+
+
+def _check_figures(name: str, values: Iterable[float]) -> None:
+    for value in values:
+        if not (math.isfinite(value) and value >= 0):
+            raise ProfileError(f"{name}: {value} is not a number from 0 up")
 
 
 def interpolate(xs: tuple[float, ...] | tuple[int, ...], ys: tuple[float, ...], x: float) -> float:
