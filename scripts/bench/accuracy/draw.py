@@ -162,7 +162,18 @@ class Drawing:
             stages.append(self._stage(kind, segments))
             at += len(ranks)
         order = self.dice.choice(ORDERS)
-        return replace(self.chosen, stages=tuple(stages), order=order, prediction=None)
+        known = self.chosen
+        return Plan(
+            known.model,
+            known.chain,
+            known.world,
+            known.global_batch,
+            known.precision,
+            tuple(stages),
+            order,
+            known.bucket_bytes,
+            known.recipe,
+        )
 
     def _stage(self, kind: Kind, segments: tuple[Segment, ...]) -> Stage:
         sharded = kind == "tail" and len(segments[0].ranks) > 1
