@@ -79,7 +79,7 @@ class Scene:
     length_s: float
     """From the step's first computation to its end on all ranks."""
     previous_end_s: float
-    """When the step before ends on the last rank; ranks compute for it until then."""
+    """When the step before, for which ranks compute until then, ends on the last; 0 if too early to be seen."""
     window_s: float
     """Time below which cells are summed up."""
 
@@ -120,7 +120,8 @@ def timeline_scene(program: Program, timeline: Timeline, cluster: Cluster) -> Sc
             *_notes(program, shown, left_out),
             f"below {duration(window)}, computations are summed up and gaps in communication are closed",
         )
-        scene = Scene(title(program, cluster, timeline.period_s), notes, rows, length, max(previous, 0.0), window)
+        visible = previous if previous > LEAST_WINDOW * length else 0.0
+        scene = Scene(title(program, cluster, timeline.period_s), notes, rows, length, visible, window)
         if scene.cells <= MOST_CELLS:
             return scene
         window *= 1.5

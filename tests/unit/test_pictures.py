@@ -147,6 +147,15 @@ def test_time_starts_with_the_first_computation() -> None:
     assert max(ends) <= scene.length_s * (1 + 1e-9)
 
 
+def test_the_end_of_the_step_before_is_marked_where_it_can_be_seen() -> None:
+    program, timeline, cluster = planned()
+    begin, end = min(s.start_s for s in timeline.spans), timeline.ends_s[-1]
+    for before, marked in ((0.5, 0.5), (1e-6, 0.0), (-0.1, 0.0)):
+        moved = replace(timeline, ends_s=[begin + before * (end - begin), end])
+        scene = timeline_scene(program, moved, cluster)
+        assert scene.previous_end_s == pytest.approx(marked * (end - begin))
+
+
 def test_the_title_is_the_plan_in_a_line() -> None:
     program, timeline, cluster = planned()
     title = timeline_scene(program, timeline, cluster).title
