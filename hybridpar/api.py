@@ -22,6 +22,7 @@ from torch import nn
 from hybridpar.cluster.describe import local
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.deferred import Source, ready
+from hybridpar.model.named import Naming
 from hybridpar.model.trace import Traced, trace
 from hybridpar.planning.plan import Kind, Plan, Precision, Recipe, validate_recipe
 from hybridpar.planning.request import Pin, Request, Shape
@@ -54,6 +55,8 @@ def plan(
     precision: Precision = "float32",
     recipe: Recipe | None = None,
     pins: Mapping[Kind, Pin] | None = None,
+    input_dtype: Literal["float", "int"] = "float",
+    layers: Naming | None = None,
 ) -> Plan:
     """Plan the training of a model; under torchrun rank 0 plans and all ranks get its plan.
 
@@ -67,6 +70,9 @@ def plan(
         precision: of parameters and computation.
         recipe: clipping, optimizer sharding and optimizer states per parameter.
         pins: fields of stages that are fixed, as ``{"tail": Pin(micro_batch=64)}``.
+        input_dtype: ``int`` for token ids.
+        layers: names the model's layers, where tracing cannot find them: a function of the model that gives a list
+            of (name, module) that run one after the other. A method ``hybridpar_layers`` of the model does too.
 
     Raises:
         ModelError: the model cannot be traced.
@@ -74,7 +80,7 @@ def plan(
         LaunchError: the plan is for another number of ranks than the job has.
 
     """
-    traced, place = _traced(model, tuple(in_shape)), process()
+    traced, place = _traced(model, tuple(in_shape), input_dtype, layers), process()
     validate_recipe(recipe or Recipe(), precision)
     request = Request(global_batch, shape, precision, recipe or Recipe(), dict(pins or {}))
 
@@ -93,6 +99,8 @@ def wrap(
     *,
     source: Source | None = None,
     in_shape: Sequence[int] | None = None,
+    input_dtype: Literal["float", "int"] = "float",
+    layers: Naming | None = None,
     seed: int = 0,
     max_norm: float | None = None,
     rate: Callable[[int], float] | None = None,
@@ -106,6 +114,8 @@ def wrap(
         source: where the initial weights come from; default: the model itself. ``deferred.defer(builder)`` makes
             them on their owners only, for models that no single rank could hold.
         in_shape: of one input sample, where the model was not planned in this process.
+        input_dtype: as for :func:`plan`, where the model was not planned in this process.
+        layers: likewise.
         seed: of dropout.
         max_norm: clips the gradients by their global norm; the plan's recipe must say so.
         rate: learning rate by step; default: the optimizer's own.
@@ -113,7 +123,7 @@ def wrap(
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
     """
     place = process()
-    traced = _traced(model, None if in_shape is None else tuple(in_shape))
+    traced = _traced(model, None if in_shape is None else tuple(in_shape), input_dtype, layers)
     return Job(
         plan,
         traced,
@@ -132,13 +142,15 @@ def wrap(
 _known: dict[int, tuple[nn.Module, Traced]] = {}
 
 
-def _traced(model: nn.Module, in_shape: tuple[int, ...] | None) -> Traced:
-    """Trace a model once; later calls for it may leave out the shape."""
+def _traced(
+    model: nn.Module, in_shape: tuple[int, ...] | None, input_dtype: Literal["float", "int"], layers: Naming | None
+) -> Traced:
+    """Trace a model once; later calls for it may leave out the shape and what else they know of it."""
     if id(model) in _known and in_shape in {None, _known[id(model)][1].chain.in_shape}:
         return _known[id(model)][1]
     if in_shape is None:
         raise TypeError("wrap() needs in_shape for a model that was not planned in this process")
-    _known[id(model)] = model, trace(model, in_shape, type(model).__name__)
+    _known[id(model)] = model, trace(model, in_shape, type(model).__name__, input_dtype, layers)
     return _known[id(model)][1]
 
 

@@ -53,7 +53,7 @@ def load_model(config: Config) -> tuple[Traced, Source]:
 
     model = config.model
     source = defer(build(model.builder, model.options, classes=model.classes, in_shape=model.in_shape))
-    return trace(source.module, model.in_shape, model.name), source
+    return trace(source.module, model.in_shape, model.name, model.input_dtype), source
 
 
 @dataclass

@@ -50,6 +50,8 @@ class ModelConfig:
     classes: int
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the builder."""
+    input_dtype: Literal["float", "int"] = "float"
+    """``int`` for token ids."""
 
     def __post_init__(self) -> None:
         fits = bool(self.in_shape) and min(self.in_shape) >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,3 +49,23 @@ def _blank_tensor(tensor: torch.Tensor, device: str) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty
+
+
+def randomized(module: nn.Module, seed: int) -> nn.Module:
+    """Copy the module tree to the CPU with random numbers, that keep a value's magnitude, in its floating tensors.
+
+    Other tensors, which are indices and masks, keep their values where they have any and are zeros else. Leaves
+    torch's generators as they were.
+    """
+    copied = blank(module, "cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for old, new in zip(tensors(module), tensors(copied), strict=True):
+            if not new.is_floating_point():
+                if not old.is_meta:
+                    new.copy_(old)
+            elif new.ndim > 1:
+                new.normal_(0.0, 1 / math.sqrt(max(1, new[0].numel())))
+            else:
+                new.uniform_(0.5, 1.5)
+    return copied

@@ -24,6 +24,9 @@ META_FAILURES = (RuntimeError, NotImplementedError, TypeError)
 """What code that reads values raises on the meta device."""
 
 
+_BATCH_NORM = torch.ops.aten.native_batch_norm.default
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What one layer needs; see the fields of the same name in ``chain.Layer``."""
@@ -64,7 +67,7 @@ class _Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
-        out = func(*args, **(kwargs or {}))
+        out = _batch_norm(*args) if func is _BATCH_NORM and args[0].is_meta else func(*args, **(kwargs or {}))
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
@@ -91,13 +94,14 @@ def measure(
     """
 
     def attempt(device: str) -> list[_Run]:
-        copy = blank(module, device).train()
+        copy = runnable(module, device)
         runs = []
         with torch.random.fork_rng(devices=[]), torch.device(device), torch.enable_grad():
             for samples in BATCHES:
                 set_keys(copy, Keys(0, 0, torch.arange(samples)))
                 x = torch.zeros(samples, *in_shape, dtype=in_dtype, requires_grad=requires_grad)
                 runs.append(_run(copy, x, training_dtype))
+        set_keys(copy, None)
         return runs
 
     first, second = _on_any_device(attempt, name)
@@ -117,7 +121,7 @@ def measure(
     if min(saved.elements_per_sample, saved.bytes_per_sample, saved.elements, saved.bytes) < 0:
         raise ModelError(
             f"layer {name} keeps {first.elements} and {second.elements} elements for {small} and {large} samples, "
-            "which is not a constant plus an amount per sample; keep computations between samples out of the model"
+            f"which is not a constant plus an amount per sample, so it mixes samples; {remedy(module)}"
         )
     return Footprint(
         out_shape=tuple(first.out.shape[1:]),
@@ -131,8 +135,24 @@ def measure(
     )
 
 
-def set_keys(module: nn.Module, keys: Keys) -> None:
-    """Give ``keys`` to every keyed dropout in ``module``, for its next forward."""
+def remedy(part: nn.Module) -> str:
+    """Say what keeps the samples of a layer apart."""
+    for name, module in part.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            path = f" {name}" if name else ""
+            return f"its {type(module).__name__}{path} takes samples in dim 1; make it with batch_first=True"
+    return "keep dim 0 for the samples in every view, transpose and reduction (nn.BatchNorm may reduce over it)"
+
+
+def runnable(module: nn.Module, device: str) -> nn.Module:
+    """Give a module in training mode that runs on ``device``: a copy with zeros, unless nothing has values."""
+    if device == "meta" and all(t.is_meta for t in tensors(module)):
+        return module.train()
+    return blank(module, device).train()
+
+
+def set_keys(module: nn.Module, keys: Keys | None) -> None:
+    """Give ``keys``, or none, to every keyed dropout in ``module``, for its next forward."""
     for part in module.modules():
         if isinstance(part, KeyedDropout):
             part.keys = keys
@@ -174,6 +194,12 @@ def _run(module: nn.Module, x: torch.Tensor, training_dtype: torch.dtype) -> _Ru
         saves_output=storage_id(out) in kept,
         aliases_input=storage_id(out) == storage_id(x),
     )
+
+
+def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give output, mean and inverse deviation of a batch norm in training, which torch takes long over on meta."""
+    del rest
+    return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
 def storage_id(tensor: torch.Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import fx, nn
 
 from hybridpar.errors import ModelError
 from hybridpar.model.copies import share
-from hybridpar.model.keyed import KeyedDropout
+from hybridpar.model.expand import expansion
+from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
 
 
 class _Tracer(fx.Tracer):
@@ -28,12 +30,17 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a call of ``m`` stays one node."""
-        return module_qualified_name in self._opaque or super().is_leaf_module(m, module_qualified_name)
+        if module_qualified_name in self._opaque:
+            return True
+        return expansion(m) is None and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace one call and note where it fails."""
+        expanded = expansion(m)
+        if expanded is not None and self.path_of_module(m) not in self._opaque:
+            forward = functools.partial(expanded, m)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -42,19 +49,20 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def capture(module: nn.Module, name: str) -> fx.GraphModule:
+def capture(module: nn.Module, name: str, first_dropout: int = 0) -> fx.GraphModule:
     """Trace ``module`` in training mode into a graph whose values are all out of place.
 
-    The result holds the very tensors of ``module``, which itself is not changed. Dropout is replaced by
-    KeyedDropout, numbered in the order of the calls. A submodule that fx cannot trace stays one node. Control flow
-    over ``self.training`` in the model's own code is fixed as in training. Raises ModelError.
+    The result holds the very tensors of ``module``, which itself is not changed. Dropout and stochastic depth are
+    replaced by keyed ones, numbered in the order of the calls from ``first_dropout`` on. A submodule that fx
+    cannot trace stays one node. Control flow over ``self.training`` in the model's own code is fixed as in
+    training. Raises ModelError.
     """
     root = share(module).train()
     graph = _trace(root, name)
     captured = fx.GraphModule(root, graph)
     for node in list(graph.nodes):
         _to_out_of_place(captured, node)
-    _key_dropout(captured)
+    _key_dropout(captured, first_dropout)
     for part in captured.modules():
         if getattr(part, "inplace", False) is True:
             vars(part)["inplace"] = False
@@ -98,8 +106,8 @@ def _trace(root: nn.Module, name: str) -> fx.Graph:
                 where = f"{name} ({type(root).__name__}.forward)"
                 raise ModelError(
                     f"cannot trace {where}: {type(e).__name__}: {e}; move the control flow that depends on a "
-                    "tensor's values into a submodule of its own, wrap the function with torch.fx.wrap, or write "
-                    "the model as nn.Sequential"
+                    "tensor's values into a submodule of its own, wrap the function with torch.fx.wrap, write the "
+                    "model as nn.Sequential, or name its layers in a method hybridpar_layers (docs/models.md)"
                 ) from e
             opaque |= set(_alike(root, tracer.failed))
 
@@ -149,22 +157,22 @@ def _drop_in_place(captured: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _key_dropout(captured: fx.GraphModule) -> None:
-    """Put a KeyedDropout of its own in the place of every dropout call, also inside modules that stay one node."""
-    count = 0
+def _key_dropout(captured: fx.GraphModule, count: int) -> None:
+    """Put a keyed module of its own in the place of every dropout call, also inside modules that stay one node."""
     for node in list(captured.graph.nodes):
         found = _dropout_of(captured, node)
         if found is not None:
-            p, operand = found
+            kind, p, operand = found
             path = _free_path(captured, node, count)
-            captured.add_submodule(path, KeyedDropout(p, count))
+            captured.add_submodule(path, kind(p, count))
             node.op, node.target, node.args, node.kwargs = "call_module", path, (operand,), {}
             count += 1
             continue
         part = module_of(captured, node)
         for path, child in list(part.named_modules()) if part is not None else ():
-            if type(child) is nn.Dropout and part is not None:
-                part.set_submodule(path, KeyedDropout(child.p, count))
+            inner = _keyed_kind(child)
+            if inner is not None and part is not None and path:
+                part.set_submodule(path, inner(child.p, count))
                 count += 1
 
 
@@ -176,15 +184,45 @@ def _free_path(captured: fx.GraphModule, node: fx.Node, count: int) -> str:
     return path if free else f"{path}_call{count}"
 
 
-def _dropout_of(captured: fx.GraphModule, node: fx.Node) -> tuple[float, Any] | None:
-    """Give the probability and the operand, where ``node`` is a dropout that acts in training."""
-    part = module_of(captured, node)
+def _dropout_of(captured: fx.GraphModule, node: fx.Node) -> tuple[type[KeyedDropout], float, Any] | None:
+    """Give what replaces ``node``, the probability and the operand, where it is dropout that acts in training."""
+    part: Any = module_of(captured, node)
     if part is not None:
-        return (part.p, (*node.args, *node.kwargs.values())[0]) if type(part) is nn.Dropout else None
-    if node.op != "call_function" or node.target not in {F.dropout, torch.dropout}:
+        kind = _keyed_kind(part)
+        return None if kind is None else (kind, part.p, (*node.args, *node.kwargs.values())[0])
+    if node.op != "call_function" or not (node.target in {F.dropout, torch.dropout} or _is_depth(node.target)):
         return None
-    names = ("input", "p", "training" if node.target is F.dropout else "train", "inplace")
-    values = {"p": 0.5, names[2]: True, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if values[names[2]] is not True or not isinstance(values["p"], int | float):
+    if _is_depth(node.target):
+        kind, names = KeyedStochasticDepth, ("input", "p", "mode", "training")
+    else:
+        kind = KeyedDropout
+        names = ("input", "p", "train" if node.target is torch.dropout else "training", "inplace")
+    values: dict[str, Any] = {
+        "p": 0.5,
+        "train": True,
+        "training": True,
+        **dict(zip(names, node.args, strict=False)),
+        **node.kwargs,
+    }
+    acts = values["training"] is True and values["train"] is True and values.get("mode", "row") == "row"
+    if not acts or not isinstance(values["p"], int | float):
         return None
-    return float(values["p"]), values["input"]
+    return kind, float(values["p"]), values["input"]
+
+
+def _keyed_kind(part: Any) -> type[KeyedDropout] | None:
+    """Give the keyed module that takes the place of a module; a draw for the whole batch has none."""
+    if type(part) is nn.Dropout:
+        return KeyedDropout
+    if type(part).__name__ == "StochasticDepth" and _is_torchvision(type(part)) and part.mode == "row":
+        return KeyedStochasticDepth
+    return None
+
+
+def _is_depth(target: Any) -> bool:
+    return getattr(target, "__name__", "") == "stochastic_depth" and _is_torchvision(target)
+
+
+def _is_torchvision(thing: Any) -> bool:
+    # By name: a model that has it has imported torchvision, and others need not wait for that.
+    return str(getattr(thing, "__module__", "")).startswith("torchvision.ops")

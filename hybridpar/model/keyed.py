@@ -52,8 +52,16 @@ class KeyedDropout(nn.Module):
 
         Raises ModelError where keys are missing or do not fit the samples.
         """
-        if not self.training or self.p == 0.0:
+        keys = self._usable_keys(x)
+        if keys is None:
             return x
+        kept = keep_mask(keys, self.layer, self.p, tuple(x.shape[1:]), self.feature_offset)
+        return _masked(x, kept, self.p)
+
+    def _usable_keys(self, x: torch.Tensor) -> Keys | None:
+        """Give the keys, or None where nothing is to be dropped."""
+        if not self.training or self.p == 0.0:
+            return None
         if self.keys is None:
             raise ModelError(
                 f"dropout {self.layer} has no keys; set its `keys` to Keys(seed, step, sample_ids) first"
@@ -63,14 +71,31 @@ class KeyedDropout(nn.Module):
                 f"dropout {self.layer} got {x.shape[0]} samples but keys for {tuple(self.keys.sample_ids.shape)}; "
                 "give one sample id per sample"
             )
-        kept = keep_mask(self.keys, self.layer, self.p, tuple(x.shape[1:]), self.feature_offset)
-        scale = 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
-        dropped: torch.Tensor = _Mask.apply(x, kept, scale)
-        return dropped
+        return self.keys
 
     def extra_repr(self) -> str:
         """Show the probability and the layer."""
         return f"p={self.p}, layer={self.layer}"
+
+
+class KeyedStochasticDepth(KeyedDropout):
+    """Drops whole samples of a residual branch (Huang et al., ECCV 2016), keyed as dropout is.
+
+    A slice of features meets the same mask as the whole.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop samples of ``x`` (samples, ...); saves one byte per sample for the backward. Raises ModelError."""
+        keys = self._usable_keys(x)
+        if keys is None:
+            return x
+        kept = keep_mask(keys, self.layer, self.p, (1,) * (x.ndim - 1))
+        return _masked(x, kept, self.p)
+
+
+def _masked(x: torch.Tensor, kept: torch.Tensor, p: float) -> torch.Tensor:
+    dropped: torch.Tensor = _Mask.apply(x, kept, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    return dropped
 
 
 def keep_mask(keys: Keys, layer: int, p: float, shape: tuple[int, ...], feature_offset: int = 0) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
@@ -31,6 +31,15 @@ _EMPTY = {
 }
 _FILLS = {aten.zero_, aten.fill_, aten.normal_, aten.uniform_, aten.copy_, aten.random_, aten.exponential_}
 _IS_META = vars(torch._C.TensorBase)["is_meta"].__get__  # noqa: SLF001 - not a public class yet
+_READS = {
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+    torch.Tensor.__format__,
+}
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 _INITS: dict[CodeType, Callable[..., Any]] = {
     f.__code__: f for f in vars(nn.init).values() if inspect.isfunction(f)
@@ -154,6 +163,13 @@ class Tape:
             whole = made.numel() * made.element_size() == slots[view.slot].nbytes()
             return made if whole else made.clone()
 
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make the values that ``tensor`` has now, where no seed can change them. Raises NotReplayableError."""
+        view = self.view(tensor)
+        if any(self._entries[index].random for index in self._needed(view.slot)):
+            raise NotReplayableError
+        return self.replay(view, 0)
+
     def _append(self, entry: _Entry, touched: frozenset[int]) -> None:
         for slot in touched:
             self._touching.setdefault(slot, []).append(len(self._entries))
@@ -235,6 +251,8 @@ class CallRecorder(TorchFunctionMode):
 
     Some functions of ``torch.nn.init`` depend on the values that they draw (rejection sampling) and return at once
     where ``tensor.is_meta``. That question is where their whole call is noted, however the builder imported them.
+
+    A builder that reads a value (of ``torch.linspace``, say) gets it, unless it depends on the seed.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -255,7 +273,17 @@ class CallRecorder(TorchFunctionMode):
                 function = _INITS[caller.f_code]
                 parameters = inspect.signature(function).parameters
                 self._tape.add_init(function, {name: caller.f_locals[name] for name in parameters})
+        if func in _READS and args[0].is_meta:
+            return func(self._constant(args[0]), *args[1:], **kwargs)
         return func(*args, **kwargs)
+
+    def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give the values that a builder asks for; the same tensor where they depend on the seed."""
+        with _disable_current_modes():
+            try:
+                return self._tape.constant(tensor.detach())
+            except NotReplayableError:
+                return tensor
 
     def _literal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = kwargs.get("device")

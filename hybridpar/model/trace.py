@@ -15,27 +15,18 @@ from torch import fx, nn
 
 from hybridpar.errors import ModelError
 from hybridpar.model.chain import Chain, Layer, Linear, Parameter
-from hybridpar.model.copies import blank, named_tensors
-from hybridpar.model.footprint import BATCHES, META_FAILURES, Footprint, measure, set_keys
+from hybridpar.model.copies import named_tensors
+from hybridpar.model.cut import ELEMENTWISE, cut
+from hybridpar.model.footprint import Footprint, measure
 from hybridpar.model.graph import capture, input_node, module_of
-from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
+from hybridpar.model.named import Named, Naming, compare, named_layers
+from hybridpar.model.samples import check_samples
 
-_ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.GELU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.Hardswish,
-    nn.Identity,
-    KeyedDropout,
-)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _ELEMENTWISE_FUNCTIONS = {"relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "hardswish"}
 _POOL_FUNCTIONS = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+_KEYED_KINDS: dict[type[nn.Module], str] = {KeyedDropout: "Dropout", KeyedStochasticDepth: "StochasticDepth"}
 _SHAPE_READS = {"size", "getattr", "getitem"}
 
 
@@ -52,7 +43,11 @@ class Traced:
 
 
 def trace(
-    module: nn.Module, in_shape: Sequence[int], name: str, input_dtype: Literal["float", "int"] = "float"
+    module: nn.Module,
+    in_shape: Sequence[int],
+    name: str,
+    input_dtype: Literal["float", "int"] = "float",
+    layers: Naming | None = None,
 ) -> Traced:
     """Cut ``module`` into a chain of layers wherever exactly one tensor crosses, and measure each layer.
 
@@ -60,115 +55,73 @@ def trace(
     neither changed nor copied, and the layers hold the very same parameters. Dropout becomes keyed, in-place
     activations become out of place. Layers are measured in training mode.
 
+    Where ``layers`` is given, or the module has a method ``hybridpar_layers``, its layers are taken instead of
+    those found by tracing; see ``model/named.py``.
+
     Raises ModelError where the model cannot be traced, takes several inputs, gives no single tensor, or loses the
-    samples of dim 0.
+    samples of dim 0 or mixes them.
     """
-    captured = capture(module, name)
-    start = input_node(captured, name)
     floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
     dtype = floating if input_dtype == "float" else torch.int64
-    runs = _cut_nodes(captured, start, tuple(in_shape), dtype, name)
-    layer_names = _layer_names(captured, runs)
-    starts = [start, *(nodes[-1] for nodes in runs)]
-    parts = [_layer_module(captured, *given) for given in zip(runs, starts, layer_names, strict=False)]
-    names = _full_names(module, parts, layer_names)
-    layers: list[Layer] = []
+    chosen = named_layers(module, layers)
+    if chosen is None:
+        pieces = _traced_pieces(module, tuple(in_shape), dtype, name)
+    else:
+        compare(module, chosen, tuple(in_shape), dtype, name)
+        pieces = _named_pieces(chosen)
+    parts = [_layer_module(piece) for piece in pieces]
+    names = _full_names(module, parts, [piece.name for piece in pieces])
+    described: list[Layer] = []
+    checked: set[str] = set()
     differentiable = False
-    for index, (part, nodes) in enumerate(zip(parts, runs, strict=True)):
-        shape = layers[-1].out_shape if layers else tuple(in_shape)
-        in_dtype = floating if layers else dtype
-        footprint = measure(part, shape, in_dtype, differentiable, floating, layer_names[index])
+    for part, piece, full_names in zip(parts, pieces, names, strict=True):
+        shape = described[-1].out_shape if described else tuple(in_shape)
+        in_dtype = floating if described else dtype
+        footprint = measure(part, shape, in_dtype, differentiable, floating, piece.name)
         differentiable = footprint.differentiable
-        layers.append(_describe(part, nodes, layer_names[index], shape, footprint, names[index]))
-    chain = Chain(model=name, layers=tuple(layers), tied=_tied(layers), input_dtype=input_dtype)
+        described.append(_describe(part, piece.nodes, piece.name, shape, footprint, full_names))
+        check_samples(part, piece.nodes, described[-1], in_dtype, checked)
+    chain = Chain(model=name, layers=tuple(described), tied=_tied(described), input_dtype=input_dtype)
     return Traced(chain, tuple(parts), tuple(names))
 
 
-class _Shapes(fx.Interpreter):
-    """Notes shape and dtype of every node's value, and on an error the node where it came up."""
+@dataclass(frozen=True)
+class _Piece:
+    """The nodes of one layer: what they compute from the value of ``start``."""
 
-    def __init__(self, captured: fx.GraphModule) -> None:
-        super().__init__(captured)
-        self.extra_traceback = False
-        self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and note its value."""
-        try:
-            value = super().run_node(n)
-        except META_FAILURES as e:
-            e.add_note(str(n.target))
-            raise
-        if isinstance(value, torch.Tensor):
-            self.shapes[n.name] = (tuple(value.shape), value.dtype)
-        return value
+    name: str
+    captured: fx.GraphModule
+    start: fx.Node
+    nodes: list[fx.Node]
 
 
-def _run_shapes(
-    captured: fx.GraphModule, in_shape: tuple[int, ...], dtype: torch.dtype, samples: int, device: str
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    copy = blank(captured, device).train()
-    if not isinstance(copy, fx.GraphModule):
-        raise TypeError("a copy of a graph is a graph")
-    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
-        set_keys(copy, Keys(0, 0, torch.arange(samples)))
-        shapes = _Shapes(copy)
-        shapes.run(torch.zeros(samples, *in_shape, dtype=dtype))
-    return shapes.shapes
+def _traced_pieces(module: nn.Module, in_shape: tuple[int, ...], dtype: torch.dtype, name: str) -> list[_Piece]:
+    captured = capture(module, name)
+    start = input_node(captured, name)
+    runs = cut(captured, start, in_shape, dtype, name)
+    starts = [start, *(nodes[-1] for nodes in runs)]
+    return [
+        _Piece(*given)
+        for given in zip(_layer_names(captured, runs), [captured] * len(runs), starts, runs, strict=False)
+    ]
 
 
-def _sample_nodes(captured: fx.GraphModule, in_shape: tuple[int, ...], dtype: torch.dtype, name: str) -> set[str]:
-    """Names of the nodes whose value is a floating tensor with samples in dim 0, found at two batch sizes."""
-    last = Exception()
-    for device in ("meta", "cpu"):
-        try:
-            small, large = (_run_shapes(captured, in_shape, dtype, samples, device) for samples in BATCHES)
-        except META_FAILURES as e:
-            last = e
-            continue
-        return {
-            node
-            for node, (shape, kind) in small.items()
-            if kind.is_floating_point
-            and shape[:1] == BATCHES[:1]
-            and node in large
-            and large[node][0] == (BATCHES[1], *shape[1:])
-        }
-    raise ModelError(
-        f"{name} fails at {''.join(last.__notes__)} for a sample of shape {in_shape}: {last}; "
-        "set model.in_shape to what the model takes"
-    ) from last
+def _named_pieces(chosen: Named) -> list[_Piece]:
+    """Trace each layer by itself; one that cannot be traced stays a single node."""
+    pieces: list[_Piece] = []
+    dropouts = 0
+    for name, part in chosen:
+        captured = capture(nn.Sequential(part), name, dropouts)
+        dropouts += sum(isinstance(m, KeyedDropout) for m in captured.modules())
+        start = input_node(captured, name)
+        nodes = [n for n in captured.graph.nodes if n.op not in {"placeholder", "get_attr", "output"}]
+        pieces.append(_Piece(name, captured, start, nodes))
+    return pieces
 
 
-def _cut_nodes(
-    captured: fx.GraphModule, start: fx.Node, in_shape: tuple[int, ...], dtype: torch.dtype, name: str
-) -> list[list[fx.Node]]:
-    """Cut the nodes in order into runs; after each run its last node's value is the only one still needed."""
-    valid = _sample_nodes(captured, in_shape, dtype, name)
-    nodes = [n for n in captured.graph.nodes if n.op not in {"placeholder", "get_attr", "output"}]
-    output = next(n for n in captured.graph.nodes if n.op == "output")
-    result = output.args[0]
-    if not isinstance(result, fx.Node) or result.name not in valid or result is start:
-        raise ModelError(
-            f"the output of {name} is not one floating tensor with the samples in dim 0; "
-            "wrap the model so that its forward gives one such tensor in training mode (no auxiliary outputs)"
-        )
-    nodes = nodes[: nodes.index(result) + 1]
-    place = {node: i for i, node in enumerate(nodes)}
-    place[output] = len(nodes)
-    last_use = {n: max((place.get(u, -1) for u in n.users), default=-1) for n in [start, *nodes]}
-    runs: list[list[fx.Node]] = [[]]
-    live = {start}
-    for i, node in enumerate(nodes):
-        runs[-1].append(node)
-        live = {n for n in live | {node} if last_use[n] > i}
-        if live == {node} and node.name in valid and node is not result:
-            runs.append([])
-    return runs
-
-
-def _layer_module(captured: fx.GraphModule, nodes: list[fx.Node], previous: fx.Node, layer_name: str) -> nn.Module:
-    """Make the module that runs ``nodes`` on the value of ``previous``."""
+def _layer_module(piece: _Piece) -> nn.Module:
+    """Make the module that runs a piece's nodes on the value of its start."""
+    captured, nodes, previous = piece.captured, piece.nodes, piece.start
     only = module_of(captured, nodes[0]) if len(nodes) == 1 else None
     if only is not None and nodes[0].args == (previous,) and not nodes[0].kwargs:
         return only
@@ -179,7 +132,7 @@ def _layer_module(captured: fx.GraphModule, nodes: list[fx.Node], previous: fx.N
         if node not in copies:
             if node.op != "get_attr":
                 raise ModelError(
-                    f"layer {layer_name} needs {node.name} from outside of it; this is a fault of hybridpar"
+                    f"layer {piece.name} needs {node.name} from outside of it; this is a fault of hybridpar"
                 )
             copies[node] = graph.node_copy(node)
         return copies[node]
@@ -189,7 +142,7 @@ def _layer_module(captured: fx.GraphModule, nodes: list[fx.Node], previous: fx.N
             copied(needed)
         copies[node] = graph.node_copy(node, copied)
     graph.output(copies[nodes[-1]])
-    return fx.GraphModule(captured, graph, class_name=re.sub(r"\W+", "_", f"Layer_{layer_name}"))
+    return fx.GraphModule(captured, graph, class_name=re.sub(r"\W+", "_", f"Layer_{piece.name}"))
 
 
 def _layer_names(captured: fx.GraphModule, runs: list[list[fx.Node]]) -> list[str]:
@@ -289,7 +242,7 @@ def _kind(part: nn.Module, nodes: list[fx.Node]) -> str:
     if len(nodes) > 1:
         return "Block"
     if nodes[0].op == "call_module":
-        return "Dropout" if isinstance(part, KeyedDropout) else type(part).__name__
+        return _KEYED_KINDS.get(type(part), type(part).__name__)
     return _function_name(nodes[0])
 
 
@@ -315,7 +268,7 @@ def _is_channelwise(
         if isinstance(part, nn.Flatten):
             return bool(part.start_dim == 1)
         kind: Any = type(part)
-        return kind in _ELEMENTWISE or (kind in _POOLS and images)
+        return kind in ELEMENTWISE or (kind in _POOLS and images)
     function = _function_name(nodes[0])
     if function == "flatten":
         start_dim: Any = (*nodes[0].args[1:2], nodes[0].kwargs.get("start_dim"))[0]

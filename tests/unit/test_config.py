@@ -35,6 +35,7 @@ def test_the_defaults_are_plain_frozen_objects() -> None:
 def test_every_choice_composes(path) -> None:
     needed = {
         "model/custom": ["model.builder=a:b", "model.in_shape=[3]", "model.classes=2"],
+        "model/torchvision": ["model.name=alexnet"],
         "data/custom": ["data.function=a:b"],
         "optimizer/custom": ["optimizer.name=NAdam"],
     }

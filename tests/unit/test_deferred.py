@@ -151,11 +151,27 @@ def test_unknown_name(zoo):
         zoo.materialize("sqare", 0)
 
 
-def test_builder_that_reads_values_runs_on_the_cpu():
+def test_builder_reads_values_that_no_seed_changes():
     class Reader(nn.Module):
         def __init__(self):
             super().__init__()
-            width = int(torch.full((1,), 4.0).item())
+            rates = torch.linspace(0, 0.5, 3) * 2
+            widths = (rates[1:] * 4).int().tolist()
+            self.linear = nn.Linear(*widths) if rates[0] < 0.1 else nn.Identity()
+            self.drop = nn.Dropout(rates[1].item())
+
+    source = defer(Reader)
+    assert isinstance(source, Deferred)
+    assert (source.module.linear.in_features, source.module.linear.out_features) == (2, 4)
+    assert source.module.drop.p == 0.5
+    assert source.materialize("linear.weight", 0).abs().max() > 0
+
+
+def test_builder_that_reads_random_values_runs_on_the_cpu():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            width = 4 + int(torch.rand(()).item())
             self.linear = nn.Linear(width, width)
 
     source = defer(Reader)

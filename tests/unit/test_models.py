@@ -20,7 +20,7 @@ from hybridpar.models.resnet import resnet
 from hybridpar.models.vgg import small_vgg, vgg
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-CONFIGS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "custom")
+CONFIGS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem not in {"custom", "torchvision"})
 
 
 def shapes(module):
