@@ -43,7 +43,10 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 # Two gloo processes of one thread each on a machine with 2 AMD EPYC cores over the loopback interface, PyTorch
 # 2.14, measured on 2026-11-23 as half of a ping-pong's median time: 1 KiB 59 us, 16 KiB 79 us, 64 KiB 91 us,
 # 256 KiB 134 us, 1 MiB 302 us, 4 MiB 1209 us, 16 MiB 4842 us. This line fits all of them within 20 %.
-LOOPBACK = Link(latency_s=60e-6, bytes_per_s=3.5e9)
+# Contention: CPU time that a process spends on a message (system calls copy it) over the line's time, the mean of
+# both ends and median of three rounds there: 64 KiB 0.4, 1 MiB 0.6, 4 MiB 0.7. The machine had other work, which
+# disturbs CPU time far less than it would the lost time of a computation, which a probe measures.
+LOOPBACK = Link(latency_s=60e-6, bytes_per_s=3.5e9, contention=0.65)
 
 # Bytes/s per NVLink link and direction: 25e9 for NVLink 2, 3 and 4 (V100, A100 and H100 data sheets: 300e9, 600e9
 # and 900e9 in both directions over 6, 12 and 18 links). PCIe: bytes/s per lane and direction by generation

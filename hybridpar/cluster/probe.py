@@ -174,14 +174,13 @@ class _Probe:
         rounds = pair_rounds(self.cluster, level)
         back = tuple(tuple((b, a) for a, b in pairs) for pairs in rounds)
         slice_s = MESSAGE_SHARE * self.budget_s / (len(self.levels) * len(rounds) * 2 * (len(MESSAGE_BYTES) + 1))
-        half_s = [self._trip_s(way, ACK_BYTES, slice_s) / 2 for way in (rounds, back)]
+        tiny_s = min(self._trip_s(way, ACK_BYTES, slice_s) for way in (rounds, back))
         figures: dict[int, list[float]] = {}
 
         def slower_s(size: int) -> float:
-            figures[size] = [
-                max(self._trip_s(way, size, slice_s) - half, half)
-                for way, half in zip((rounds, back), half_s, strict=True)
-            ]
+            trips = [self._trip_s(way, size, slice_s) for way in (rounds, back)]
+            # The answer is no longer under way than the message, however the machine was disturbed.
+            figures[size] = [max(trip_s - tiny_s / 2, trip_s / 2) for trip_s in trips]
             return max(figures[size])
 
         self._growing(MESSAGE_BYTES, slice_s, slower_s)
@@ -345,6 +344,6 @@ def _link(line: Fit, contention: float = 0.0) -> Link:
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Half of the interquartile range, relative to the median."""
+    """Return the interquartile range, relative to the median."""
     low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / 2 / middle
+    return (high - low) / middle
