@@ -19,7 +19,7 @@ from hybridpar.planning.trial import Trials
 
 SLOWER = 0.9
 """Speed of the one slow rank: ten percent below the others."""
-SLOWED_KINDS = 8
+SLOWED_KINDS = 4
 """Kinds of ranks that are tried as the slow one, the busiest first: a long pipeline has one kind per rank."""
 SYNCHRONISED: frozenset[Content] = frozenset({"bucket", "zero"})
 """Contents that keep replicas of parameters equal."""

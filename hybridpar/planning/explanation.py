@@ -13,6 +13,9 @@ from hybridpar.planning.search import Candidate, Planned
 from hybridpar.planning.timesplit import TimeSplit, split_time
 from hybridpar.planning.trial import Trials
 
+MOST_BRIEF_ACTIONS = 20_000
+"""Actions of the chosen plan's and the runner-up's programs above which the short form leaves the flips out."""
+
 
 @dataclass(frozen=True)
 class Account:
@@ -45,7 +48,7 @@ class Explanation:
     """The possible candidates in their order; in the short form the chosen one and its runner-up."""
     obstacles: tuple[Obstacle, ...]
     flips: Flips | None
-    """None without a runner-up."""
+    """None without a runner-up, and in the short form of large programs."""
     effects: tuple[StageEffects, ...]
     """Of the chosen plan's stages; empty in the short form."""
 
@@ -66,9 +69,15 @@ def explain(planned: Planned, trials: Trials, *, full: bool) -> Explanation:
         full,
         tuple(_account(c, trials) for c in told if c.plan is not None),
         tuple(_obstacle(c) for c in planned.candidates if c.plan is None),
-        flips(trials, planned, full=full),
+        flips(trials, planned, full=full) if full or _quick(brief, trials) else None,
         micro_batch_effects(trials, planned.plan) if full else (),
     )
+
+
+def _quick(candidates: list[Candidate], trials: Trials) -> bool:
+    """Whether simulating the candidates some 25 times takes no more than a few seconds."""
+    programs = (trials.program(c.plan) for c in candidates if c.plan is not None)
+    return sum(len(own) for program in programs for own in program.actions) <= MOST_BRIEF_ACTIONS
 
 
 def _account(candidate: Candidate, trials: Trials) -> Account:

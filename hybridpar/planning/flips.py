@@ -22,6 +22,8 @@ DOUBLINGS = 6
 """How far to look each way: 64 times as much, a 64th."""
 PRECISION = 1.005
 """Ratio of the ends of the interval in which a flip is left undetermined."""
+BATCH_PRECISION = 0.02
+"""Likewise of a global batch, as a share of it."""
 MOST_CALLS = 64
 """Micro-batches of a stage on one rank above which a larger batch is not simulated with them kept."""
 
@@ -105,7 +107,7 @@ class _Duel:
         return Flip(quantity, direction, now, now * factor, self.names[winner(factor) or 0])
 
     def batch(self, direction: Direction) -> Flip:
-        """Find the flip over whole global batches."""
+        """Find the flip over global batches, to a whole sample or two percent."""
         now = inside = outside = self.plans[0].global_batch
         for _ in range(DOUBLINGS):
             inside, outside = outside, outside * 2 if direction == "above" else outside // 2
@@ -115,7 +117,7 @@ class _Duel:
                 break
         else:
             return Flip("global_batch", direction, now, None)
-        while abs(outside - inside) > 1:
+        while abs(outside - inside) > max(1, BATCH_PRECISION * inside):
             middle = (inside + outside) // 2
             inside, outside = (middle, outside) if self._batch_winner(middle) is None else (inside, middle)
         name = self.names[self._batch_winner(outside) or 0]
@@ -123,7 +125,10 @@ class _Duel:
         return Flip("global_batch", direction, now, outside, name, reason)
 
     def _batch_winner(self, global_batch: int) -> int | None:
-        return _overtaking([resized(self.trials, p, global_batch).step_s for p in self.plans])
+        leader_s = resized(self.trials, self.plans[0], global_batch).step_s
+        limit_s = math.inf if leader_s is None else leader_s
+        others = [resized(self.trials, p, global_batch, limit_s).step_s for p in self.plans[1:]]
+        return _overtaking([leader_s, *others])
 
 
 def _overtaking(seconds: Sequence[float | None]) -> int | None:
@@ -159,15 +164,19 @@ class Resized:
     """Why it is impossible there."""
 
 
-def resized(trials: Trials, plan: Plan, global_batch: int) -> Resized:
+def resized(trials: Trials, plan: Plan, global_batch: int, limit_s: float = math.inf) -> Resized:
     """Return the step time of a plan at another batch: cuts, ranks and rules stay.
 
     Of two ways the faster one that fits into memory: the micro-batches stay (none above a rank's share), so that
-    there are more or fewer of them; or they grow and shrink with the batch, so that their number stays.
+    there are more or fewer of them; or they grow and shrink with the batch, so that their number stays. What its
+    lower bound keeps from taking less than ``limit_s`` is not simulated and has no step time.
     """
-    best, reason = None, None
+    best: float | None = None
+    reason = None
     for variant in _variants(plan, global_batch):
         try:
+            if trials.bound_s(variant) >= min(limit_s, math.inf if best is None else best):
+                continue
             program = trials.program(variant)
         except PlanError as e:
             reason = reason or str(e)

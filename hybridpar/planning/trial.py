@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hybridpar.cluster.topology import Cluster, Link
 from hybridpar.model.chain import Chain
+from hybridpar.planning.bound import lower_bound
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.memory import peak_per_rank
@@ -49,6 +50,14 @@ class Trials:
 
     def _period_s(self, program: Program, cluster: Cluster) -> float:
         return step_time(program, Costs(self.profile, cluster))
+
+    def bound_s(self, plan: Plan) -> float:
+        """Return seconds that no simulation of the plan gets below, sooner than it is simulated.
+
+        Raises PlanError where the plan is impossible.
+        """
+        validate(replace(plan, prediction=None), self.chain)
+        return lower_bound(plan, self.chain, Costs(self.profile, self.cluster))
 
     def excess(self, program: Program) -> tuple[int, int, float]:
         """Return the rank that comes closest to its memory limit or exceeds it most, its peak and the excess.

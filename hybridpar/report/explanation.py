@@ -30,7 +30,9 @@ def show(explanation: Explanation, planned: Planned, console: Console) -> None:
         console.print(_axes_line(account))
     if explanation.flips is not None:
         console.print(_flips_line(explanation.flips))
-    console.print("More: explain=true (all shapes, time by stage, batch and device speed, other micro-batches)")
+    console.print(
+        "More: explain=true (all shapes, time by stage, flips by bandwidth, batch and speed, other micro-batches)"
+    )
 
 
 def _time_line(account: Account) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hybridpar.cluster.topology import Cluster, Link, Node
+from hybridpar.planning import explanation
 from hybridpar.planning.axes import SLOWER, axes
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
@@ -226,6 +227,14 @@ def test_the_short_form_looks_at_the_bandwidth_only() -> None:
     assert [f.quantity for f in found.found] == ["bandwidth"] * 2
 
 
+def test_the_short_form_of_large_programs_leaves_flips_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, planned = duel(cluster_of(2), batch=8)
+    assert explain(planned, trials, full=False).flips is not None
+    monkeypatch.setattr(explanation, "MOST_BRIEF_ACTIONS", 5)
+    assert explain(planned, trials, full=False).flips is None
+    assert explain(planned, trials, full=True).flips is not None
+
+
 def test_a_plan_that_was_asked_for_is_held_against_as_the_slower_one() -> None:
     trials, planned = duel(cluster_of(2, GRADIENT_BYTES / 10.0), batch=8, chosen="pipeline")
     found = flips(trials, planned, full=False)
@@ -257,6 +266,14 @@ def test_a_leader_that_no_longer_fits_is_overtaken() -> None:
     above = flip(found.found, "global_batch", "above")
     assert (above.challenger, above.at) == ("pipeline", 9)
     assert "exceeds its memory by" in str(above.reason)
+
+
+def test_what_cannot_be_fast_enough_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the pipeline's work is on one rank: 8 samples take 24 s at least."""
+    trials = trials_of(NARROW, cluster_of(2))
+    assert resized(trials, pipeline(8, 4), 8, limit_s=25.0).step_s == pytest.approx(3 * 4 * BOTH_S)
+    monkeypatch.setattr(Trials, "program", None)
+    assert resized(trials, pipeline(8, 4), 8, limit_s=24.0).step_s is None
 
 
 def test_a_resized_plan_takes_the_better_of_more_and_larger_micro_batches() -> None:
