@@ -183,7 +183,7 @@ class EventSimulation:
         step, operation = key
         self.complete.add(key)
         self._carry(operation, -self.walked.contention[operation], now)
-        if step == self.steps - 1 and len(self.walked.members[operation]) > 1:
+        if step == self.steps - 1:
             self.flights.append(Flight(operation, self.begun[key], now))
         for server in self.walked.servers[operation]:
             self.served[server] += 1

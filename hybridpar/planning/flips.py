@@ -210,6 +210,6 @@ def _with_size(plan: Plan, stage: Stage, size: int, ratio: float) -> Stage:
 def largest_share(plan: Plan, stage: Stage) -> int:
     """Return the most samples of a step that one rank of every segment of a stage can have in one micro-batch."""
     if stage.kind == "tail":
-        return plan.global_batch
-    shares = (chunks(plan.global_batch, plan.global_batch, s.weights)[0] for s in stage.segments)
+        return plan.replica_batch
+    shares = (chunks(plan.replica_batch, plan.replica_batch, s.weights)[0] for s in stage.segments)
     return min(max(length(interval) for interval in share) for share in shares)

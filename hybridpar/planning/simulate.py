@@ -100,7 +100,8 @@ class _Pass:
                 clock[rank] += what
             elif code != START:
                 clock[rank] = max(clock[rank], self.end[int(what)])
-        flights = [Flight(i, self.begin[i], self.end[i]) for i, m in enumerate(self.walked.members) if len(m) > 1]
+        started = sorted({int(what) for _, code, what in self.walked.steps if code == START})
+        flights = [Flight(i, self.begin[i], self.end[i]) for i in started]
         return spans, flights
 
 

@@ -36,7 +36,7 @@ class Timeline:
     spans: list[Span] = field(default_factory=list)
     """Computations of the last step."""
     flights: list[Flight] = field(default_factory=list)
-    """Operations of the last step; those of a single rank have none."""
+    """Operations of the last step; what one rank of the job has for itself has none."""
 
     @property
     def period_s(self) -> float:

@@ -109,6 +109,8 @@ def test_every_rank_s_parts_add_up_to_the_period(cores: int | None) -> None:
     device = cluster_of(1).device
     for _ in range(60):
         plan = random_plan(chain, dice)
+        if plan.world <= 2 and dice.random() < 0.5:
+            plan = replace(plan, replicas=2, world=2 * plan.world, global_batch=2 * plan.global_batch)
         program = compile_program(plan, chain, random_samples(plan, dice), "train")
         check(program)
         link = Link(dice.random(), 10 ** dice.uniform(0, 4))
@@ -152,6 +154,39 @@ def test_axes_of_data_parallelism() -> None:
     assert found.input_samples_per_s == pytest.approx(2 / period)
     assert found.input_bytes_per_s == pytest.approx(2 / period * 1000 * 8)
     assert found.readers == 2
+
+
+@pytest.mark.parametrize("contention", [0.0, 0.5])
+def test_plan_replicas_synchronise_across(contention: float) -> None:
+    """A segment on a single rank is reduced with its counterpart in the other replica, and waits for that."""
+    seconds = 10.0
+    segments = Segment((0, 1), (0,)), Segment((1, 2), (1,))
+    stage = Stage("middle", 4, segments)
+    plan = make_plan(NARROW, stage, world=4, global_batch=8, replicas=2)
+    cluster = cluster_of(4, 8 * 2000 / seconds)
+    link = replace(cluster.links["rack"], contention=contention)
+    trials = trials_of(NARROW, replace(cluster, links={"node": link, "rack": link}))
+    program = trials.program(plan)
+    split = split_time(program, trials.timeline(program))
+    assert len(split.ranks) == 2
+    assert split.ranks[1][0].exposed_s + split.ranks[1][0].compute_s >= seconds
+    for (own,) in split.ranks:
+        assert own.total_s == pytest.approx(split.period_s)
+    found = axes(trials, program, split)
+    assert found.synchronised_bytes == 8 * 2000
+    assert found.readers == 2
+    assert found.straggler > 0
+    (effects,) = micro_batch_effects(trials, plan)
+    assert effects.larger is None  # four samples are all that a replica has
+
+
+def test_the_slowest_counterpart_is_the_worst_choice() -> None:
+    plan = make_plan(NARROW, Stage("front", 4, (Segment((0, 2), (0,)),)), world=2, global_batch=8, replicas=2)
+    cluster = replace(cluster_of(2), nodes=(Node(1), Node(1, speed=0.5)))
+    trials = trials_of(NARROW, cluster)
+    program = trials.program(plan)
+    slow = trials.step_with_slow_rank_s(program, 0, 0.5)
+    assert slow == pytest.approx(2 * trials.step_s(program))
 
 
 def test_axes_of_a_pipeline() -> None:
