@@ -158,6 +158,8 @@ def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
         stage = plan.stages[position.stage]
         if position.sharded:
             cut = _sharded_blocks(stage, stage.segments[0], chain)
+            if position.reduced:
+                cut = [part for whole in cut for part in _shard_buckets(whole, chain, plan)]
         elif position.reduced:
             cut = [Block(0, 0, layers) for layers in _buckets(position.layers, chain, plan)]
         else:
@@ -221,6 +223,26 @@ def _buckets(layers: Interval, chain: Chain, plan: Plan) -> list[Interval]:
             size = 0
     cuts.append(layers[0])
     return [(a, b) for b, a in pairwise(cuts)][::-1]
+
+
+def _shard_buckets(block: Block, chain: Chain, plan: Plan) -> list[Block]:
+    """Cut a block before its row-sharded linear, whose input lies in slices, if it is a bucket of its own."""
+    first, last = block.layers
+    for at in range(first + 1, last):
+        before, behind = chain.layers[first:at], chain.layers[at:last]
+        size = sum(layer.parameter_count for layer in behind) * plan.itemsize // len(block.spans)
+        large = size >= plan.bucket_bytes and any(layer.parameters for layer in before)
+        if large and block.spans[0][at - first].mode == "row":
+            count = at - first
+            return [
+                replace(
+                    block, layers=(first, at), leaves="sharded", spans=tuple(own[:count] for own in block.spans)
+                ),
+                replace(
+                    block, layers=(at, last), enters="sharded", spans=tuple(own[count:] for own in block.spans)
+                ),
+            ]
+    return [block]
 
 
 def _sharded_blocks(stage: Stage, segment: Segment, chain: Chain) -> list[Block]:

@@ -15,6 +15,7 @@ from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory, peak_per_rank
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Program
+from hybridpar.runtime.executor import ActionError
 from tests.numerics.test_memory import run_once
 from tests.numerics.test_parity import (
     BATCH,
@@ -30,8 +31,8 @@ from tests.numerics.test_parity import (
     train,
 )
 from tests.support.counting import Counting, CountingExecutor, expected_log
-from tests.support.plans import random_plan
-from tests.support.rendezvous import Endpoint, run_strictly
+from tests.support.plans import random_plan, with_actions
+from tests.support.rendezvous import Endpoint, HangError, run_strictly
 from tests.support.training import make_case, make_executor, run_step, train_single
 
 SHAPES = [(2, 0, 0), (2, 0, 2), (1, 1, 2), (2, 2, 2), (0, 2, 0), (0, 2, 1), (0, 0, 1), (1, 2, 3)]
@@ -180,6 +181,23 @@ def test_operations_across_are_the_same_in_all_replicas_in_one_order_per_communi
             for rank in range(plan.replica_world):
                 first, *others = [by_communicator(across(p, rank)) for p in programs]
                 assert all(orders == first for orders in others)
+
+
+def test_the_strictest_machine_notices_another_order_in_one_replica() -> None:
+    plan = plan_of(Stage("front", 2, (Segment((0, LAYERS), (0,)),)), replicas=2, bucket_bytes=1)
+    case = replace(case_of(), steps=1)
+    right, other = (compile_program(plan, case.traced.chain, BATCH, "train", k) for k in (0, 1))
+    own = list(other.actions[0])
+    a, b = [i for i, x in enumerate(own) if x.kind == "start" and x.content == "bucket"][:2]
+    own[a], own[b] = own[b], own[a]
+    programs = right, with_actions(other, 0, own)
+
+    def body(rank: int, endpoint: Endpoint) -> object:
+        replica, place = plan.locate(rank)
+        return run_step(case, programs[replica], place, make_executor(case, plan, rank, endpoint))
+
+    results = run_strictly(plan.world, body, plan.replica_world)
+    assert all(isinstance(r, ActionError) and isinstance(r.__cause__, HangError) for r in results)
 
 
 @pytest.mark.parametrize("degrees", [(2, 0, 2), (1, 2, 1), (0, 0, 1), (2, 1, 3)], ids=str)

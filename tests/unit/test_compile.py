@@ -378,6 +378,60 @@ def test_replicas_meet_in_gradients_and_control_and_have_all_else_for_themselves
     )
 
 
+def test_shards_are_reduced_over_replicas_in_buckets_of_their_own() -> None:
+    """Each shard with its like; [a r b] is two buckets, so that the one of b travels while a computes."""
+    front = Stage("front", 2, (Segment((0, 3), (0,)),))
+    tail = Stage("tail", 2, (Segment((3, LAST), (0, 1)),), ("column", "row", "column"))
+    program = compiled(plan_of(front, tail, world=4, replicas=2, bucket_bytes=100))
+    assert [b.layers for b in program.blocks] == [(0, 3), (3, 5), (5, 6), (6, 8)]
+    buckets = [o for o in program.operations if o.content == "bucket"]
+    assert all(o.across for o in buckets)
+    sizes = {}
+    for o in buckets:
+        sizes.setdefault(o.communicator, []).append(o.bytes // program.plan.itemsize)
+    assert sizes == {
+        "gradients:tail.0": [3 * 11, 10 * 4 + 10, 4 * 7],
+        "gradients:tail.1": [2 * 11, 10 * 4, 4 * 7],
+        "gradients:front": [108],
+    }
+    starts = [a.operation for a in program.actions[0] if a.kind == "start" and a.content == "bucket"]
+    wider = compiled(plan_of(front, tail, world=4, replicas=2, bucket_bytes=10**6))
+    assert [b.layers for b in wider.blocks] == [(0, 3), (3, 6), (6, 8)]
+    assert len(starts) == 4
+
+
+@pytest.mark.parametrize("first", ["norm", "last bucket"])
+def test_another_order_across_replicas_is_refused(first: str) -> None:
+    """Within one replica it would finish: all its ranks agree on it."""
+    stage = Stage("front", 2, (Segment((0, LAST), (0,)),))
+    program = compiled(plan_of(stage, world=2, replicas=2, bucket_bytes=1, recipe=Recipe(clipping=True)))
+    own = list(program.actions[0])
+    starts = [i for i, a in enumerate(own) if a.kind == "start" and program.operations[a.operation].across]
+    buckets = [i for i in starts if own[i].content == "bucket"]
+    if first == "norm":
+        (a,), (b,) = ([i for i in starts if own[i].content == c] for c in ("metrics", "norm"))
+    else:
+        a, b = buckets[-2:]
+    own[a], own[b] = own[b], own[a]
+    with pytest.raises(ProgramError, match="in another order than other plan replicas"):
+        check(with_actions(program, 0, own))
+
+
+@pytest.mark.parametrize("clipping", [False, True])
+def test_a_replica_without_samples_takes_part_in_all_that_is_across(clipping: bool) -> None:
+    front = Stage("front", 2, (Segment((0, 3), (0, 1)),), in_flight=2)
+    tail = Stage("tail", 2, (Segment((3, LAST), (1, 0)),), ("column", "row", "column"))
+    plan = plan_of(front, tail, world=6, replicas=3, bucket_bytes=1, recipe=Recipe(clipping=clipping))
+    for mode in ("train", "evaluate"):
+        programs = [compile_program(plan, CHAIN, 2, mode, replica) for replica in range(3)]
+        assert [(p.samples, p.first, p.step_samples) for p in programs] == [(1, 0, 2), (1, 1, 2), (0, 2, 2)]
+        for program in programs:
+            check(program)
+        wanted, idle = ([o.place for o in p.operations if o.across] for p in (programs[0], programs[2]))
+        assert Counter(idle) == Counter(wanted)
+        assert not {a.kind for own in programs[2].actions for a in own} & {"load", "forward", "copy", "backward"}
+
+
 def test_actions_have_names_that_a_reader_understands():
     program = compiled(tail_of(("column", "row", "column")))
     names = [program.describe(a) for a in program.actions[0]]
