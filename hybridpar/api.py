@@ -120,7 +120,7 @@ def wrap(
         max_norm: clips the gradients by their global norm; the plan's recipe must say so.
         rate: learning rate by step; default: the optimizer's own.
 
-    A rank's number in its plan replica is ``job.place``; ``job.program().reads(job.place)`` are its samples of a step.
+    A rank's number in its plan replica is ``job.place``; ``job.program().reads(job.place)`` are its samples.
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
     """
     place = process()
