@@ -68,7 +68,8 @@ def _run(command: str, overrides: Sequence[str]) -> int:
             _check_sweep(command)
             plan_sweep([o for o in overrides if o not in MULTIRUN])
         else:
-            function(compose(overrides))
+            measuring = command == "profile" and not any(o.startswith("profile=") for o in overrides)
+            function(compose(["profile=measured", *overrides] if measuring else overrides))
     except HybridparError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"hybridpar: {e}\n")

@@ -207,12 +207,18 @@ class Profile:
 
     @staticmethod
     def load(path: Path) -> Profile:
-        """Read a profile from JSON; raises ProfileError naming the file and the field."""
+        """Read a profile from JSON; the chain's fingerprint may be left out where the chain is described.
+
+        Raises ProfileError naming the file and the field, and ModelError for a chain that does not fit together.
+        """
         data = read_json(dict[str, Any], path, ProfileError)
         try:
             _check_schema(data.get("schema"))
         except ProfileError as e:
             raise ProfileError(f"{path.name}: {e}") from e
+        if "chain" not in data and data.get("described") is not None:
+            described = from_data(Chain, data["described"], f"{path.name}.described", ProfileError)
+            data["chain"] = described.fingerprint
         return from_data(Profile, data, path.name, ProfileError)
 
 

@@ -219,7 +219,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["train", *SMALL, "diff=plan.json"], "diff=plan.json: of no effect on a training"),
     (["plan", "-m", *SMALL], "-m varies nothing"),
     (["profile", "model=small_vgg", "profile=measured"], "out: missing"),
-    (["profile", "model=small_vgg", "out=p.json"], "profile=analytic cannot be measured; use profile=measured"),
+    (
+        ["profile", "profile=analytic", "model=small_vgg", "out=p.json"],
+        "profile=analytic cannot be measured; use profile=measured",
+    ),
     (["profile", "model=small_vgg", "profile=measured", "out=/nowhere/p.json"], "/nowhere/p.json"),
 ]
 

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.planner import load_model, measured
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling.analytic import estimate
-from hybridpar.profiling.record import Profile
+from hybridpar.profiling.record import LayerProfile, Profile
 
 NARROW = (
     "model=small_vgg",
@@ -32,7 +32,7 @@ NARROW = (
     "model.in_shape=[1,8,8]",
     "train.device=cpu",
 )
-QUICK = ("profile=measured", "profile.cache=false", "profile.budget_s=60", "profile.micro_batches=[1,4]")
+QUICK = ("profile.cache=false", "profile.budget_s=60", "profile.micro_batches=[1,4]")
 WITHOUT_TORCH = (
     "import sys\n"
     "for name in ('torch', 'torchvision', 'numpy', 'sklearn', 'deepspeed'):\n"
@@ -90,6 +90,24 @@ def test_planning_from_files_needs_neither_model_nor_device_nor_torch(folder: Pa
     assert (done.returncode, done.stderr) == (0, "")
     assert "layer times measured" in done.stdout
     assert "predicted (measured)" in done.stdout
+
+
+def test_the_documented_example_can_be_planned(folder: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text()
+    example = re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0]
+    (tmp_path / "tiny.json").write_text(example)
+    files = (
+        "profile=from_file",
+        "profile.path=tiny.json",
+        "cluster=from_file",
+        f"cluster.path={folder}/cluster.yaml",
+    )
+    done = without_torch("plan", *files, "train.global_batch=16", "format=json", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert "planning model tiny of the profile" in done.stderr
+    assert json.loads(done.stdout)["model"] == "tiny"
+    for name in (f.name for kind in (Profile, LayerProfile) for f in fields(kind)):
+        assert f"`{name}`" in text, f"{name} is not documented"
 
 
 def test_a_profile_for_another_kind_of_device_or_optimizer_is_told(
