@@ -14,12 +14,12 @@ from hybridpar.errors import ConfigError, PlanError
 from hybridpar.model.trace import trace
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
-from hybridpar.planning.plan import Plan, validate
+from hybridpar.planning.plan import Plan, Segment, validate
 from hybridpar.planning.request import SHAPES, Request, Shape
 from hybridpar.planning.search import assess, search
 from hybridpar.profiling.analytic import estimate
 from hybridpar.schema import to_data
-from scripts.bench.accuracy.draw import CLOSE, FAR, Drawing, describe, shape_of
+from scripts.bench.accuracy.draw import CLOSE, FAR, Drawing, describe, shape_of, sizes
 from scripts.bench.accuracy.experiment import Experiment, Folder, digest, write_json
 from scripts.bench.accuracy.live import LiveBytes, existing
 from scripts.bench.accuracy.measure import Measured, foreign_cores, periods, read_results
@@ -110,6 +110,13 @@ def test_a_plan_in_one_line(drawings: list[Drawing]) -> None:
     assert line.startswith("front 0-")
     assert f"middle {plan.stages[1].segments[0].layers[0]}-" in line
     assert [f"b{s.micro_batch}" in line for s in plan.stages] == [True] * 3
+
+
+def test_sizes_are_parts_of_a_rank_s_share() -> None:
+    two, one = Segment((0, 1), (0, 1)), Segment((1, 2), (2,))
+    assert sizes("middle", (two, one), 24) == [1, 2, 3, 4, 6, 12]
+    assert sizes("tail", (two,), 24) == [2, 3, 4, 6, 8, 12, 24]
+    assert sizes("front", (two,), 1) == [1]
 
 
 def rank_result(*ends_s: float, cpu_s: float = 0.0, busy_s: float = 0.0, live: int = 10) -> RankResult:

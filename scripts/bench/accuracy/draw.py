@@ -29,6 +29,8 @@ PARTS = (1, 2, 3, 4, 6, 8, 12, 16)
 ORDERS: tuple[OrderRule, ...] = ("fill_drain", "one_forward_one_backward")
 BUCKETS = tuple(2**k * 2**20 for k in range(7))
 """Gradient buckets, 1 to 64 MiB."""
+REPLICATED = 0.2
+"""Share of the free draws with several plan replicas."""
 RECOMPUTING = 0.1
 """Share of the free draws' fronts and middles that recompute."""
 
@@ -142,16 +144,18 @@ class Drawing:
     def _key(self, plan: Plan) -> int:
         """Return what tells programs apart: two order rules may give one and the same program."""
         program = compile_program(plan, self.chain, plan.global_batch, "train")
-        return hash((plan.stages, program.actions))
+        return hash((plan.stages, plan.replicas, program.actions))
 
     # Whole plans
 
     def _random(self, shape: Shape) -> Plan:
-        """Draw everything: rank sets, cuts, micro-batches, sharding, recomputation, order."""
-        kinds = STAGES_OF[shape]
-        world = self.chosen.world
+        """Draw everything: replicas, rank sets, cuts, micro-batches, sharding, recomputation, order."""
+        kinds, known = STAGES_OF[shape], self.chosen
+        several = [n for n in range(2, known.world) if known.world % n == 0]
+        replicas = self.dice.choice(several) if several and self.dice.random() < REPLICATED else 1
+        world, batch = known.world // replicas, known.global_batch // replicas
         while True:
-            groups = [self._groups(kind, alone=len(kinds) == 1) for kind in kinds]
+            groups = [self._groups(kind, world, alone=len(kinds) == 1) for kind in kinds]
             if {r for g in groups for ranks in g for r in ranks} == set(range(world)):
                 break
         cuts = self._cuts(kinds, sum(len(g) for g in groups))
@@ -159,10 +163,9 @@ class Drawing:
         for kind, ranks in zip(kinds, groups, strict=True):
             bounds = cuts[at : at + len(ranks) + 1]
             segments = tuple(Segment(layers, r) for layers, r in zip(pairwise(bounds), ranks, strict=True))
-            stages.append(self._stage(kind, segments))
+            stages.append(self._stage(kind, segments, batch))
             at += len(ranks)
         order = self.dice.choice(ORDERS)
-        known = self.chosen
         return Plan(
             known.model,
             known.chain,
@@ -173,24 +176,19 @@ class Drawing:
             order,
             known.bucket_bytes,
             known.recipe,
+            replicas,
         )
 
-    def _stage(self, kind: Kind, segments: tuple[Segment, ...]) -> Stage:
+    def _stage(self, kind: Kind, segments: tuple[Segment, ...], batch: int) -> Stage:
         sharded = kind == "tail" and len(segments[0].ranks) > 1
         linears = [layer for layer in self.chain.layers[slice(*segments[0].layers)] if layer.linear]
         sharding = tuple(self.dice.choice(("column", "row")) for _ in linears) if sharded else ()
-        size = self.dice.choice(self._sizes(kind, segments))
+        size = self.dice.choice(sizes(kind, segments, batch))
         recompute = kind != "tail" and self.dice.random() < RECOMPUTING
         return Stage(kind, size, segments, sharding, recompute=recompute)  # type: ignore[arg-type]
 
-    def _sizes(self, kind: Kind, segments: tuple[Segment, ...]) -> list[int]:
-        batch = self.chosen.global_batch
-        share = batch if kind == "tail" else batch // max(len(s.ranks) for s in segments)
-        return sorted({-(-share // n) for n in PARTS})
-
-    def _groups(self, kind: Kind, *, alone: bool) -> Groups:
+    def _groups(self, kind: Kind, world: int, *, alone: bool) -> Groups:
         """Draw the ranks of a stage, one tuple per segment: neighbours, all of them where it is the only stage."""
-        world = self.chosen.world
         size = world if alone else self.dice.randint(min(2, world), world)
         first = self.dice.randint(0, world - size)
         ranks = tuple(range(first, first + size))
@@ -244,7 +242,7 @@ class Drawing:
         """Give one stage another micro-batch."""
         i = self.dice.randrange(len(plan.stages))
         stage = plan.stages[i]
-        size = self.dice.randint(1, self._sizes(stage.kind, stage.segments)[-1])
+        size = self.dice.randint(1, sizes(stage.kind, stage.segments, plan.replica_batch)[-1])
         return _with(plan, i, replace(stage, micro_batch=size, in_flight=None))
 
     def _resharded(self, plan: Plan) -> Plan:
@@ -278,6 +276,12 @@ class Drawing:
         return replace(plan, stages=tuple(stages))
 
 
+def sizes(kind: Kind, segments: tuple[Segment, ...], batch: int) -> list[int]:
+    """Return the micro-batches to draw from, for a stage of a plan replica that has ``batch`` samples."""
+    share = batch if kind == "tail" else max(batch // max(len(s.ranks) for s in segments), 1)
+    return sorted({-(-share // n) for n in PARTS})
+
+
 def describe(plan: Plan) -> str:
     """Return a plan in one line: kind, layers, ranks and micro-batch of every stage, and the order rule."""
     parts = []
@@ -287,7 +291,8 @@ def describe(plan: Plan) -> str:
         again = "recomputed" if stage.recompute else ""
         parts.append(" ".join(filter(None, (stage.kind, where, f"b{stage.micro_batch}", ways, again))))
     rule = "fd" if plan.order == "fill_drain" else "1f1b"
-    return f"{'; '.join(parts)}; {rule}; buckets {plan.bucket_bytes / 2**20:g} MiB"
+    several = f"{plan.replicas} replicas of: " if plan.replicas > 1 else ""
+    return f"{several}{'; '.join(parts)}; {rule}; buckets {plan.bucket_bytes / 2**20:g} MiB"
 
 
 def shape_of(plan: Plan) -> Shape:

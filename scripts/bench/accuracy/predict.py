@@ -94,22 +94,24 @@ def draw_and_predict(experiment: Experiment, folder: Folder) -> None:
 def _predicted(drawn: Drawn, chain: Chain, costs: Costs, sha256: str) -> Predicted:
     plan, prediction = drawn.plan, drawn.plan.prediction
     assert prediction is not None
-    program = compile_program(plan, chain, plan.global_batch, "train")
-    ranks = range(plan.world)
+    programs = [
+        (compile_program(plan, chain, plan.global_batch, "train", replica), rank)
+        for replica, rank in map(plan.locate, range(plan.world))
+    ]
     return Predicted(
         name=drawn.name,
         shape=drawn.shape,
         kind=drawn.kind,
         plan_sha256=sha256,
         step_s=prediction.step_s,
-        resident_bytes=prediction.memory_bytes,
-        live_bytes=tuple(live_peak(program, r) for r in ranks),
-        actions_s=tuple(_actions(program, r, costs) for r in ranks),
+        resident_bytes=prediction.memory_bytes * plan.replicas,
+        live_bytes=tuple(live_peak(program, rank) for program, rank in programs),
+        actions_s=tuple(_actions(program, rank, costs) for program, rank in programs),
     )
 
 
 def live_peak(program: Program, rank: int) -> int:
-    """Return the most bytes of tensors alive between two actions of a rank."""
+    """Return the most bytes of tensors alive between two actions of a rank of the program's plan replica."""
     counted = memory(program, rank)
     moving = (s + m for s, m in zip(counted.saved, counted.moving, strict=True))
     return counted.persistent + max(moving, default=0)

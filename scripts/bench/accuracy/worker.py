@@ -73,7 +73,7 @@ def measure(config: Config, plan_file: Path, out: Path, warm_up: int, steps: int
     resident_bytes = job.memory_bytes()
     observed = _observed(job, batches) if actions else {}
     live = _live(job, batches, set(before))
-    (out / f"live{process.rank}.tsv").write_text(_compared(job.program(), process.rank, live))
+    (out / f"live{process.rank}.tsv").write_text(_compared(job.program(), job.place, live))
     result = RankResult(tuple(ends_s), cpu_s, busy_s, resident_bytes, max(live), observed)
     write_json(out / f"rank{process.rank}.json", to_data(result))
     process.gather(None)
