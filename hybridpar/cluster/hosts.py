@@ -24,6 +24,8 @@ class Host:
 
     place: tuple[str, ...]
     """Equal on the ranks of one node: launcher's agent, host name, network namespace."""
+    machine: str
+    """Equal on all that share what has no other limit: the host name."""
     device: Device
     cpu: Limit
     machine_cores: int
@@ -38,8 +40,8 @@ class Host:
         memory = (
             memory_limit(root) if device.kind == "cpu" else Limit(device.memory_bytes, f"device of {os.getpid()}")
         )
-        place = (str(agent), socket.gethostname(), network)
-        return Host(place, device, cpu_limit(root), os.cpu_count() or 1, memory)
+        machine = socket.gethostname()
+        return Host((str(agent), machine, network), machine, device, cpu_limit(root), os.cpu_count() or 1, memory)
 
 
 def unprobed(hosts: Sequence[Host], nodes: Sequence[Node], link: Link) -> Cluster:
@@ -87,32 +89,37 @@ def make_nodes(
     return tuple(
         Node(
             len(group),
-            _cores(group),
+            _cores(group, hosts),
             racks[i] if racks is not None else "rack0",
             sites[i] if sites is not None else "site0",
-            memory_bytes=_memory_bytes(group),
+            memory_bytes=_memory_bytes(group, hosts),
         )
         for i, group in enumerate(groups)
     )
 
 
-def _cores(hosts: Sequence[Host]) -> int | None:
+def _cores(group: Sequence[Host], everyone: Sequence[Host]) -> int | None:
     """Cores that a node's ranks share; None where each has its own, by a quota, by its CPUs, or on a GPU.
 
     Ranks have their own where every one is limited by something else and the machine can give to all at once.
     """
-    if hosts[0].device.kind != "cpu":
+    if group[0].device.kind != "cpu":
         return None
-    shares = {host.cpu.owner: host.cpu.amount for host in hosts}
-    total = sum(shares.values())
-    machine = max(host.machine_cores for host in hosts)
-    if len(shares) == len(hosts) and "" not in shares and total <= machine:
+    sharers = [sum(_owner(h, h.cpu) == _owner(host, host.cpu) for h in everyone) for host in group]
+    total = sum(host.cpu.amount / n for host, n in zip(group, sharers, strict=True))
+    machine = max(host.machine_cores for host in group)
+    if set(sharers) == {1} and all(host.cpu.owner for host in group) and total <= machine:
         return None
     return max(1, math.floor(min(total, machine)))
 
 
-def _memory_bytes(hosts: Sequence[Host]) -> float:
-    """Memory of each of a node's devices: its own where every rank has a limit of its own, else an equal share."""
-    own = len({host.memory.owner for host in hosts}) == len(hosts) and all(host.memory.owner for host in hosts)
-    least = min(host.memory.amount for host in hosts)
-    return least if own else least / len(hosts)
+def _memory_bytes(group: Sequence[Host], everyone: Sequence[Host]) -> float:
+    """Memory of each of a node's devices: the least of their limits, each shared by all that it is set for."""
+    return min(
+        host.memory.amount / sum(_owner(h, h.memory) == _owner(host, host.memory) for h in everyone)
+        for host in group
+    )
+
+
+def _owner(host: Host, limit: Limit) -> tuple[str, str]:
+    return host.machine, limit.owner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from hybridpar.cluster.fit import Sample
 from hybridpar.cluster.topology import LEVELS, Cluster, Level, Node
@@ -13,14 +14,15 @@ PAIR_ROUNDS = 3
 
 def levels_of(cluster: Cluster) -> tuple[Level, ...]:
     """Return the levels that some pair of ranks crosses, narrowest first."""
-    found: set[Level] = {"node"} if any(node.devices > 1 for node in cluster.nodes) else set()
-    for sites in ({node.site for node in cluster.nodes},):
-        found |= {"wan"} if len(sites) > 1 else set()
-        for site in sites:
-            racks = [node.rack for node in cluster.nodes if node.site == site]
-            found |= {"site"} if len(set(racks)) > 1 else set()
-            found |= {"rack"} if len(racks) > len(set(racks)) else set()
-    return tuple(level for level in LEVELS if level in found)
+    sites = {node.site for node in cluster.nodes}
+    racks = {(node.site, node.rack) for node in cluster.nodes}
+    crossed: dict[Level, bool] = {
+        "node": any(node.devices > 1 for node in cluster.nodes),
+        "rack": len(cluster.nodes) > len(racks),
+        "site": len(racks) > len(sites),
+        "wan": len(sites) > 1,
+    }
+    return tuple(level for level in LEVELS if crossed[level])
 
 
 def pair_rounds(
@@ -36,16 +38,19 @@ def pair_rounds(
     result: list[tuple[tuple[int, int], ...]] = []
     while left and len(result) < rounds:
         chosen: list[tuple[int, int]] = []
-        busy: dict[int, int] = {}
+        taken: set[int] = set()
+        busy: Counter[int] = Counter()
         for pair in left:
             nodes = {cluster.node_of[rank] for rank in pair}
-            room = [_pairs_at_once(cluster.nodes[node], level) for node in nodes]
-            apart = not {rank for p in chosen for rank in p} & set(pair)
-            if apart and all(busy.get(node, 0) < most for node, most in zip(nodes, room, strict=True)):
+            if taken.isdisjoint(pair) and all(
+                busy[node] < _pairs_at_once(cluster.nodes[node], level) for node in nodes
+            ):
                 chosen.append(pair)
-                busy |= {node: busy.get(node, 0) + 1 for node in nodes}
+                taken.update(pair)
+                busy.update(nodes)
         result.append(tuple(chosen))
-        left = [pair for pair in left if pair not in chosen]
+        measured = set(chosen)
+        left = [pair for pair in left if pair not in measured]
     return tuple(result)
 
 

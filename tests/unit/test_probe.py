@@ -293,14 +293,19 @@ GIB = 2**30
 FREE = Limit(8 * GIB)
 
 
-def host(place="a", cores=2.0, owner="", memory=FREE, kind="cpu_core", machine=2):
-    return hosts.Host((place,), DEVICES[kind], Limit(cores, owner), machine, memory)
+def host(place="a", cores=2.0, owner="", memory=FREE, kind="cpu_core", machine=2, name=None):
+    return hosts.Host((place,), name or place, DEVICES[kind], Limit(cores, owner), machine, memory)
 
 
 def test_ranks_of_one_place_are_a_node_and_share_its_cores_and_memory():
     (first, second) = hosts.make_nodes([host("a"), host("a"), host("b")])
     assert (first.devices, first.cores, first.memory_bytes) == (2, 2, 4 * GIB)
     assert (second.devices, second.cores, second.memory_bytes) == (1, 2, 8 * GIB)
+
+
+def test_nodes_that_are_namespaces_of_one_machine_share_what_it_has():
+    nodes = hosts.make_nodes([host(place, name="machine") for place in "abcd"])
+    assert [(node.devices, node.cores, node.memory_bytes) for node in nodes] == [(1, 1, 2 * GIB)] * 4
 
 
 def test_a_quota_per_rank_is_a_share_of_its_own():
@@ -355,6 +360,7 @@ def test_a_rank_tells_where_it_is_and_what_limits_it(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     here = hosts.Host.here(DEVICES["cpu_core"], 3, tmp_path)
+    assert here.machine == socket.gethostname()
     assert here.place == ("3", socket.gethostname(), "")
     assert here.cpu == Limit(0.45, str(tmp_path / "sys/fs/cgroup/cpu/rank0"))
     assert here.memory == Limit(1_000_000, str(tmp_path / "sys/fs/cgroup/memory/rank0"))
