@@ -30,13 +30,17 @@ def build(
     """Resolve ``builder``, "module:function", and bind its keyword arguments.
 
     The module is one of ``hybridpar.models`` ("vgg:vgg"), else any that can be imported, also from the working
-    directory. ``options`` are passed as they are; ``classes`` and ``in_shape`` (the shape of one sample) only
-    where the function accepts them. Calling the result builds the model. Raises ModelError for an unknown module,
-    function or option.
+    directory. ``options`` are passed as they are; ``classes`` (also as ``num_classes``) and ``in_shape`` (the
+    shape of one sample) only where the function has parameters of that name. Calling the result builds the model.
+    Raises ModelError for an unknown module, function or option.
     """
     function = _resolve(builder)
     keywords = dict(options)
-    offered = {"classes": classes, "in_shape": tuple(in_shape) if in_shape is not None else None}
+    offered = {
+        "classes": classes,
+        "num_classes": classes,
+        "in_shape": tuple(in_shape) if in_shape is not None else None,
+    }
     accepted, takes_any = _accepted(function)
     for name in keywords:
         if name not in accepted and not takes_any:
@@ -45,7 +49,7 @@ def build(
                 f"it accepts {', '.join(accepted) or 'none'}"
             )
     for name, value in offered.items():
-        if value is not None and (name in accepted or takes_any):
+        if value is not None and name in accepted:
             keywords.setdefault(name, value)
     return functools.partial(_call, builder, function, keywords)
 

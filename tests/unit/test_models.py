@@ -114,17 +114,17 @@ def test_builder_of_the_users_own(tmp_path, monkeypatch):
         "from torch import nn\n"
         "def net(width, classes):\n    return nn.Linear(width, classes)\n"
         "def everything(**given):\n    net = nn.Identity()\n    net.given = given\n    return net\n"
+        "def named(num_classes, in_shape):\n"
+        "    net = nn.Identity()\n    net.given = (num_classes, in_shape)\n    return net\n"
         "def nothing():\n    return None\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     model = build("my_models:net", {"width": 3}, classes=2, in_shape=(3,))()
     assert isinstance(model, nn.Linear)
-    assert build("my_models:everything", {"a": 1}, classes=2, in_shape=[3])().given == {
-        "a": 1,
-        "classes": 2,
-        "in_shape": (3,),
-    }
+    # What else it takes it hands on, most likely, to something that knows neither classes nor in_shape.
+    assert build("my_models:everything", {"a": 1}, classes=2, in_shape=[3])().given == {"a": 1}
+    assert build("my_models:named", {}, classes=2, in_shape=[3])().given == (2, (3,))
     with pytest.raises(ModelError, match=r"gave a NoneType; it must return a torch.nn.Module"):
         build("my_models:nothing", {})()
 
