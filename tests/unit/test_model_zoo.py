@@ -2,21 +2,23 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from hybridpar.config import compose
+from hybridpar.config import Config, compose
 from hybridpar.errors import ModelError
 from hybridpar.model.build import build
 from hybridpar.model.deferred import Deferred, defer
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.trace import Traced, trace
 from hybridpar.models.classifiers import classifier, names
-from hybridpar.planner import load_model, make_plan, prepare
-from hybridpar.planning.plan import validate
+from hybridpar.planner import Subject, load_model, make_plan, prepare
+from hybridpar.planning.plan import Plan, Segment, Stage, validate
+from hybridpar.planning.search import assess
 
 DIVERSE = (
     *("vgg16", "resnet50", "densenet121", "googlenet"),
@@ -65,7 +67,7 @@ def test_chain(name: str) -> None:
     assert all(layer.flops_per_sample >= 0 and layer.out_elements > 0 for layer in chain.layers)
 
 
-def plan(name: str) -> None:
+def on_two_nodes(name: str) -> tuple[Config, Subject]:
     config = compose(
         [
             "model=torchvision",
@@ -75,22 +77,30 @@ def plan(name: str) -> None:
             "train.global_batch=256",
         ]
     )
-    subject = prepare(config, traced(name))
-    planned = make_plan(config, subject)
-    assert planned.plan.world == 16
-    validate(planned.plan, subject.chain)
-    assert planned.chosen.prediction.step_s > 0
+    return config, prepare(config, traced(name))
 
 
 @pytest.mark.parametrize("name", DIVERSE)
-def test_plan(name: str) -> None:
-    plan(name)
+def test_pipeline_over_two_nodes(name: str) -> None:
+    """A plan that needs no search: every device has a run of layers."""
+    _, subject = on_two_nodes(name)
+    chain = subject.chain
+    cuts = [round(len(chain.layers) * i / 16) for i in range(17)]
+    segments = tuple(Segment(span, (rank,), (1.0,)) for rank, span in enumerate(pairwise(cuts)))
+    stage = Stage("middle", 4, segments)
+    plan = Plan(chain.model, chain.fingerprint, 16, 32, "float32", (stage,))
+    assessed = assess(plan, chain, subject.profile, subject.cluster)
+    assert assessed.prediction.step_s > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in names() if n not in DIVERSE])
-def test_plan_of_the_others(name: str) -> None:
-    plan(name)
+@pytest.mark.parametrize("name", names())
+def test_plan(name: str) -> None:
+    config, subject = on_two_nodes(name)
+    planned = make_plan(config, subject)
+    validate(planned.plan, subject.chain)
+    assert planned.plan.world == 16
+    assert planned.plan.prediction.step_s > 0
 
 
 def small_vit(**_: object) -> nn.Module:
