@@ -45,7 +45,7 @@ class Trials:
 
         Of the ranks that correspond to ``rank`` in other plan replicas it is the slowest, which hurts most.
         """
-        slowest = min(program.everywhere(rank), key=self.cluster.speed)
+        slowest = min(program.plan.everywhere((rank,)), key=self.cluster.speed)
         return self._period_s(program, with_speeds(self.cluster, {slowest: speed}))
 
     def _period_s(self, program: Program, cluster: Cluster) -> float:
@@ -65,7 +65,7 @@ class Trials:
         Bytes; the excess is negative where everything fits.
         """
         peaks = peak_per_rank(program)
-        limits = [min(map(self.cluster.memory_bytes, program.everywhere(r))) for r in range(len(peaks))]
+        limits = [min(map(self.cluster.memory_bytes, program.plan.everywhere((r,)))) for r in range(len(peaks))]
         excess = [peak - limit for peak, limit in zip(peaks, limits, strict=True)]
         rank = max(range(len(peaks)), key=lambda r: excess[r])
         return rank, peaks[rank], excess[rank]
