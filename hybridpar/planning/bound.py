@@ -4,54 +4,74 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from hybridpar.cluster.collectives import all_reduce
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks, positions
-from hybridpar.planning.costs import Costs
-from hybridpar.planning.layout import length
 from hybridpar.planning.parameters import bucket_count, is_zero
+from hybridpar.planning.costs import Costs
 from hybridpar.planning.plan import Plan
 
 
 def lower_bound(plan: Plan, chain: Chain, costs: Costs) -> float:
     """Return seconds that no order of the plan's step can beat.
 
-    The largest of: the passes and updates of the busiest rank; those of all ranks of a node over its cores; and
-    the gradient reductions of one communicator, which follow each other.
+    The largest of: the passes and updates of the busiest rank; those of all ranks of a node over its cores; the
+    gradient reductions of one communicator, which follow each other; and the way of one sample through all
+    positions and back, since the next step's first forward waits for its gradients.
     """
     work: dict[int, float] = defaultdict(float)
-    reductions = 0.0
-    places = positions(plan)
+    reductions = path = 0.0
     own: dict[int, list[Block]] = defaultdict(list)
     for block in blocks(plan, chain):
         own[block.position].append(block)
-    for position in places:
+    for position in positions(plan):
+        passes = _Passes(chain, position, own[position.index], plan.replica_batch, costs)
+        quickest = float("inf")
         for index, rank in enumerate(position.ranks):
-            work[rank] += _rank_time(plan, chain, position, own[position.index], index, costs)
+            speed = costs.speed(plan, rank)
+            total, least = passes.of(index)
+            if not is_zero(plan, position):
+                total += costs.update(chain, plan.itemsize, own[position.index], index)
+            work[rank] += total / speed
+            quickest = min(quickest, least / speed)
+        path += quickest
         if position.replicated and not is_zero(plan, position):
+            everyone = plan.everywhere(position.ranks)
             sizes = [bucket_count(chain, position, b) * plan.itemsize for b in own[position.index]]
-            times = [all_reduce(costs.cluster, position.ranks, s) for s in sizes if s]
-            reductions = max(reductions, sum(times))
+            reductions = max(reductions, sum(costs.wire("all_reduce", everyone, s) for s in sizes if s))
+    return max(*work.values(), path, reductions, _shared_cores(plan, work, costs))
+
+
+def _shared_cores(plan: Plan, work: dict[int, float], costs: Costs) -> float:
+    """Seconds of the busiest node's cores for the ranks of all plan replicas on it."""
     node: dict[int, float] = defaultdict(float)
     for rank, seconds in work.items():
-        node[costs.cluster.node_of[rank]] += seconds
-    shared = (t / (costs.cluster.nodes[n].cores or float("inf")) for n, t in node.items())
-    return max(*work.values(), reductions, max(shared, default=0.0))
+        for place in plan.everywhere((rank,)):
+            node[costs.cluster.node_of[place]] += seconds
+    return max((t / (costs.cluster.nodes[n].cores or float("inf")) for n, t in node.items()), default=0.0)
 
 
-def _rank_time(plan: Plan, chain: Chain, position: Position, own: list[Block], index: int, costs: Costs) -> float:
-    """Seconds of one rank's passes and update for a position."""
-    sizes = Counter(length(m[index]) for m in position.micro_batches(plan.global_batch))
-    passes = sum(
-        count
-        * (
-            costs.passes(chain, block, index, size, "forward")
-            + costs.passes(chain, block, index, size, "backward")
+class _Passes:
+    """Forward and backward of a position's micro-batches; replicas with equal ones are priced once."""
+
+    def __init__(self, chain: Chain, position: Position, own: list[Block], samples: int, costs: Costs) -> None:
+        self.chain, self.position, self.own, self.costs = chain, position, own, costs
+        self.micro_batches = position.micro_batches(samples)
+        self.known: dict[tuple[int | None, tuple[int, ...]], tuple[float, float]] = {}
+
+    def of(self, index: int) -> tuple[float, float]:
+        """Return the seconds of all micro-batches of the position's rank number ``index``, and of the quickest."""
+        sizes = tuple(sorted(m[index][1] - m[index][0] for m in self.micro_batches))
+        key = (index if self.position.sharded else None, sizes)
+        if key not in self.known:
+            counts = Counter(size for size in sizes if size)
+            each = {size: self._seconds(index, size) for size in counts}
+            total = sum(count * each[size] for size, count in counts.items())
+            self.known[key] = total, min(each.values(), default=0.0)
+        return self.known[key]
+
+    def _seconds(self, index: int, size: int) -> float:
+        return sum(
+            self.costs.passes(self.chain, block, index, size, kind)
+            for block in self.own
+            for kind in ("forward", "backward")
         )
-        for size, count in sizes.items()
-        if size
-        for block in own
-    )
-    if is_zero(plan, position):
-        return passes
-    return passes + costs.update(chain, plan.itemsize, own, index)

@@ -9,8 +9,9 @@ from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Span
-from hybridpar.planning.layout import Interval, length
 from hybridpar.planning.parameters import parameter_count
+from hybridpar.planning.layout import Interval, length
+from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.profiling.record import Profile
 
@@ -21,7 +22,8 @@ COPY_PASSES = 2
 """A copy reads and writes every byte."""
 
 
-HOST_ACTIONS = {"forward", "backward", "score", "loss", "norm", "update", "start"}
+_PASSES = {"forward", "backward", "score", "loss"}
+HOST_ACTIONS = {*_PASSES, "norm", "update", "start"}
 """Actions that cost the executor a device's ``action_s``."""
 Card = tuple[int, str]
 """A node's network card, by node and direction."""
@@ -44,37 +46,54 @@ class Costs:
         return shared or self._contention
 
     def actions(self, program: Program, rank: int) -> list[float]:
-        """Return the seconds that each action of a rank keeps it busy; equal passes are priced once."""
-        known: dict[tuple[str, int | None, int], float] = {}
-        index = {p.index: p.ranks.index(rank) for p in program.positions if rank in p.ranks}
-        seconds = []
-        for action in program.actions[rank]:
-            if action.kind == "wait":
-                seconds.append(0.0)
-                continue
-            if action.kind not in {"forward", "backward", "score", "loss"}:
-                seconds.append(self.action(program, rank, action))
-                continue
-            position = program.blocks[action.block or 0].position
-            start, stop = program.micro_batches[position][action.micro_batch or 0][index[position]]
-            key = (action.kind, action.block, stop - start)
-            if key not in known:
-                known[key] = self.action(program, rank, action)
-            seconds.append(known[key])
-        return seconds
-
-    def action(self, program: Program, rank: int, action: Action) -> float:
-        """Return the seconds that an action keeps its rank busy; without a GPU that includes the executor itself.
+        """Return the seconds that each action of a rank keeps it busy; without a GPU that includes the executor.
 
         Of ranks that correspond to each other in several plan replicas, the slowest sets the pace.
         """
-        seconds = self._device_time(program, rank, action) / self._speed(program, rank)
-        if self.cluster.device.kind == "cpu" and action.kind in HOST_ACTIONS:
-            seconds += self.cluster.device.action_s
+        known: dict[tuple[str, int | None, int], float] = {}
+        index = {p.index: p.ranks.index(rank) for p in program.positions if rank in p.ranks}
+        speed = self.speed(program.plan, rank)
+        executor = self.cluster.device.action_s if self.cluster.device.kind == "cpu" else 0.0
+        seconds = []
+        for action in program.actions[rank]:
+            kind = action.kind
+            if kind == "wait":
+                own = 0.0
+            elif kind == "start":
+                own = executor
+            elif kind in _PASSES:
+                position = program.blocks[action.block or 0].position
+                start, stop = program.micro_batches[position][action.micro_batch or 0][index[position]]
+                key = (kind, action.block, stop - start)
+                if key not in known:
+                    known[key] = self._device_time(program, rank, action) / speed + executor
+                own = known[key]
+            else:
+                own = self._device_time(program, rank, action) / speed + executor * (kind in HOST_ACTIONS)
+            seconds.append(own)
         return seconds
 
-    def _speed(self, program: Program, rank: int) -> float:
-        return min(self.cluster.speed(r) for r in program.everywhere(rank))
+    def speed(self, plan: Plan, rank: int) -> float:
+        """Return the speed of the slowest device of a replica's rank."""
+        return min(self.cluster.speed(r) for r in plan.everywhere((rank,)))
+
+    def memory_bytes(self, plan: Plan, rank: int) -> float:
+        """Return the memory of the smallest device of a replica's rank."""
+        return min(self.cluster.memory_bytes(r) for r in plan.everywhere((rank,)))
+
+    def workspace_bytes(self, program: Program, rank: int) -> float:
+        """Return the most bytes that a layer needs while it runs, beyond what it takes, gives and keeps."""
+        most = 0.0
+        for block in program.blocks:
+            position = program.positions[block.position]
+            if rank not in position.ranks:
+                continue
+            index = position.ranks.index(rank)
+            samples = max(length(m[index]) for m in program.micro_batches[block.position])
+            for layer in range(*block.layers):
+                fraction = block.fraction(program.chain, index, layer)
+                most = max(most, self.profile.workspace_bytes(layer, samples, fraction))
+        return most
 
     def cards(self, program: Program, operation: Operation) -> list[Card]:
         """Return the cards that an operation between nodes occupies."""
@@ -101,7 +120,7 @@ class Costs:
         """Return the ranks of an operation in the cluster."""
         if not operation.across:
             return operation.ranks
-        return tuple(sorted(r for local in operation.ranks for r in program.everywhere(local)))
+        return program.plan.everywhere(operation.ranks)
 
     def _device_time(self, program: Program, rank: int, action: Action) -> float:
         if action.kind in {"forward", "backward"}:
@@ -132,17 +151,20 @@ class Costs:
             update = self._update_time(program, operation.ranks[0], operation.block or 0) / len(ranks)
             gather = all_gather(self.cluster, ranks, size / len(ranks))
             return reduce_scatter(self.cluster, ranks, size) + update + gather
-        key = (operation.kind, ranks, size)
-        if key not in self._operations:
-            self._operations[key] = self._wire_time(operation.kind, ranks, size)
-        return self._operations[key]
+        return self.wire(operation.kind, ranks, size)
 
-    def _wire_time(self, kind: str, ranks: tuple[int, ...], size: int) -> float:
-        if kind == "send":
-            return point_to_point(self.cluster, ranks[0], ranks[1], size)
-        if kind == "all_reduce":
-            return all_reduce(self.cluster, ranks, size)
-        return all_gather(self.cluster, ranks, size)
+    def wire(self, kind: str, ranks: tuple[int, ...], size: int) -> float:
+        """Return the seconds of a message or collective between ranks of the cluster; computed once."""
+        key = (kind, ranks, size)
+        if key not in self._operations:
+            if kind == "send":
+                seconds = point_to_point(self.cluster, ranks[0], ranks[1], size)
+            elif kind == "all_reduce":
+                seconds = all_reduce(self.cluster, ranks, size)
+            else:
+                seconds = all_gather(self.cluster, ranks, size)
+            self._operations[key] = seconds
+        return self._operations[key]
 
     def passes(self, chain: Chain, block: Block, shard: int, samples: int, kind: str) -> float:
         """Return the seconds of a block's ``forward`` or ``backward`` for a micro-batch on one of its ranks."""

@@ -1,9 +1,14 @@
-"""Placements: which ranks hold which stage, as starting points of the search."""
+"""Placements: which ranks of a plan replica hold which stage.
+
+Two sets of them: families, the usual ones for any number of ranks, and every one there is up to the order of equal
+ranks, for a few ranks. All use every rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from dataclasses import dataclass
+from itertools import combinations_with_replacement, pairwise, product
 
 from hybridpar.errors import PlanError
 from hybridpar.planning.plan import Kind
@@ -12,27 +17,83 @@ from hybridpar.planning.request import Pin, Request
 Groups = tuple[tuple[int, ...], ...]
 """Ranks of a stage, one tuple per segment."""
 
+LARGEST_REPLICA = 64
+"""Ranks of the largest plan replica that is searched for, unless pins or the request want a larger one."""
+REPL = False
+FULL_FAMILIES = 16
+"""Ranks up to which the families hold all sizes of :func:`_sizes`; above, fewer."""
 
-def placements(kinds: tuple[Kind, ...], world: int, request: Request) -> Iterator[tuple[Groups, ...]]:
-    """Yield placements that use every rank and respect the pinned ranks and degrees.
 
-    Stages share all ranks, or have ranks of their own at the end of the list (middle before tail), or overlap.
+@dataclass(frozen=True)
+class Placement:
+    """Plan replicas and, per stage, the ranks of the first replica's segments."""
+
+    kinds: tuple[Kind, ...]
+    replicas: int
+    groups: tuple[Groups, ...]
+
+    @property
+    def world(self) -> int:
+        """Ranks of one replica."""
+        return 1 + max(r for groups in self.groups for ranks in groups for r in ranks)
+
+
+def placements(kinds: tuple[Kind, ...], nodes: tuple[int, ...], request: Request) -> Iterator[Placement]:
+    """Yield the placements of a shape on nodes with these numbers of ranks that respect the pins.
 
     Raises:
-        PlanError: a pinned rank does not exist, or a pinned degree is above the number of ranks.
+        PlanError: a pinned rank does not exist, or a pinned degree or number of replicas does not fit.
     """
+    world = sum(nodes)
     for kind in kinds:
         _check_pin(kind, request.pin(kind), world)
-    if len(kinds) == 1:
-        yield from ((groups,) for groups in _stage_options(kinds[0], world, request.pin(kinds[0]), alone=True))
-        return
-    seen = set()
-    options = [list(_stage_options(kind, world, request.pin(kind), alone=False)) for kind in kinds]
-    for choice in product(*options):
-        used = {r for groups in choice for ranks in groups for r in ranks}
-        if len(used) == world and choice not in seen and _enough(kinds, choice, world, request):
-            seen.add(choice)
-            yield choice
+    for replicas in replica_counts(nodes, request):
+        size = world // replicas
+        if request.space.placements == "every":
+            choices = _every(kinds, _nodes_of_replica(nodes, size), request)
+        else:
+            choices = _families(kinds, size, request)
+        for groups in choices:
+            if len(kinds) == 1 or _parallel(kinds, groups, min(2, world), request):
+                yield Placement(kinds, replicas, groups)
+
+
+def replica_counts(nodes: tuple[int, ...], request: Request) -> list[int]:
+    """Return the numbers of plan replicas: those whose replicas fill nodes, or of which nodes hold a whole number.
+
+    Pinned ranks are ranks of the cluster, and pinned degrees are counted over it, so both mean a single replica.
+    """
+    world = sum(nodes)
+    if request.replicas is not None:
+        if world % request.replicas:
+            raise PlanError(
+                f"plan.replicas: {request.replicas} does not divide the cluster's {world} ranks; give a divisor"
+            )
+        return [request.replicas]
+    if any(
+        pin.ranks is not None or pin.degree is not None or pin.shares is not None for pin in request.pins.values()
+    ):
+        return [1]
+    allowed = request.space.replicas
+    counts = [r for r in range(1, world + 1) if world % r == 0 and (allowed is None or r in allowed)]
+    counts = [r for r in counts if r == 1 or (_aligned(nodes, world // r) and request.global_batch >= r)]
+    small = [r for r in counts if world // r <= LARGEST_REPLICA]
+    return [1] if not REPL else (small or counts[-1:])
+
+
+def _aligned(nodes: tuple[int, ...], size: int) -> bool:
+    return all(n % size == 0 for n in nodes) or (len(set(nodes)) == 1 and size % nodes[0] == 0)
+
+
+def _nodes_of_replica(nodes: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Return the ranks that the first replica has on each node."""
+    own, left = [], size
+    for n in nodes:
+        own.append(min(n, left))
+        left -= own[-1]
+        if not left:
+            break
+    return tuple(own)
 
 
 def _check_pin(kind: Kind, pin: Pin, world: int) -> None:
@@ -52,17 +113,32 @@ def _check_pin(kind: Kind, pin: Pin, world: int) -> None:
         )
 
 
-def _stage_options(kind: Kind, world: int, pin: Pin, *, alone: bool) -> Iterator[Groups]:
+# Families
+
+
+def _families(kinds: tuple[Kind, ...], world: int, request: Request) -> Iterator[tuple[Groups, ...]]:
+    """Yield the usual placements: stages share all ranks, or have own ones at the end of the list, or overlap."""
+    if len(kinds) == 1:
+        yield from ((g,) for g in _stage_options(kinds[0], world, request, alone=True))
+        return
+    options = [list(dict.fromkeys(_stage_options(kind, world, request, alone=False))) for kind in kinds]
+    for choice in product(*options):
+        used = {r for groups in choice for ranks in groups for r in ranks}
+        if len(used) == world:
+            yield choice
+
+
+def _stage_options(kind: Kind, world: int, request: Request, *, alone: bool) -> Iterator[Groups]:
+    pin = request.pin(kind)
     if pin.ranks is not None:
         if kind != "middle":
             yield (pin.ranks,)
             return
-        degree = pin.degree or len(pin.ranks)
-        yield _groups(pin.ranks, degree)
+        yield _groups(pin.ranks, pin.degree or len(pin.ranks))
         return
     everyone = tuple(range(world))
     if kind == "middle":
-        yield from _middle_options(everyone, pin, alone=alone)
+        yield from _middle_options(everyone, request, alone=alone)
         return
     if alone and pin.degree is not None and pin.degree < world:
         raise PlanError(
@@ -76,18 +152,19 @@ def _stage_options(kind: Kind, world: int, pin: Pin, *, alone: bool) -> Iterator
 
 def _sizes(world: int) -> list[int]:
     """Return all ranks, half of them, all but a few, and a few."""
-    few = {max(world // 4, 1), max(world // 8, 1), 2, 1}
-    return sorted(
-        {world, max(world // 2, 1)} | {n for n in few if n <= world} | {world - n for n in few if n < world}
-    )
+    few = {1, 2, max(world // 4, 1), max(world // 8, 1)} if world <= FULL_FAMILIES else {world // 8, world // 16}
+    rest = {world - n for n in few if n < world}
+    return sorted({world, max(world // 2, 1)} | {n for n in few if 1 <= n <= world} | rest)
 
 
-def _middle_options(everyone: tuple[int, ...], pin: Pin, *, alone: bool) -> Iterator[Groups]:
+def _middle_options(everyone: tuple[int, ...], request: Request, *, alone: bool) -> Iterator[Groups]:
     """Yield pipelines over all ranks (each segment on its share of them), and over a few ranks at either end."""
-    world = len(everyone)
-    degrees = (
-        [pin.degree] if pin.degree is not None else sorted({d for d in (2, 3, 4, 8, world) if d <= world} or {1})
-    )
+    world, pin, allowed = len(everyone), request.pin("middle"), request.space.segments
+    if pin.degree is not None:
+        degrees = [pin.degree]
+    else:
+        usual = sorted({d for d in (2, 3, 4, 8, world) if d <= min(world, FULL_FAMILIES)} or {1})
+        degrees = [d for d in usual if allowed is None or d in allowed]
     if alone and pin.degree is not None and world % pin.degree:
         raise PlanError(
             f"plan.middle.degree: {pin.degree} segments cannot share the cluster's {world} ranks evenly; use a "
@@ -108,12 +185,45 @@ def _groups(ranks: tuple[int, ...], degree: int) -> Groups:
     return tuple(ranks[i * size : (i + 1) * size] for i in range(degree))
 
 
-def _enough(kinds: tuple[Kind, ...], choice: tuple[Groups, ...], world: int, request: Request) -> bool:
-    """Whether each of several stages is really parallel, as far as there are ranks: at least two of everything."""
-    least = min(2, world)
+def _parallel(kinds: tuple[Kind, ...], choice: tuple[Groups, ...], least: int, request: Request) -> bool:
+    """Whether each of several stages is really parallel: at least two of everything, as far as there are ranks."""
     return all(
         request.pin(kind).degree is not None
         or request.pin(kind).ranks is not None
         or (len(groups) if kind == "middle" else len(groups[0])) >= least
         for kind, groups in zip(kinds, choice, strict=True)
     )
+
+
+# Every placement
+
+Roles = tuple[int, ...]
+"""The positions (segments, counted over all stages) that a rank holds; at least one."""
+
+
+def _every(kinds: tuple[Kind, ...], nodes: tuple[int, ...], request: Request) -> Iterator[tuple[Groups, ...]]:
+    """Yield every placement up to the order of a node's ranks and of equal nodes.
+
+    A placement gives every rank a set of positions. Within a node the sets ascend from rank to rank, and so do
+    the lists of sets of equal nodes.
+    """
+    world = sum(nodes)
+    allowed = request.space.segments
+    degrees = [d for d in range(1, world + 1) if allowed is None or d in allowed] if "middle" in kinds else [1]
+    for degree in degrees:
+        counts = [degree if kind == "middle" else 1 for kind in kinds]
+        positions = range(sum(counts))
+        roles = [tuple(p for p in positions if mask >> p & 1) for mask in range(1, 1 << len(positions))]
+        roles.sort()
+        per_node = [list(combinations_with_replacement(roles, n)) for n in nodes]
+        for choice in product(*per_node):
+            ordered = all(a <= b for a, b in pairwise(choice) if len(a) == len(b))
+            held = [own for node in choice for own in node]
+            ranks = [tuple(r for r, own in enumerate(held) if p in own) for p in positions]
+            if not ordered or not all(ranks):
+                continue
+            groups, at = [], 0
+            for count in counts:
+                groups.append(tuple(ranks[at : at + count]))
+                at += count
+            yield tuple(groups)

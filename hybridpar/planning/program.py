@@ -128,10 +128,6 @@ class Program:
         """Work-number intervals in the replica: [position][micro-batch][index in the position's ranks]."""
         return tuple(p.micro_batches(self.samples) for p in self.positions)
 
-    def everywhere(self, rank: int) -> range:
-        """Return the ranks of the job that correspond to a rank, one per plan replica."""
-        return range(rank, self.plan.world, self.plan.world // self.plan.replicas)
-
     def interval(self, block: int, micro_batch: int, rank: int) -> Interval:
         """Return the work numbers, counted in the replica, of a rank's micro-batch in a block."""
         position = self.positions[self.blocks[block].position]

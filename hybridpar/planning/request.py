@@ -1,4 +1,4 @@
-"""What the user asks of the planner."""
+"""What the user asks of the planner, and the space that it searches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ STAGES_OF: dict[Shape, tuple[Kind, ...]] = {
     "front_tail": ("front", "tail"),
     "three_stage": ("front", "middle", "tail"),
 }
+Mode = Literal["column", "row"]
+Effort = Literal["quick", "normal", "long", "exact"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,41 @@ class Pin:
     micro_batch: int | None = None
     shares: tuple[float, ...] | None = None
     """Relative samples per replica (front), relative features per shard (tail)."""
-    sharding: tuple[Literal["column", "row"], ...] | None = None
+    sharding: tuple[Mode, ...] | None = None
     """Of the tail: one entry per linear layer."""
     in_flight: int | None = None
+    recompute: bool | None = None
 
     def __post_init__(self) -> None:
         if self.degree is not None and self.degree < 1:
             raise PlanError(f"degree: {self.degree} is below 1; a stage needs at least one rank")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise PlanError(f"micro_batch: {self.micro_batch} is below 1; give a number of samples")
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the search may choose from where nothing is pinned; docs/planner.md defines it. None: the whole of it.
+
+    A space of at most ``search.EXHAUSTIVE`` drafts is searched whole, and its best plan is then the best there is.
+    """
+
+    cuts: tuple[int, ...] | None = None
+    """Layer indices where a stage or a segment may end."""
+    micro_batches: tuple[int, ...] | None = None
+    in_flight: tuple[int | None, ...] | None = None
+    """Caps in samples; None among them is what the order rule gives."""
+    orders: tuple[OrderRule, ...] = ("one_forward_one_backward", "fill_drain")
+    sharding: tuple[Mode, ...] = ("column", "row")
+    recompute: tuple[bool, ...] = (False, True)
+    optimizer_sharding: tuple[Literal["none", "zero1"], ...] | None = None
+    """None: what the recipe says."""
+    replicas: tuple[int, ...] | None = None
+    """Numbers of plan replicas."""
+    placements: Literal["families", "every"] = "families"
+    """Rank sets: those that are usual, or all of them up to the order of equal ranks."""
+    segments: tuple[int, ...] | None = None
+    """Numbers of middle segments."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +83,35 @@ class Request:
     recipe: Recipe = field(default_factory=Recipe)
     pins: dict[Kind, Pin] = field(default_factory=dict)
     order: OrderRule | None = None
+    replicas: int | None = None
+    """Number of plan replicas."""
     bucket_bytes: int = 8 * 2**20
     distinct: bool = False
     """Only plans whose stages all have different micro-batch sizes."""
     least_micro_batch: int = 1
     """No smaller micro-batches, apart from pinned ones."""
+    space: Space = field(default_factory=Space)
+    effort: Effort = "normal"
+    """How much is simulated before the search is content; ``exact`` searches the whole space."""
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:
             raise PlanError(f"train.global_batch: {self.global_batch} is below 1; give a number of samples")
         if self.least_micro_batch < 1:
             raise PlanError(f"plan.least_micro_batch: {self.least_micro_batch} is below 1; give a size")
+        if self.replicas is not None and self.replicas < 1:
+            raise PlanError(f"plan.replicas: {self.replicas} is below 1; give a number of plan replicas")
 
     def pin(self, kind: Kind) -> Pin:
         """Return the pins of a stage."""
         return self.pins.get(kind, Pin())
+
+    @property
+    def orders(self) -> tuple[OrderRule, ...]:
+        """The order rules to choose from."""
+        return self.space.orders if self.order is None else (self.order,)
+
+    @property
+    def optimizer_shardings(self) -> tuple[Literal["none", "zero1"], ...]:
+        """The optimizer shardings to choose from."""
+        return self.space.optimizer_sharding or (self.recipe.sharding,)

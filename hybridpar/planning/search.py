@@ -1,9 +1,11 @@
 """The search: the fastest plan of every shape that fits into memory, by simulated time.
 
-For every shape the search starts from a few placements of the stages on ranks (all ranks shared, ranks of their
-own, overlapping) and improves each by changing one choice at a time (a micro-batch size, a cut, the sharding of a
-linear layer, the order rule) for as long as the simulated step gets faster. That is a local search: it is exact in
-what it says of a plan, and does not prove that no better one exists.
+A space of few drafts is searched whole: in the order of a lower bound, until no bound is below the best. Otherwise
+the best few estimates of every placement are simulated, and the best of those improved by changing one choice at a
+time (a micro-batch size, a cut, the sharding of a linear, the order rule; and what is kept for the backward, where
+memory lacks) for as long as the step gets faster, or the effort is spent. That is a heuristic:
+``scripts/bench/planner`` measures how far it is from a far longer search. The effort is counted in simulated
+actions, never in seconds, so that a plan does not depend on the machine that plans.
 """
 
 from __future__ import annotations
@@ -11,29 +13,44 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, NoReturn
 
 from hybridpar.cluster.topology import Cluster
 from hybridpar.errors import MemoryLimitError, PlanError
 from hybridpar.model.chain import Chain
-from hybridpar.planning.bound import lower_bound
+from hybridpar.planning import exhaustive
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.draft import Draft, Drafting
-from hybridpar.planning.memory import peak_per_rank
-from hybridpar.planning.placement import Groups, placements
+from hybridpar.planning.estimate import Estimator
+from hybridpar.planning.placement import Placement, placements
 from hybridpar.planning.plan import Kind, Plan, Prediction, validate
-from hybridpar.planning.request import SHAPES, STAGES_OF, Pin, Request, Shape
-from hybridpar.planning.simulate import predict, simulate
+from hybridpar.planning.request import SHAPES, STAGES_OF, Effort, Pin, Request, Shape
+from hybridpar.planning.scorer import Score, Scorer, shortage
+from hybridpar.planning.simulate import predict
 from hybridpar.profiling.record import Profile
 
-SCORED_STARTS = 12
-"""Starting points of a shape that are simulated, least lower bound first."""
-KEPT_STARTS, KEPT_STARTS_LARGE, LARGE_WORLD = 5, 2, 8
-"""Starting points of a shape that are improved, best first; fewer above ``LARGE_WORLD`` ranks, where each
-simulation takes a tenth of a second."""
-FIRST_SIZE: dict[Kind, int] = {"front": 2, "middle": 4, "tail": 2}
-"""Micro-batch to start from, counted down from the largest: a pipeline needs several to fill."""
+EXHAUSTIVE: dict[Effort, int] = {"quick": 12, "normal": 24, "long": 2_000, "exact": 200_000}
+"""Drafts of a shape up to which its space is searched whole."""
+ACTIONS: dict[Effort, tuple[int, int, int]] = {
+    "quick": (4_000, 300, 75),
+    "normal": (14_000, 1_000, 200),
+    "long": (2_000_000, 50_000, 10_000),
+    "exact": (0, 0, 0),
+}
+"""Simulated actions of a search: at all, for each of the first ``FEW_RANKS`` ranks, and for each one beyond."""
+FEW_RANKS = 64
+PART: dict[Shape, float] = {"data_parallel": 0.1, "pipeline": 0.2, "front_tail": 0.3, "three_stage": 0.4}
+"""Share of the actions that a shape may use; what it leaves goes to the next."""
+LEAN = 12
+"""Placements of a shape that are tried to say which batch would fit."""
+PER_PLACEMENT: dict[Effort, int] = {"quick": 1, "normal": 2, "long": 12, "exact": 0}
+"""Estimates of a placement that may be simulated."""
+SIMULATED: dict[Effort, int] = {"quick": 3, "normal": 8, "long": 200, "exact": 0}
+"""Estimates of a shape that are simulated, best first."""
+IMPROVED: dict[Effort, int] = {"quick": 1, "normal": 3, "long": 24, "exact": 0}
+"""Of those, the ones that are improved, best first."""
 WORTHWHILE = 0.002
 """Share of the step time by which a neighbour must be better."""
 WORTHWHILE_BYTES = 0.1
@@ -86,8 +103,9 @@ def search(chain: Chain, profile: Profile, cluster: Cluster, request: Request) -
     """
     profile.check(chain)
     _check_pins(request, chain)
-    scorer = _Scorer(chain, profile, cluster, request)
-    candidates = tuple(_best(shape, scorer, request) for shape in SHAPES)
+    scorer = Scorer(chain, profile, cluster, request)
+    budget = _Budget(scorer, request.effort)
+    candidates = tuple(_best(shape, scorer, budget.until(shape)) for shape in SHAPES)
     able = [c for c in candidates if c.plan is not None and c.shape in _wanted(request)]
     if not able:
         _refuse(request, candidates, scorer)
@@ -110,86 +128,29 @@ def assess(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> Plan
             "plan for this cluster, or name another one"
         )
     program = compile_program(plan, chain, plan.global_batch, "train")
-    peaks = peak_per_rank(program)
-    rank = max(range(len(peaks)), key=lambda r: peaks[r])
-    if peaks[rank] > cluster.device.memory_bytes:
+    costs = Costs(profile, cluster)
+    lack = shortage(program, costs)
+    if lack is not None:
         raise MemoryLimitError(
-            f"the plan does not fit: {memory_line(plan, rank, peaks[rank], cluster)}; plan again for this "
-            f"cluster, or use devices of at least {peaks[rank] / 2**20:.0f} MiB"
+            f"the plan does not fit: {lack.text}; plan again for this "
+            f"cluster, or use devices of at least {lack.needed_bytes / 2**20:.0f} MiB"
         )
-    return replace(plan, prediction=predict(program, Costs(profile, cluster)))
+    return replace(plan, prediction=predict(program, costs))
 
 
-class _Scorer:
-    """Scores drafts by compiling and simulating their plans; remembers what it has seen."""
+class _Budget:
+    """Hands out the simulated actions of an effort, shape by shape."""
 
-    def __init__(self, chain: Chain, profile: Profile, cluster: Cluster, request: Request) -> None:
-        self.chain, self.cluster = chain, cluster
-        self.costs = Costs(profile, cluster)
-        self.drafting = Drafting(chain, profile, request, cluster.world)
-        self.scores: dict[Draft, tuple[int, float]] = {}
-        self.bounds: dict[Draft, float] = {}
-        self.reasons: dict[Draft, str] = {}
-        self.tried = 0
+    def __init__(self, scorer: Scorer, effort: Effort) -> None:
+        base, each, beyond = ACTIONS[effort]
+        ranks = scorer.cluster.world
+        self.total = base + each * min(ranks, FEW_RANKS) + beyond * max(ranks - FEW_RANKS, 0)
+        self.share = 0.0
 
-    def score(self, draft: Draft) -> tuple[int, float]:
-        """Return (0, step seconds), or (1, bytes above the limit), or (2, 0) where the plan is impossible."""
-        if draft not in self.scores:
-            self.scores[draft] = self._score(draft)
-        return self.scores[draft]
-
-    def _plan(self, draft: Draft) -> Plan:
-        """Return a draft's plan; raises PlanError where it is not a possible or allowed one."""
-        if not self.drafting.allowed(draft):
-            raise PlanError(f"the stages' micro-batches {draft.micro_batches} are not distinct")
-        plan = self.drafting.plan(draft)
-        validate(plan, self.chain)
-        return plan
-
-    def _score(self, draft: Draft) -> tuple[int, float]:
-        try:
-            plan = self._plan(draft)
-            program = compile_program(plan, self.chain, plan.global_batch, "train")
-        except PlanError as e:
-            self.reasons[draft] = str(e)
-            return 2, 0.0
-        peaks = peak_per_rank(program)
-        rank = max(range(len(peaks)), key=lambda r: peaks[r])
-        if peaks[rank] > self.cluster.device.memory_bytes:
-            self.reasons[draft] = memory_line(plan, rank, peaks[rank], self.cluster)
-            return 1, peaks[rank] - self.cluster.device.memory_bytes
-        self.tried += 1
-        return 0, simulate(program, self.costs).period_s
-
-    def fits(self, draft: Draft) -> bool:
-        """Whether the draft's plan is possible and fits into memory."""
-        return self.score(draft)[0] == 0
-
-    def beats(self, draft: Draft, other: Draft) -> bool:
-        """Whether a draft is better than another by a share that matters."""
-        rank, value = self.score(other)
-        limit = (rank, value * (1 - (WORTHWHILE if rank == 0 else WORTHWHILE_BYTES)))
-        return (0, self.bound(draft)) < limit and self.score(draft) < limit
-
-    def bound(self, draft: Draft) -> float:
-        """Return a lower bound of the step time; infinite where the plan is impossible."""
-        if draft not in self.bounds:
-            try:
-                plan = self._plan(draft)
-            except PlanError as e:
-                self.scores[draft], self.reasons[draft] = (2, 0.0), str(e)
-                self.bounds[draft] = float("inf")
-            else:
-                self.bounds[draft] = lower_bound(plan, self.chain, self.costs)
-        return self.bounds[draft]
-
-    def predicted(self, draft: Draft) -> Plan | None:
-        """Return the draft's plan with its prediction, or None where it is impossible."""
-        if self.score(draft)[0]:
-            return None
-        plan = self.drafting.plan(draft)
-        program = compile_program(plan, self.chain, plan.global_batch, "train")
-        return replace(plan, prediction=predict(program, self.costs))
+    def until(self, shape: Shape) -> int:
+        """Return the number of actions after which the search of a shape has to end."""
+        self.share += PART[shape]
+        return round(self.total * self.share)
 
 
 def _wanted(request: Request) -> tuple[Shape, ...]:
@@ -252,19 +213,22 @@ def _check_layers(kinds: tuple[Kind, ...], drafting: Drafting, request: Request)
                 raise PlanError(f"plan.{kind}.layers: {list(pinned or ())} leaves no layer for every {others}")
 
 
-def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
-    """Improve the best starting points of a shape."""
+def _best(shape: Shape, scorer: Scorer, until: int) -> Candidate:
+    """Return the best plan of a shape, or why there is none."""
+    drafting, request = scorer.drafting, scorer.request
     try:
-        starts = list(_starts(shape, scorer.drafting, request))
+        places = _placements(shape, drafting, request)
     except PlanError as e:
         return Candidate(shape, None, str(e))
-    promising = sorted(starts, key=scorer.bound)[:SCORED_STARTS]
-    ranked = sorted(promising, key=scorer.score)
-    kept = KEPT_STARTS if scorer.cluster.world <= LARGE_WORLD else KEPT_STARTS_LARGE
-    best = min((_improve(d, scorer) for d in ranked[:kept]), key=scorer.score, default=None)
-    if best is not None and scorer.score(best)[0] == 1:
-        lean = (_sized(draft, scorer.drafting, request, lean=True) for draft in promising)
-        best = next((_improve(d, scorer) for d in lean if scorer.fits(d)), best)
+    most = EXHAUSTIVE[request.effort]
+    every = list(islice((d for p in places for d in exhaustive.drafts(drafting, p)), most + 1))
+    whole = len(every) <= most
+    if not whole and request.effort == "exact":
+        raise PlanError(
+            f"plan.effort: exact is for at most {most} drafts of a shape, and {shape} has more; "
+            "pin some choices, or use plan.effort=long"
+        )
+    best = exhaustive.best(scorer, every) if whole else _heuristic(places, scorer, until)
     if best is None:
         return Candidate(
             shape,
@@ -277,84 +241,63 @@ def _best(shape: Shape, scorer: _Scorer, request: Request) -> Candidate:
     return Candidate(shape, plan)
 
 
-def _improve(draft: Draft, scorer: _Scorer) -> Draft:
+def _placements(shape: Shape, drafting: Drafting, request: Request) -> list[Placement]:
+    """Return the placements of a shape; raises PlanError where the chain or the pins allow none."""
+    kinds = STAGES_OF[shape]
+    if "tail" in kinds and drafting.chain.tail_start == len(drafting.chain.layers):
+        raise PlanError("the model does not end in linear layers, so no tail can be tensor-parallel")
+    _check_layers(kinds, drafting, request)
+    return list(placements(kinds, tuple(n.devices for n in drafting.cluster.nodes), request))
+
+
+def _heuristic(places: list[Placement], scorer: Scorer, until: int) -> Draft | None:
+    """Simulate the best estimates, and improve the best of those."""
+    effort = scorer.request.effort
+    estimator = Estimator(scorer.drafting)
+    estimates = [e for place in places for e in estimator.best(place, PER_PLACEMENT[effort])]
+    tried: list[Draft] = []
+    best: Draft | None = None
+    for estimate in sorted(estimates, key=lambda e: e.key):
+        draft = estimator.draft(estimate)
+        if draft is None:
+            continue
+        score = scorer.score(draft, None if best is None else scorer.score(best))
+        if draft in scorer.scores:
+            tried.append(draft)
+        if best is None or (draft in scorer.scores and score < scorer.score(best)):
+            best = draft
+        if len(tried) >= SIMULATED[effort] or (scorer.actions > until and tried):
+            break
+    starts = sorted(tried, key=scorer.score)
+    for start in starts[: IMPROVED[effort]]:
+        improved = _improve(start, scorer, until)
+        if best is None or scorer.score(improved) < scorer.score(best):
+            best = improved
+    if best is None or scorer.score(best)[0] == 0:
+        return best
+    lean = (scorer.drafting.lean(start) for start in starts)
+    return next((_improve(draft, scorer, until) for draft in lean if scorer.fits(draft)), best)
+
+
+def _improve(draft: Draft, scorer: Scorer, until: int) -> Draft:
     """Step to a better neighbour until there is none; those whose bound rules them out are not simulated."""
     while True:
-        neighbours = sorted(scorer.drafting.neighbours(draft), key=scorer.bound)
-        better = next((n for n in neighbours if scorer.beats(n, draft)), None)
+        rank, value = scorer.score(draft)
+        limit: Score = (rank, value * (1 - (WORTHWHILE if rank == 0 else WORTHWHILE_BYTES)))
+        neighbours = scorer.drafting.neighbours(draft, lacking=rank == 1)
+        better = None
+        for neighbour in sorted(neighbours, key=scorer.bound):
+            if scorer.actions > until and rank == 0:
+                return draft
+            if scorer.score(neighbour, limit) < limit:
+                better = neighbour
+                break
         if better is None:
             return draft
         draft = better
 
 
-def _starts(shape: Shape, drafting: Drafting, request: Request) -> Iterator[Draft]:
-    """Yield a draft for every placement of a shape, with middling choices for the rest."""
-    kinds = STAGES_OF[shape]
-    if "tail" in kinds and drafting.chain.tail_start == len(drafting.chain.layers):
-        raise PlanError("the model does not end in linear layers, so no tail can be tensor-parallel")
-    _check_layers(kinds, drafting, request)
-    for ranks in placements(kinds, drafting.world, request):
-        cuts = _first_cuts(drafting, kinds, ranks, request)
-        if cuts is None:
-            continue
-        order = request.order or "one_forward_one_backward"
-        draft = Draft(kinds, cuts, ranks, (1,) * len(kinds), (), order)
-        draft = _sized(draft, drafting, request, lean=False)
-        yield replace(draft, sharding=drafting.resized_sharding(draft))
-
-
-def _sized(draft: Draft, drafting: Drafting, request: Request, *, lean: bool) -> Draft:
-    """Give a draft middling micro-batches, or the least; where they have to differ, the nearest that do."""
-    chosen: list[int] = []
-    for i, kind in enumerate(draft.kinds):
-        sizes = drafting.sizes(draft, i)
-        wanted = sizes[0] if lean else sizes[max(len(sizes) - FIRST_SIZE[kind], 0)]
-        free = [s for s in sizes if not request.distinct or s not in chosen] or [wanted]
-        chosen.append(min(free, key=lambda s: abs(s - wanted)))
-    return replace(draft, micro_batches=tuple(chosen))
-
-
-def _first_cuts(
-    drafting: Drafting, kinds: tuple[Kind, ...], ranks: tuple[Groups, ...], request: Request
-) -> tuple[int, ...] | None:
-    """Start the tail as early as the stages before it allow, the middle with the last third of what remains."""
-    for stop in _tail_cuts(drafting, kinds, request):
-        for start in _middle_cuts(drafting, kinds, ranks, request, stop):
-            cuts = tuple(c for c in (start, stop) if c is not None)
-            draft = Draft(kinds, cuts, ranks, (1,) * len(kinds), (), "fill_drain")
-            if drafting.fits(draft) and all(0 < c < len(drafting.chain.layers) for c in cuts):
-                return cuts
-    return None
-
-
-def _tail_cuts(drafting: Drafting, kinds: tuple[Kind, ...], request: Request) -> list[int] | list[None]:
-    """Return where the tail may start, best first; None where there is none behind another stage."""
-    if len(kinds) == 1:
-        return [None]
-    pinned = _pinned_cut(kinds, len(kinds) - 2, request)
-    return drafting.cuts_between(kinds, len(kinds) - 2) if pinned is None else [pinned]
-
-
-def _middle_cuts(
-    drafting: Drafting, kinds: tuple[Kind, ...], ranks: tuple[Groups, ...], request: Request, stop: int | None
-) -> list[int] | list[None]:
-    """Return where the middle between two stages may start, best first; None where there is none."""
-    if len(kinds) < 3 or stop is None:
-        return [None]
-    pinned = _pinned_cut(kinds, 0, request)
-    if pinned is not None:
-        return [pinned]
-    room = [p for p in drafting.cut_points if p <= stop - len(ranks[1])]
-    return room[len(room) * 2 // 3 :: -1]
-
-
-def _pinned_cut(kinds: tuple[Kind, ...], i: int, request: Request) -> int | None:
-    """Return where stage ``i`` ends, if its layers or the next stage's are pinned."""
-    before, after = request.pin(kinds[i]).layers, request.pin(kinds[i + 1]).layers
-    return before[1] if before else after[0] if after else None
-
-
-def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: _Scorer) -> NoReturn:
+def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: Scorer) -> NoReturn:
     wanted = [c for c in candidates if c.shape in _wanted(request)]
     reasons = "; ".join(f"{c.shape}: {c.reason}" for c in wanted)
     if not any(c.over_memory for c in wanted):
@@ -364,14 +307,14 @@ def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: _Scorer
     )
 
 
-def _advice(request: Request, scorer: _Scorer) -> str:
+def _advice(request: Request, scorer: Scorer) -> str:
     """Say which half, quarter, ... of the global batch would fit, if need be without the pinned micro-batches."""
     freed = {kind: replace(pin, micro_batch=None, in_flight=None) for kind, pin in request.pins.items()}
     for pins, condition in ((request.pins, ""), (freed, " with no micro_batch and in_flight pinned")):
         batch = request.global_batch if pins != request.pins else request.global_batch // 2
         while batch:
             smaller = replace(request, global_batch=batch, pins=pins)
-            trial = _Scorer(scorer.chain, scorer.costs.profile, scorer.cluster, smaller)
+            trial = Scorer(scorer.chain, scorer.costs.profile, scorer.cluster, smaller)
             if any(trial.fits(draft) for draft in _leanest(trial, smaller)):
                 return f"train.global_batch={batch}{condition} would fit"
             batch //= 2
@@ -380,19 +323,15 @@ def _advice(request: Request, scorer: _Scorer) -> str:
     return "even a global batch of 1 does not fit"
 
 
-def _leanest(scorer: _Scorer, request: Request) -> Iterator[Draft]:
-    """Yield the most promising placements of the wanted shapes with the smallest micro-batches."""
+def _leanest(scorer: Scorer, request: Request) -> Iterator[Draft]:
+    """Yield drafts of the wanted shapes that seem to need least memory."""
     for shape in _wanted(request):
         with contextlib.suppress(PlanError):
-            starts = sorted(_starts(shape, scorer.drafting, request), key=scorer.bound)
-            for draft in starts[:SCORED_STARTS]:
-                yield _sized(draft, scorer.drafting, request, lean=True)
-
-
-def memory_line(plan: Plan, rank: int, peak: int, cluster: Cluster) -> str:
-    """Say which rank exceeds its device's memory, and by how much."""
-    limit = cluster.device.memory_bytes
-    return (
-        f"rank {rank} needs {peak / 2**20:.1f} MiB, {(peak - limit) / 2**20:.1f} MiB more than the "
-        f"{limit / 2**20:.1f} MiB of {cluster.device.name}, at global batch {plan.global_batch}"
-    )
+            estimator = Estimator(scorer.drafting)
+            places = _placements(shape, scorer.drafting, request)
+            least = [e for p in places for e in estimator.best(p, 1)]
+            for estimate in sorted(least, key=lambda e: e.key)[:LEAN]:
+                draft = estimator.draft(estimate)
+                if draft is not None:
+                    yield draft
+                    yield scorer.drafting.lean(draft)

@@ -84,7 +84,6 @@ def get(plan: Plan, kind: str) -> Stage:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Improve one starting point of each shape only, where it does not matter how fast the plan is."""
-    monkeypatch.setattr(search_module, "KEPT_STARTS", 1)
 
 
 # Shapes
