@@ -148,7 +148,7 @@ class Estimator:
         for flat in best[np.argsort(score[best], kind="stable")]:
             at = np.unravel_index(flat, step.shape)
             chosen = tuple(own[at[i]] for i, own in enumerate(sizes))
-            if chosen not in taken and over[at] < FORBIDDEN_BYTES:
+            if chosen not in taken:
                 taken.add(chosen)
                 found.append(
                     Estimate(placement, cuts[at[-1]], chosen, recompute, float(step[at]), float(over[at]))
@@ -185,7 +185,7 @@ class Estimator:
         """Return latency and seconds per byte of an all-reduce over ranks of every plan replica."""
         key = (ranks, placement.world, placement.replicas)
         if key not in self._reductions:
-            everyone = sorted(r + k * placement.world for k in range(placement.replicas) for r in ranks)
+            everyone = sorted({r + k * placement.world for k in range(placement.replicas) for r in ranks})
             if len(everyone) == 1:
                 self._reductions[key] = 0.0, 0.0
             else:
@@ -279,9 +279,10 @@ class _Grid:
     def _owners(self) -> list[tuple[int, ...]]:
         """Return, for every kind of rank there is, how many segments of each stage it holds."""
         groups = self.placement.groups
-        return sorted(
-            {tuple(sum(rank in s for s in groups[i]) for i in self.stages) for rank in range(self.placement.world)}
-        )
+        owners = {
+            tuple(sum(rank in s for s in groups[i]) for i in self.stages) for rank in range(self.placement.world)
+        }
+        return sorted(o for o in owners if any(o))
 
     def _bytes(self, stage: int) -> Array:
         """Parameter bytes of one rank of a stage's segment."""

@@ -145,7 +145,9 @@ def _stage_options(kind: Kind, world: int, request: Request, *, alone: bool) -> 
             f"plan.{kind}.degree: {pin.degree} leaves {world - pin.degree} of the cluster's {world} ranks without "
             "work; use them all, another shape, or fewer devices"
         )
-    sizes = [pin.degree] if pin.degree is not None else ([world] if alone else _sizes(world))
+    sizes = [world] if alone else _sizes(world)
+    if pin.degree is not None or pin.shares is not None:
+        sizes = [pin.degree or len(pin.shares or ())]
     for size in sizes:
         yield (everyone[:size],) if kind == "front" else (everyone[world - size :],)
 

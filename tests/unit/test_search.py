@@ -20,7 +20,6 @@ from hybridpar.model.build import build
 from hybridpar.model.chain import Chain, Layer, Linear, Parameter
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
-from hybridpar.planning import search as search_module
 from hybridpar.planning.bound import lower_bound
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
@@ -81,11 +80,6 @@ def get(plan: Plan, kind: str) -> Stage:
     return stage
 
 
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Improve one starting point of each shape only, where it does not matter how fast the plan is."""
-
-
 # Shapes
 
 
@@ -123,7 +117,6 @@ def test_three_stages_are_parallel_each_in_its_way(model: str) -> None:
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 5])
-@pytest.mark.usefixtures("brief")
 def test_three_stages_fit_on_any_number_of_ranks(nodes: int) -> None:
     plan = plan_for("three_stage", cluster=small(nodes)).plan
     assert plan.world == nodes
@@ -198,7 +191,6 @@ PINS: list[tuple[Shape, dict[str, Pin]]] = [
 
 
 @pytest.mark.parametrize(("shape", "pins"), PINS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
-@pytest.mark.usefixtures("brief")
 def test_pins_are_respected(shape: Shape, pins: dict[str, Pin]) -> None:
     plan = plan_for(shape, pins=pins).plan
     for kind, pin in pins.items():
@@ -226,7 +218,6 @@ def test_the_rest_of_the_request_is_respected() -> None:
 
 
 @pytest.mark.parametrize("batch", [12, 48, 96])
-@pytest.mark.usefixtures("brief")
 def test_stages_can_have_distinct_micro_batches(batch: int) -> None:
     plan = plan_for("three_stage", distinct=True, global_batch=batch).plan
     assert len({s.micro_batch for s in plan.stages}) == 3
@@ -271,7 +262,6 @@ IMPOSSIBLE: list[tuple[Shape, dict[str, Pin], str]] = [
 
 
 @pytest.mark.parametrize(("shape", "pins", "message"), IMPOSSIBLE, ids=[m for _, _, m in IMPOSSIBLE])
-@pytest.mark.usefixtures("brief")
 def test_impossible_pins_are_named(shape: Shape, pins: dict[str, Pin], message: str) -> None:
     with pytest.raises(PlanError) as caught:
         plan_for(shape, pins=pins)
@@ -296,7 +286,6 @@ def test_a_global_batch_below_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.usefixtures("brief")
 def test_fewer_samples_than_ranks_leave_ranks_idle(batch: int) -> None:
     for shape in SHAPES:
         check(compile_program(plan_for(shape, global_batch=batch).plan, CHAIN, batch, "train"))
@@ -368,7 +357,6 @@ def test_a_chain_with_fewer_layers_than_stages_says_so() -> None:
 # Memory
 
 
-@pytest.mark.usefixtures("brief")
 def test_plans_stay_within_memory() -> None:
     free = max(planned("auto").chosen.prediction.memory_bytes)
     able = set()
@@ -408,7 +396,6 @@ def heavy_inputs() -> Chain:
     ],
     ids=["auto", "data_parallel", "pipeline", "three_stage", "pipeline-8", "front_tail-2", "three_stage-16"],
 )
-@pytest.mark.usefixtures("brief")
 def test_what_is_said_to_fit_fits(shape: Shape, pins: dict[Kind, Pin], limit_mib: float) -> None:
     """A refusal names a rank, its excess, and the largest half, quarter, ... of the batch that really plans."""
     chain, cluster = heavy_inputs(), with_memory(FOUR, limit_mib * 2**20)
@@ -431,13 +418,11 @@ def test_what_is_said_to_fit_fits(shape: Shape, pins: dict[Kind, Pin], limit_mib
         search(chain, profile, cluster, replace(advised, global_batch=2 * advised.global_batch))
 
 
-@pytest.mark.usefixtures("brief")
 def test_where_nothing_helps_nothing_is_promised() -> None:
     with pytest.raises(MemoryLimitError, match="even a global batch of 1 does not fit; or use devices with more"):
         plan_for("data_parallel", cluster=with_memory(FOUR, 1e5))
 
 
-@pytest.mark.usefixtures("brief")
 def test_a_pin_that_takes_the_memory_is_named() -> None:
     """The advice once was a batch below the pinned micro-batch, which is refused."""
     cluster = with_memory(FOUR, 7e5)
@@ -448,7 +433,6 @@ def test_a_pin_that_takes_the_memory_is_named() -> None:
     assert plan_for("pipeline", cluster=cluster).shape == "pipeline"
 
 
-@pytest.mark.usefixtures("brief")
 def test_a_plan_that_fits_with_small_micro_batches_only_is_found() -> None:
     """The search once gave up on its way from middling micro-batches to those."""
     plan = plan_for("three_stage", cluster=with_memory(FOUR, 1e6)).plan
