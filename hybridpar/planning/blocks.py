@@ -107,6 +107,10 @@ class Block:
             return (span.outputs[1] - span.outputs[0]) / described.out_shape[0]
         return (span.inputs[1] - span.inputs[0]) / described.in_shape[0]
 
+    def by_rows(self, shard: int, layer: int) -> bool:
+        """Whether a shard has some of a layer's input features and all of its outputs."""
+        return bool(self.spans) and self.spans[shard][layer - self.layers[0]].mode == "row"
+
     def shape(self, chain: Chain, side: Literal["in", "out"]) -> tuple[int, ...]:
         """Shape per sample of the whole input or output, of all shards together."""
         if side == "out" or self.layers[0] == len(chain.layers):

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks, positions
-from hybridpar.planning.parameters import bucket_count, is_zero
 from hybridpar.planning.costs import Costs
+from hybridpar.planning.parameters import bucket_elements, is_zero
 from hybridpar.planning.plan import Plan
 
 
@@ -34,9 +34,10 @@ def lower_bound(plan: Plan, chain: Chain, costs: Costs) -> float:
             work[rank] += total / speed
             quickest = min(quickest, least / speed)
         path += quickest
-        if position.replicated and not is_zero(plan, position):
-            everyone = plan.everywhere(position.ranks)
-            sizes = [bucket_count(chain, position, b) * plan.itemsize for b in own[position.index]]
+        if position.reduced and not is_zero(plan, position):
+            rank = position.ranks[0]
+            everyone = plan.everywhere(position.sharers(rank))
+            sizes = [bucket_elements(chain, position, b, rank) * plan.itemsize for b in own[position.index]]
             reductions = max(reductions, sum(costs.wire("all_reduce", everyone, s) for s in sizes if s))
     return max(*work.values(), path, reductions, _shared_cores(plan, work, costs))
 
@@ -65,8 +66,11 @@ class _Passes:
         if key not in self.known:
             counts = Counter(size for size in sizes if size)
             each = {size: self._seconds(index, size) for size in counts}
+            fresh = 0.0
+            if not self.position.reduced:
+                fresh = sum(self.costs.accumulation(self.chain, block, index) for block in self.own)
             total = sum(count * each[size] for size, count in counts.items())
-            self.known[key] = total, min(each.values(), default=0.0)
+            self.known[key] = total - fresh, min(each.values(), default=fresh) - fresh
         return self.known[key]
 
     def _seconds(self, index: int, size: int) -> float:

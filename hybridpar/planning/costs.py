@@ -9,8 +9,8 @@ from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Span
-from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.layout import Interval, length
+from hybridpar.planning.parameters import bucket_elements, parameter_count
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.profiling.record import Profile
@@ -51,6 +51,7 @@ class Costs:
         Of ranks that correspond to each other in several plan replicas, the slowest sets the pace.
         """
         known: dict[tuple[str, int | None, int], float] = {}
+        fresh = self._fresh(program, rank)
         index = {p.index: p.ranks.index(rank) for p in program.positions if rank in p.ranks}
         speed = self.speed(program.plan, rank)
         executor = self.cluster.device.action_s if self.cluster.device.kind == "cpu" else 0.0
@@ -68,10 +69,38 @@ class Costs:
                 if key not in known:
                     known[key] = self._device_time(program, rank, action) / speed + executor
                 own = known[key]
+                if kind == "backward" and action.block in fresh:
+                    own -= fresh.pop(action.block) / speed
             else:
                 own = self._device_time(program, rank, action) / speed + executor * (kind in HOST_ACTIONS)
             seconds.append(own)
         return seconds
+
+    def _fresh(self, program: Program, rank: int) -> dict[int, float]:
+        """Per block, the seconds that its first backward of a step saves, as it finds no gradients to add to.
+
+        Gradients that are reduced lie in buckets, to which every backward adds.
+        """
+        saved = {}
+        for block in program.blocks:
+            position = program.positions[block.position]
+            if rank in position.ranks and not position.reduced:
+                saved[block.index] = self.accumulation(program.chain, block, position.ranks.index(rank))
+        return saved
+
+    def accumulation(self, chain: Chain, block: Block, index: int) -> float:
+        """Return the seconds for adding to the gradients of a block on its rank number ``index``."""
+        layers = range(*block.layers)
+        return sum(self.profile.accumulate_time(i, block.fraction(chain, index, i)) for i in layers)
+
+    def opening(self, program: Program, rank: int) -> float:
+        """Return the seconds for setting a rank's buckets to zero at the begin of a step."""
+        elements = sum(
+            bucket_elements(program.chain, program.positions[b.position], b, rank)
+            for b in program.blocks
+            if rank in program.positions[b.position].ranks and program.positions[b.position].reduced
+        )
+        return elements * program.plan.itemsize * self.profile.zero_s_per_byte / self.speed(program.plan, rank)
 
     def speed(self, plan: Plan, rank: int) -> float:
         """Return the speed of the slowest device of a replica's rank."""
@@ -91,8 +120,8 @@ class Costs:
             index = position.ranks.index(rank)
             samples = max(length(m[index]) for m in program.micro_batches[block.position])
             for layer in range(*block.layers):
-                fraction = block.fraction(program.chain, index, layer)
-                most = max(most, self.profile.workspace_bytes(layer, samples, fraction))
+                fraction, rows = block.fraction(program.chain, index, layer), block.by_rows(index, layer)
+                most = max(most, self.profile.workspace_bytes(layer, samples, fraction, rows=rows))
         return most
 
     def cards(self, program: Program, operation: Operation) -> list[Card]:
@@ -171,9 +200,10 @@ class Costs:
         key = (block.layers, block.spans[shard] if block.spans else (), samples, kind, block.recompute)
         if key not in self._passes:
             time = self.profile.forward_time if kind == "forward" else self.profile.backward_time
-            layers = range(*block.layers)
-            shares = [block.fraction(chain, shard, i) for i in layers]
-            seconds = sum(time(i, samples, s) for i, s in zip(layers, shares, strict=True))
+            seconds = sum(
+                time(i, samples, block.fraction(chain, shard, i), rows=block.by_rows(shard, i))
+                for i in range(*block.layers)
+            )
             if kind == "backward" and block.recompute:
                 seconds += self.passes(chain, block, shard, samples, "forward")
             self._passes[key] = seconds

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,8 @@ class Estimator:
         self.cluster: Cluster = drafting.cluster
         self.itemsize = {"float32": 4, "float64": 8}[self.request.precision]
         self._times: dict[tuple[int, float, bool], Array] = {}
+        self._spans: dict[tuple[object, ...], Array] = {}
+        self._choices: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
         self._reductions: dict[tuple[tuple[int, ...], int, int], tuple[float, float]] = {}
 
     @cached_property
@@ -167,19 +169,29 @@ class Estimator:
             Draft(placement, bounds, estimate.micro_batches, caps, estimate.recompute, (), order, sharded)
         )
 
+    def between(self, start: Array, stop: Array, key: object, size: int, fraction: float, backward: bool) -> Array:
+        """Seconds of the layers from ``start`` to ``stop``, for many choices of both that ``key`` stands for."""
+        known = (key, size, fraction, backward)
+        if known not in self._spans:
+            total = self._time(size, fraction, backward=backward)
+            self._spans[known] = total[stop] - total[start]
+        return self._spans[known]
+
     def _cuts(self, placement: Placement) -> list[tuple[int, ...]]:
         """Return the choices of cuts between stages."""
         if len(placement.kinds) == 1:
             return [()]
         pinned = self.drafting.pinned_bounds(placement)
-        options, at = [], 0
-        for groups in placement.groups[:-1]:
-            at += len(groups)
-            points = self.drafting.points(placement, at - 1)
-            pinned_here = [pinned[at - 1]] if at - 1 in pinned else None
-            options.append(pinned_here or _thinned(points, MOST_CUTS[len(placement.kinds)]))
-        ascending = (c for c in product(*options) if all(a < b for a, b in pairwise(c)))
-        return [c for c in ascending if self.drafting.has_room(placement, c)]
+        key = (placement.kinds, tuple(len(g) for g in placement.groups), tuple(sorted(pinned.items())))
+        if key not in self._choices:
+            options, at = [], 0
+            for groups in placement.groups[:-1]:
+                at += len(groups)
+                points = self.drafting.points(placement, at - 1)
+                here = [pinned[at - 1]] if at - 1 in pinned else None
+                options.append(here or _thinned(points, MOST_CUTS[len(placement.kinds)]))
+            self._choices[key] = [c for c in product(*options) if self.drafting.has_room(placement, c)]
+        return self._choices[key]
 
     def reduction(self, ranks: tuple[int, ...], placement: Placement) -> tuple[float, float]:
         """Return latency and seconds per byte of an all-reduce over ranks of every plan replica."""
@@ -226,6 +238,7 @@ class _Grid:
         self.stages = range(len(placement.kinds))
         self.samples = estimator.drafting.samples(placement)
         last = len(estimator.chain.layers)
+        self.key = id(cuts), len(cuts)
         edges = np.array([(0, *c, last) for c in cuts])
         self.start = [edges[:, i] for i in self.stages]
         self.stop = [edges[:, i + 1] for i in self.stages]
@@ -256,10 +269,8 @@ class _Grid:
     def _pass(self, stage: int, sizes: list[int], *, backward: bool) -> Array:
         """Seconds of one chunk through a stage's slowest segment."""
         fraction = 1.0 / self.width[stage] if self.tail[stage] else 1.0
-        rows = []
-        for size in sizes:
-            total = self.own._time(size, fraction, backward=backward)  # noqa: SLF001 - the estimator's own grid
-            rows.append(total[self.stop[stage]] - total[self.start[stage]])
+        start, stop, key = self.start[stage], self.stop[stage], (self.key, stage)
+        rows = [self.own.between(start, stop, key, size, fraction, backward) for size in sizes]
         shape = [1] * (len(self.placement.kinds) + 1)
         shape[stage], shape[-1] = len(sizes), len(self.start[stage])
         return np.array(rows).reshape(shape) / self.degree[stage]

@@ -19,9 +19,10 @@ Groups = tuple[tuple[int, ...], ...]
 
 LARGEST_REPLICA = 64
 """Ranks of the largest plan replica that is searched for, unless pins or the request want a larger one."""
-REPL = False
-FULL_FAMILIES = 16
-"""Ranks up to which the families hold all sizes of :func:`_sizes`; above, fewer."""
+ALL_SIZES, SOME_SIZES = 4, 16
+"""Ranks of a replica up to which the families hold all, and some, of the sizes of :func:`_sizes`."""
+LONGEST_PIPELINE = 16
+"""Segments."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def placements(kinds: tuple[Kind, ...], nodes: tuple[int, ...], request: Request
         else:
             choices = _families(kinds, size, request)
         for groups in choices:
-            if len(kinds) == 1 or _parallel(kinds, groups, min(2, world), request):
+            if kinds == ("front",) or _parallel(kinds, groups, min(2, world), request):
                 yield Placement(kinds, replicas, groups)
 
 
@@ -78,7 +79,7 @@ def replica_counts(nodes: tuple[int, ...], request: Request) -> list[int]:
     counts = [r for r in range(1, world + 1) if world % r == 0 and (allowed is None or r in allowed)]
     counts = [r for r in counts if r == 1 or (_aligned(nodes, world // r) and request.global_batch >= r)]
     small = [r for r in counts if world // r <= LARGEST_REPLICA]
-    return [1] if not REPL else (small or counts[-1:])
+    return small or counts[-1:]
 
 
 def _aligned(nodes: tuple[int, ...], size: int) -> bool:
@@ -145,18 +146,24 @@ def _stage_options(kind: Kind, world: int, request: Request, *, alone: bool) -> 
             f"plan.{kind}.degree: {pin.degree} leaves {world - pin.degree} of the cluster's {world} ranks without "
             "work; use them all, another shape, or fewer devices"
         )
-    sizes = [world] if alone else _sizes(world)
+    sizes = [world] if alone else _sizes(kind, world)
     if pin.degree is not None or pin.shares is not None:
         sizes = [pin.degree or len(pin.shares or ())]
     for size in sizes:
         yield (everyone[:size],) if kind == "front" else (everyone[world - size :],)
 
 
-def _sizes(world: int) -> list[int]:
-    """Return all ranks, half of them, all but a few, and a few."""
-    few = {1, 2, max(world // 4, 1), max(world // 8, 1)} if world <= FULL_FAMILIES else {world // 8, world // 16}
-    rest = {world - n for n in few if n < world}
-    return sorted({world, max(world // 2, 1)} | {n for n in few if 1 <= n <= world} | rest)
+def _sizes(kind: Kind, world: int) -> list[int]:
+    """Return all ranks, half of them, a few, and all but a few; of many ranks only those that tend to be good."""
+    few = {1, 2, max(world // 4, 1), max(world // 8, 1)} if world <= ALL_SIZES else {2, world // 4}
+    sizes = {world, max(world // 2, 1)}
+    if world > SOME_SIZES:
+        sizes = {world, world - world // 4} if kind == "front" else {world, world // 4, world // 8}
+    elif kind == "tail" or world <= ALL_SIZES:
+        sizes |= few
+    if kind == "front" or world <= ALL_SIZES:
+        sizes |= {world - n for n in few if n < world} if world <= SOME_SIZES else set()
+    return sorted(size for size in sizes if 1 <= size <= world)
 
 
 def _middle_options(everyone: tuple[int, ...], request: Request, *, alone: bool) -> Iterator[Groups]:
@@ -165,7 +172,8 @@ def _middle_options(everyone: tuple[int, ...], request: Request, *, alone: bool)
     if pin.degree is not None:
         degrees = [pin.degree]
     else:
-        usual = sorted({d for d in (2, 3, 4, 8, world) if d <= min(world, FULL_FAMILIES)} or {1})
+        most = {2, 3, 4, 8, world} if world <= ALL_SIZES or alone else {2, 4, 8} if world <= SOME_SIZES else {2, 4}
+        usual = sorted({d for d in most if d <= min(world, LONGEST_PIPELINE)} or {1})
         degrees = [d for d in usual if allowed is None or d in allowed]
     if alone and pin.degree is not None and world % pin.degree:
         raise PlanError(
@@ -179,7 +187,8 @@ def _middle_options(everyone: tuple[int, ...], request: Request, *, alone: bool)
             yield _groups(everyone[:degree], degree)
             yield _groups(everyone[world - degree :], degree)
             middle = (world - degree) // 2
-            yield _groups(everyone[middle : middle + degree], degree)
+            if world <= ALL_SIZES:
+                yield _groups(everyone[middle : middle + degree], degree)
 
 
 def _groups(ranks: tuple[int, ...], degree: int) -> Groups:

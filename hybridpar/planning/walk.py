@@ -80,10 +80,13 @@ def walk(program: Program, costs: Costs) -> Walk:
 
 
 def _folded(program: Program, rank: int, costs: Costs) -> list[float]:
-    """Return the seconds of a rank's actions; what starts and waits cost counts with the next computation."""
+    """Return the seconds of a rank's actions.
+
+    What starts and waits cost counts with the next computation, and so does what the step begins with.
+    """
     actions = program.actions[rank]
     seconds = costs.actions(program, rank)
-    carried, last = 0.0, None
+    carried, last = costs.opening(program, rank), None
     for i, action in enumerate(actions):
         if action.operation is not None:
             carried, seconds[i] = carried + seconds[i], 0.0

@@ -27,11 +27,11 @@ PURE = {
     "itertools",
     "json",
     "math",
+    "numpy",
     "pathlib",
     "typing",
 }
-"""Modules of the standard library that touch no device, clock, environment or global. ``pathlib`` and ``json``
-write and read a plan."""
+"""Modules that touch no device, clock, environment or global. ``pathlib`` and ``json`` write and read a plan."""
 
 PLANNING_MAY = (
     "hybridpar.planning",

@@ -452,7 +452,7 @@ def test_fewer_cores_never_help_and_one_core_does_all_the_work() -> None:
         own = simulate(program, costs, 1).ends_s[0]
         link = cluster.links["node"]
         one = cluster_of(Node(4, cores=1), latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
-        work = sum(costs.action(program, r, a) for r, own_ in enumerate(program.actions) for a in own_)
+        work = sum(sum(costs.actions(program, rank)) for rank in range(len(program.actions)))
         shared = simulate(program, Costs(profile, one), 1).ends_s[0]
         assert shared >= work * (1 - 1e-3)
         assert own <= work + sum(costs.operation(program, o) for o in program.operations if len(o.ranks) > 1), (

@@ -119,8 +119,8 @@ def live_peak(program: Program, rank: int) -> int:
 
 def _actions(program: Program, rank: int, costs: Costs) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
-    for action in program.actions[rank]:
-        total[label(program, action)] += costs.action(program, rank, action)
+    for action, seconds in zip(program.actions[rank], costs.actions(program, rank), strict=True):
+        total[label(program, action)] += seconds
     return dict(total)
 
 
