@@ -192,7 +192,7 @@ def _targets(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> list[ast.expr]
 
 def brought_along(statements: str) -> set[str]:
     """Which of the heavy packages a fresh interpreter holds after some statements."""
-    heavy = "{'torch', 'deepspeed', 'hydra', 'omegaconf', 'numpy', 'sklearn', 'torchvision', 'tensorboard'}"
+    heavy = "{'torch', 'deepspeed', 'hydra', 'omegaconf', 'sklearn', 'torchvision', 'tensorboard'}"
     code = f"import sys\n{statements}\nprint(*({heavy} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
