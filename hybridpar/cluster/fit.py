@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridpar.errors import ClusterError
 
 _ROUNDS = 20
 """Of reweighting; the weights settle within a few."""
-_HUBER = 1.345
-"""Residuals beyond so many standard deviations count linearly: 95 % efficiency for normal noise (Huber 1981)."""
+_DISTURBED = 0.5
 _FLAT = 0.01
-_LEAST_SCALE = 1e-9
-"""Relative residuals below this are rounding."""
 POOR_MEDIAN, POOR_WORST = 0.2, 0.6
 """Relative errors above which a straight line does not describe what was measured."""
 
@@ -55,34 +52,43 @@ class Fit:
 def fit(samples: Sequence[Sample]) -> Fit:
     """Fit ``seconds = messages * latency + payload_bytes / bandwidth``, with latency at least 0.
 
-    Least squares of the *relative* errors (weights 1/t^2), since times span orders of magnitude and the small
-    messages alone tell the latency; reweighted by Huber's function (P. J. Huber, "Robust Statistics", 1981, with
-    the median of the absolute residuals over 0.6745 as scale) so that a few outliers do not pull the line.
+    Least squares of the errors' logarithms, since times span orders of magnitude and the small messages alone tell
+    the latency: of (predicted - measured)^2 / (predicted x measured), which is as good, by reweighting. Half and
+    double the time weigh the same; errors relative to the measured time alone would favour lines that are too low.
+    A time that exceeds the one of a larger payload by more than ``_DISTURBED`` was disturbed, and that one stands
+    in for it; the errors are those of the times as they were measured.
     Where the best line has a negative latency, the best one without latency is taken. Where times do not grow with
     the payload, they are all latency, and the bandwidth is one at which the largest payload adds ``_FLAT`` to it:
     it is unknown, but not below that. Raises ClusterError for fewer than two different payloads.
     """
     if len({s.payload_bytes / s.messages for s in samples}) < 2:
         raise ClusterError(f"a line needs samples of at least two payloads, got {len(samples)} samples of one")
-    weights = [1.0] * len(samples)
+    calm = [_undisturbed(sample, samples) for sample in samples]
     latency_s, per_byte_s = 0.0, 0.0
+    predicted = [s.seconds for s in calm]
     for _ in range(_ROUNDS):
-        latency_s, per_byte_s = _solve(samples, weights)
-        off = [abs((s.messages * latency_s + s.payload_bytes * per_byte_s) / s.seconds - 1) for s in samples]
-        bound = _HUBER * max(statistics.median(off) / 0.6745, _LEAST_SCALE)
-        weights = [1.0 if o <= bound else bound / o for o in off]
+        latency_s, per_byte_s = _solve(calm, [1 / (p * s.seconds) for p, s in zip(predicted, calm, strict=True)])
+        predicted = [s.messages * latency_s + s.payload_bytes * per_byte_s for s in calm]
     errors = [abs((s.messages * latency_s + s.payload_bytes * per_byte_s) / s.seconds - 1) for s in samples]
     worst = max(range(len(samples)), key=errors.__getitem__)
     return Fit(latency_s, 1 / per_byte_s, statistics.median(errors), errors[worst], samples[worst])
 
 
+def _undisturbed(sample: Sample, samples: Sequence[Sample]) -> Sample:
+    larger = [
+        s.seconds for s in samples if s.payload_bytes > sample.payload_bytes and s.messages == sample.messages
+    ]
+    least_s = min(larger, default=sample.seconds)
+    return replace(sample, seconds=least_s) if sample.seconds > (1 + _DISTURBED) * least_s else sample
+
+
 def _solve(samples: Sequence[Sample], weights: Sequence[float]) -> tuple[float, float]:
-    """Weighted least squares of the relative errors in (latency, seconds per byte), latency at least 0."""
+    """Weighted least squares in (latency, seconds per byte), latency at least 0."""
     aa = ab = bb = a = b = 0.0
     for s, weight in zip(samples, weights, strict=True):
-        x, y = s.messages / s.seconds, s.payload_bytes / s.seconds
+        x, y, t = s.messages, s.payload_bytes, s.seconds
         aa, ab, bb = aa + weight * x * x, ab + weight * x * y, bb + weight * y * y
-        a, b = a + weight * x, b + weight * y
+        a, b = a + weight * x * t, b + weight * y * t
     determinant = aa * bb - ab * ab
     if determinant > 0:
         latency_s, per_byte_s = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant

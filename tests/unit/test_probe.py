@@ -52,6 +52,12 @@ def test_noise_and_an_outlier_move_a_line_little():
     assert found.poor, "the outlier is told"
 
 
+def test_half_and_double_the_time_weigh_the_same():
+    """Errors relative to the measured time take a line far below two slow samples for a good one."""
+    found = fit([Sample(1, b, b * s) for b in (1.0, 2.0) for s in (1.0, 2.25)])
+    assert found.seconds(1, 1.0) == pytest.approx(1.5)
+
+
 def test_small_messages_tell_the_latency_however_long_large_ones_take():
     """Plain least squares would fit the largest message alone and find a latency of the order of its error."""
     samples = [Sample(1, b, 1e-6 + b / 1e9) for b in SIZES]
