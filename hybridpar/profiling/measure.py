@@ -66,7 +66,7 @@ def measure(
 
     ``modules`` has one module per layer, which maps one tensor (samples, *in_shape) to one tensor; parameters may
     be on the meta device. The model is copied to ``device`` with small random values, run as in training, and
-    freed; on a CPU, on one thread. Backwards add onto gradients, as all micro-batches but a step's first do. Where
+    freed; on a CPU, on one thread, and with the C library keeping freed memory from then on, as in a run. Backwards add onto gradients, as all micro-batches but a step's first do. Where
     the whole model exceeds the memory, ``report`` is told, and each distinct layer is timed alone.
 
     Linear layers also run with ``fractions`` of their output features, and of their input features. As such layers
@@ -111,7 +111,8 @@ def measure(
         device_kind="cuda" if bench.on_gpu else "cpu",
         quota=bench.quota,
         core_share=None if bench.on_gpu else rounded(bench.busy_s / bench.passed_s),
-        made_with=f"torch {torch.__version__}, Python {platform.python_version()}, 1 thread",
+        made_with=f"torch {torch.__version__}, Python {platform.python_version()}"
+        + (f", CUDA {torch.version.cuda}" if bench.on_gpu else ", 1 thread"),
         notes=tuple(bench.notes),
     )
 

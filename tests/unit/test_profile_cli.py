@@ -285,27 +285,3 @@ def test_ranks_measure_together_and_share_one_cached_profile(made: list[dict[str
     assert len(made) == 1
     measured(config, traced, notes.append)
     assert len(made) == 2, "alone there is no one to share the machine with"
-
-
-def test_two_ranks_under_torchrun_write_one_profile(tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "hybridpar",
-        "profile",
-    ]
-    done = subprocess.run(
-        [*command, *NARROW, *QUICK, f"out={path}"], capture_output=True, text=True, check=False, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    profile = Profile.load(path)
-    assert profile.micro_batches == (1, 4)
-    assert len(profile.rank_speeds) == 2
-    assert any(layer.rank_spread > 0 for layer in profile.layers)
-    assert done.stderr.count("profile saved to") == 1
-    assert len(re.findall(r"^round 1 through 2 sizes", done.stderr, re.MULTILINE)) == 1, "rank 0 alone tells"

@@ -499,6 +499,7 @@ def test_measuring_on_a_gpu(dtype):
     model = traced(convolutional())
     profile = measure(model.modules, model.chain, "cuda", dtype, micro_batches=SIZES, budget_s=20)
     assert profile.device == torch.cuda.get_device_name(0)
+    assert (profile.memory_source, profile.device_kind) == ("cuda allocator", "cuda")
     assert profile.micro_batches == SIZES
     assert all(min(min(row) for row in layer.forward_s) > 0 for layer in profile.layers)
 
