@@ -66,13 +66,14 @@ def measure(
 
     ``modules`` has one module per layer, which maps one tensor (samples, *in_shape) to one tensor; parameters may
     be on the meta device. The model is copied to ``device`` with small random values, run as in training, and
-    freed; on a CPU, on one thread, and with the C library keeping freed memory from then on, as in a run. Backwards add onto gradients, as all micro-batches but a step's first do. Where
-    the whole model exceeds the memory, ``report`` is told, and each distinct layer is timed alone.
+    freed; on a CPU, on one thread, and with the C library keeping freed memory from then on, as in a run. Their
+    backwards add to gradients, as all micro-batches but a step's first do. Where the whole model exceeds the
+    memory, ``report`` is told, and each distinct layer is timed alone.
 
     Linear layers also run with ``fractions`` of their output features, and of their input features. As such layers
     stand in no model, they are timed alone, next to the whole layer alone. For each pass and size, the time at a
     share f is scaled by how much longer the whole layer takes in the model:
-    T(f) = alone(f) * in_model(1) / alone(1). That also continues a linear layer to sizes at which the model is too
+    T(f) = in_model(1) * alone(f) / alone(1). That also continues a linear layer to sizes at which the model is too
     slow to be timed.
 
     The profile ends before the first micro-batch size that exceeds ``budget_s`` or the free memory; ``report`` is
