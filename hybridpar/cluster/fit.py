@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from hybridpar.errors import ClusterError
 _ROUNDS = 20
 """Of reweighting; the weights settle within a few."""
 _DISTURBED = 0.5
+_SMALL = 1e-6
+"""A logarithm's argument so close to 1 is its own expansion."""
 _FLAT = 0.01
 POOR_MEDIAN, POOR_WORST = 0.2, 0.6
 """Relative errors above which a straight line does not describe what was measured."""
@@ -53,10 +56,12 @@ def fit(samples: Sequence[Sample]) -> Fit:
     """Fit ``seconds = messages * latency + payload_bytes / bandwidth``, with latency at least 0.
 
     Least squares of the errors' logarithms, since times span orders of magnitude and the small messages alone tell
-    the latency: of (predicted - measured)^2 / (predicted x measured), which is as good, by reweighting. Half and
-    double the time weigh the same; errors relative to the measured time alone would favour lines that are too low.
+    the latency; solved by reweighting squares. Half and double the time weigh the same; errors relative to the
+    measured time would favour lines that are too low.
+
     A time that exceeds the one of a larger payload by more than ``_DISTURBED`` was disturbed, and that one stands
     in for it; the errors are those of the times as they were measured.
+
     Where the best line has a negative latency, the best one without latency is taken. Where times do not grow with
     the payload, they are all latency, and the bandwidth is one at which the largest payload adds ``_FLAT`` to it:
     it is unknown, but not below that. Raises ClusterError for fewer than two different payloads.
@@ -67,7 +72,7 @@ def fit(samples: Sequence[Sample]) -> Fit:
     latency_s, per_byte_s = 0.0, 0.0
     predicted = [s.seconds for s in calm]
     for _ in range(_ROUNDS):
-        latency_s, per_byte_s = _solve(calm, [1 / (p * s.seconds) for p, s in zip(predicted, calm, strict=True)])
+        latency_s, per_byte_s = _solve(calm, [_weight(p, s.seconds) for p, s in zip(predicted, calm, strict=True)])
         predicted = [s.messages * latency_s + s.payload_bytes * per_byte_s for s in calm]
     errors = [abs((s.messages * latency_s + s.payload_bytes * per_byte_s) / s.seconds - 1) for s in samples]
     worst = max(range(len(samples)), key=errors.__getitem__)
@@ -80,6 +85,14 @@ def _undisturbed(sample: Sample, samples: Sequence[Sample]) -> Sample:
     ]
     least_s = min(larger, default=sample.seconds)
     return replace(sample, seconds=least_s) if sample.seconds > (1 + _DISTURBED) * least_s else sample
+
+
+def _weight(predicted_s: float, measured_s: float) -> float:
+    """Return the weight of a squared error at which its gradient is that of log(predicted / measured)^2 / 2."""
+    ratio = predicted_s / measured_s
+    if abs(ratio - 1) < _SMALL:
+        return 1 / (predicted_s * measured_s)
+    return math.log(ratio) / (predicted_s * (predicted_s - measured_s))
 
 
 def _solve(samples: Sequence[Sample], weights: Sequence[float]) -> tuple[float, float]:
