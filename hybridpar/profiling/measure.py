@@ -5,6 +5,7 @@ Layers run one after the other: one that runs alone finds its values in the cach
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 import time
@@ -136,8 +137,9 @@ class _Measurement:
         self.jobs: dict[Strand, Job] = {
             strands[0]: {s: [m] for s in strands} for strands, m in zip(self.alone, modules, strict=True)
         }
-        shared = {s: m for job in self.jobs.values() if len(job) > 1 for s, m in job.items()}
-        self.together: Job = {self.main: list(modules)} | shared
+        # Shares of one layer lie in the same memory: others run in between, so that none finds it in the caches.
+        shared = zip(*(job.items() for job in self.jobs.values() if len(job) > 1), strict=True)
+        self.together: Job = {self.main: list(modules)} | dict(itertools.chain.from_iterable(shared))
         self.timed: dict[Strand, Timed] = {}
         """By strand: the job that it was timed in."""
         self.update_s = self.zero_s = 0.0

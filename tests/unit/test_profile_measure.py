@@ -302,8 +302,9 @@ def test_layers_are_timed_in_the_model_and_shares_next_to_it_in_rounds(monkeypat
     # Both linear layers whole, half of their outputs, half of their inputs; next to every other size of the chain.
     assert [[len(s.layers) for s in e.strands] for e in entries[:3]] == [[12, *[1] * 6], [12], [12, *[1] * 6]]
     ((_, strands),) = made
-    assert [(s.share, s.cut) for s, _ in strands[1:4]] == [(1.0, "columns"), (0.5, "columns"), (0.5, "rows")]
-    whole_chain, (full,), (columns,), (rows,) = (modules for _, modules in strands[:4])
+    halves = [(1.0, "columns"), (0.5, "columns"), (0.5, "rows")]
+    assert [(s.share, s.cut) for s, _ in strands[1:]] == [half for half in halves for _ in range(2)], "in turn"
+    whole_chain, (full,), (columns,), (rows,) = (modules for _, modules in [strands[0], *strands[1::2]])
     assert full in whole_chain
     assert (columns.in_features, columns.out_features, rows.in_features, rows.out_features) == (64, 16, 32, 32)
     assert all(p.is_meta for _, modules in strands for module in modules for p in module.parameters())
