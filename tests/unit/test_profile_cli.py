@@ -35,7 +35,7 @@ NARROW = (
 QUICK = ("profile.cache=false", "profile.budget_s=60", "profile.micro_batches=[1,4]")
 WITHOUT_TORCH = (
     "import sys\n"
-    "for name in ('torch', 'torchvision', 'numpy', 'sklearn', 'deepspeed'):\n"
+    "for name in ('torch', 'torchvision', 'sklearn', 'deepspeed'):\n"
     "    sys.modules[name] = None  # importing it raises ImportError\n"
     "from hybridpar import cli\n"
     "cli.main(sys.argv[1:])\n"
