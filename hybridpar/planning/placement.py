@@ -6,10 +6,11 @@ ranks, for a few ranks. All use every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, pairwise, product
+from itertools import accumulate, combinations_with_replacement, groupby, pairwise, product
 
+from hybridpar.cluster.topology import Cluster
 from hybridpar.errors import PlanError
 from hybridpar.planning.plan import Kind
 from hybridpar.planning.request import Pin, Request
@@ -39,19 +40,19 @@ class Placement:
         return 1 + max(r for groups in self.groups for ranks in groups for r in ranks)
 
 
-def placements(kinds: tuple[Kind, ...], nodes: tuple[int, ...], request: Request) -> Iterator[Placement]:
-    """Yield the placements of a shape on nodes with these numbers of ranks that respect the pins.
+def placements(kinds: tuple[Kind, ...], cluster: Cluster, request: Request) -> Iterator[Placement]:
+    """Yield the placements of a shape on a cluster that respect the pins.
 
     Raises:
         PlanError: a pinned rank does not exist, or a pinned degree or number of replicas does not fit.
     """
-    world = sum(nodes)
+    world, nodes = cluster.world, tuple(n.devices for n in cluster.nodes)
     for kind in kinds:
         _check_pin(kind, request.pin(kind), world)
     for replicas in replica_counts(nodes, request):
         size = world // replicas
         if request.space.placements == "every":
-            choices = _every(kinds, _nodes_of_replica(nodes, size), request)
+            choices = _every(kinds, cluster, size, request)
         else:
             choices = _families(kinds, size, request)
         for groups in choices:
@@ -84,17 +85,6 @@ def replica_counts(nodes: tuple[int, ...], request: Request) -> list[int]:
 
 def _aligned(nodes: tuple[int, ...], size: int) -> bool:
     return all(n % size == 0 for n in nodes) or (len(set(nodes)) == 1 and size % nodes[0] == 0)
-
-
-def _nodes_of_replica(nodes: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Return the ranks that the first replica has on each node."""
-    own, left = [], size
-    for n in nodes:
-        own.append(min(n, left))
-        left -= own[-1]
-        if not left:
-            break
-    return tuple(own)
 
 
 def _check_pin(kind: Kind, pin: Pin, world: int) -> None:
@@ -210,31 +200,108 @@ def _parallel(kinds: tuple[Kind, ...], choice: tuple[Groups, ...], least: int, r
 
 Roles = tuple[int, ...]
 """The positions (segments, counted over all stages) that a rank holds; at least one."""
+Mark = tuple[object, ...]
+"""What tells a rank, or a node, from others: those with the same one can change places."""
 
 
-def _every(kinds: tuple[Kind, ...], nodes: tuple[int, ...], request: Request) -> Iterator[tuple[Groups, ...]]:
-    """Yield every placement up to the order of a node's ranks and of equal nodes.
+def _every(kinds: tuple[Kind, ...], cluster: Cluster, size: int, request: Request) -> Iterator[tuple[Groups, ...]]:
+    """Yield every placement up to the order of a node's equal ranks and of equal nodes.
 
-    A placement gives every rank a set of positions. Within a node the sets ascend from rank to rank, and so do
-    the lists of sets of equal nodes.
+    A placement gives every rank a set of positions. Of equal ranks of a node the sets ascend from rank to rank,
+    and of equal nodes the lists of sets.
     """
-    world = sum(nodes)
-    allowed = request.space.segments
-    degrees = [d for d in range(1, world + 1) if allowed is None or d in allowed] if "middle" in kinds else [1]
-    for degree in degrees:
+    marks = _marks(cluster, size, any(_tells_ranks(request.pin(kind)) for kind in kinds))
+    degrees: Iterable[int] = request.space.segments or range(1, size + 1)
+    pin = request.pin("middle")
+    if pin.degree is not None or pin.ranks is not None:
+        degrees = [pin.degree or len(pin.ranks or ())]
+    for degree in degrees if "middle" in kinds else [1]:
         counts = [degree if kind == "middle" else 1 for kind in kinds]
+        wanted = _wanted_groups(kinds, degree, request)
         positions = range(sum(counts))
-        roles = [tuple(p for p in positions if mask >> p & 1) for mask in range(1, 1 << len(positions))]
-        roles.sort()
-        per_node = [list(combinations_with_replacement(roles, n)) for n in nodes]
+        roles = sorted(tuple(p for p in positions if mask >> p & 1) for mask in range(1, 1 << len(positions)))
+        options = [[o for o in roles if _respects(o, r, wanted)] for r in range(size)]
+        per_node = [list(_assignments(own, [options[r] for r in ranks])) for ranks, own, _ in marks]
         for choice in product(*per_node):
-            ordered = all(a <= b for a, b in pairwise(choice) if len(a) == len(b))
             held = [own for node in choice for own in node]
             ranks = [tuple(r for r, own in enumerate(held) if p in own) for p in positions]
-            if not ordered or not all(ranks):
+            if not all(ranks) or not _ascend(choice, [mark for _, _, mark in marks]):
                 continue
-            groups, at = [], 0
-            for count in counts:
-                groups.append(tuple(ranks[at : at + count]))
-                at += count
-            yield tuple(groups)
+            ends = list(accumulate(counts, initial=0))
+            groups = tuple(
+                tuple(wanted[p] or ranks[p] for p in range(start, stop)) for start, stop in pairwise(ends)
+            )
+            if all(_has_degree(kind, own, request.pin(kind)) for kind, own in zip(kinds, groups, strict=True)):
+                yield groups
+
+
+def _tells_ranks(pin: Pin) -> bool:
+    return pin.ranks is not None or pin.shares is not None
+
+
+def _marks(cluster: Cluster, size: int, pinned: bool) -> list[tuple[tuple[int, ...], tuple[Mark, ...], Mark]]:
+    """Return, per node of a replica, its ranks, their marks and its own.
+
+    Equal ranks have the same speed and memory in every replica. A link that is slower in one direction, or a pin
+    that names ranks, tells all of them apart.
+    """
+    directed = {
+        level
+        for level, link in cluster.links.items()
+        if any(link.time(payload) != link.time(payload, reverse=True) for payload in (0, 1))
+    }
+
+    def mark(rank: int) -> Mark:
+        copies = range(rank, cluster.world, size)
+        own = tuple((cluster.speed(r), cluster.memory_bytes(r)) for r in copies)
+        return (own, rank) if pinned or "node" in directed else (own,)
+
+    result = []
+    for _, same in groupby(range(size), key=lambda r: cluster.node_of[r]):
+        ranks = tuple(same)
+        nodes = [cluster.nodes[cluster.node_of[r]] for r in range(ranks[0], cluster.world, size)]
+        own = tuple(mark(r) for r in ranks)
+        place: Mark = (own, *((n.cores, n.rack, n.site) for n in nodes))
+        result.append((ranks, own, (*place, ranks[0]) if directed else place))
+    return result
+
+
+def _wanted_groups(kinds: tuple[Kind, ...], degree: int, request: Request) -> list[tuple[int, ...] | None]:
+    """Return the pinned ranks of every position."""
+    wanted: list[tuple[int, ...] | None] = []
+    for kind in kinds:
+        ranks, count = request.pin(kind).ranks, degree if kind == "middle" else 1
+        wanted += [None] * count if ranks is None else _groups(ranks, count)
+    return wanted
+
+
+def _respects(roles: Roles, rank: int, wanted: list[tuple[int, ...] | None]) -> bool:
+    """Whether a rank holds the positions that are pinned to it, and no other pinned ones."""
+    return all(ranks is None or (rank in ranks) == (p in roles) for p, ranks in enumerate(wanted))
+
+
+def _has_degree(kind: Kind, groups: Groups, pin: Pin) -> bool:
+    """Whether the front's or the tail's ranks are as many as is pinned."""
+    degree = pin.degree or len(pin.shares or ()) or None
+    return kind == "middle" or degree is None or len(groups[0]) == degree
+
+
+def _assignments(marks: tuple[Mark, ...], options: list[list[Roles]]) -> Iterator[tuple[Roles, ...]]:
+    """Yield one set of positions per rank of a node, ascending among equal ranks."""
+    same: dict[Mark, list[int]] = {}
+    for i, mark in enumerate(marks):
+        same.setdefault(mark, []).append(i)
+    order = [i for own in same.values() for i in own]
+    for choice in product(*(combinations_with_replacement(options[own[0]], len(own)) for own in same.values())):
+        held = dict(zip(order, (roles for own in choice for roles in own), strict=True))
+        yield tuple(held[i] for i in range(len(marks)))
+
+
+def _ascend(choice: tuple[tuple[Roles, ...], ...], marks: list[Mark]) -> bool:
+    """Whether the lists of sets of equal nodes ascend."""
+    last: dict[Mark, tuple[Roles, ...]] = {}
+    for own, mark in zip(choice, marks, strict=True):
+        if own < last.get(mark, own):
+            return False
+        last[mark] = own
+    return True

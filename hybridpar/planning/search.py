@@ -247,7 +247,7 @@ def _placements(shape: Shape, drafting: Drafting, request: Request) -> list[Plac
     if "tail" in kinds and drafting.chain.tail_start == len(drafting.chain.layers):
         raise PlanError("the model does not end in linear layers, so no tail can be tensor-parallel")
     _check_layers(kinds, drafting, request)
-    return list(placements(kinds, tuple(n.devices for n in drafting.cluster.nodes), request))
+    return list(placements(kinds, drafting.cluster, request))
 
 
 def _heuristic(places: list[Placement], scorer: Scorer, until: int) -> Draft | None:
