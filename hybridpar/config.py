@@ -17,7 +17,7 @@ from hybridpar.data.spec import DataSpec
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.names import nearest
 from hybridpar.planning.plan import Recipe, validate_recipe
-from hybridpar.planning.request import Request
+from hybridpar.planning.request import Request, Space
 from hybridpar.schema import from_data
 from hybridpar.sections import (
     ModelConfig,
@@ -87,23 +87,40 @@ class Config:
             raise ConfigError(
                 f"diff={self.diff}: of no effect with format=json, which is the plan alone; drop one"
             )
-        validate_recipe(Recipe(self.optimizer.clip is not None, self.optimizer.sharding), self.train.precision)
+        validate_recipe(Recipe(self.optimizer.clip is not None, self._sharding), self.train.precision)
+        self._check_front()
         path = self.cluster.get("path")
         if path is not None and self.cluster.get("kind") != "from_file":
             remedy = _from_file("cluster", path)
             raise ConfigError(f"cluster.path: {path} is read by cluster=from_file only; {remedy}")
 
+    @property
+    def _sharding(self) -> Literal["none", "zero1"]:
+        """The optimizer sharding of a recipe before the planner's choice."""
+        return "none" if self.optimizer.sharding == "auto" else self.optimizer.sharding
+
+    def _check_front(self) -> None:
+        """Raise ConfigError for what a table of several plans takes no notice of."""
+        idle = "explain=true" if self.explain else None if self.diff is None else f"diff={self.diff}"
+        if self.plan.global_batch_range is not None and idle:
+            raise ConfigError(
+                f"{idle}: of no effect with plan.global_batch_range, which prints a table of plans; drop it, or "
+                "plan one of them alone"
+            )
+
     def refuse_for_training(self) -> None:
         """Raise ConfigError where a key is set that a training would take no notice of."""
+        batches = self.plan.global_batch_range
         given = {
+            "plan.global_batch_range": None if batches is None else list(batches),
             "format": self.format,
             "out": self.out,
             "explain": str(self.explain).lower(),
             "diff": self.diff,
             "pictures": self.pictures,
         }
-        without = {"format": "text", "out": None, "explain": "false", "diff": None, "pictures": None}
-        idle = [f"{key}={value}" for key, value in given.items() if value != without[key]]
+        without = {"format": "text", "explain": "false"}
+        idle = [f"{key}={value}" for key, value in given.items() if value != without.get(key)]
         if idle:
             raise ConfigError(
                 f"{' '.join(idle)}: of no effect on a training, which writes to run.dir; leave it out, or see the "
@@ -121,9 +138,12 @@ class Config:
             recipe=self.recipe(),
             pins=self.plan.pins,
             order=self.plan.order,
+            replicas=self.plan.replicas,
             bucket_bytes=self.plan.bucket_bytes,
             distinct=self.plan.distinct,
             least_micro_batch=self.plan.least_micro_batch,
+            space=Space(optimizer_sharding=("none", "zero1") if self.optimizer.sharding == "auto" else None),
+            effort=self.plan.effort,
         )
 
     def recipe(self) -> Recipe:
@@ -133,7 +153,7 @@ class Config:
             from hybridpar.runtime.optimizer import state_count  # noqa: PLC0415 - torch takes seconds to import
 
             states = state_count(self.optimizer)
-        return Recipe(self.optimizer.clip is not None, self.optimizer.sharding, states)
+        return Recipe(self.optimizer.clip is not None, self._sharding, states)
 
 
 def conf_dir() -> Path:
@@ -220,7 +240,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
     if not varied:
         raise ConfigError("-m varies nothing; give a key several values, as in train.global_batch=64,128")
     for name in names:
-        if name in {"explain", "diff", "pictures"} or (name in varied and name in {"format", "out"}):
+        if name in {"explain", "diff", "pictures", "plan.global_batch_range"} or (name in varied and name in {"format", "out"}):
             raise ConfigError(f"{name}: of no use with -m, which prints one table; plan that combination alone")
     return Sweep(tuple(varied), tuple(product(*varied.values())), fixed)
 

@@ -10,7 +10,7 @@ from hybridpar.errors import ConfigError, PlanError
 from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
 from hybridpar.names import nearest
 from hybridpar.planning.plan import Kind, OrderRule, Precision
-from hybridpar.planning.request import Pin, Shape
+from hybridpar.planning.request import Effort, Pin, Shape
 
 _ANY = ("weight_decay", "maximize", "foreach", "differentiable")
 _ADAM = ("betas", "eps", "amsgrad", "capturable", "fused", *_ANY)
@@ -104,10 +104,24 @@ class PlanConfig:
     """Only plans whose stages all have different micro-batch sizes."""
     least_micro_batch: int = 1
     """No smaller micro-batches, apart from pinned ones."""
+    replicas: int | None = None
+    """Number of plan replicas; None: the planner's choice."""
+    effort: Effort = "normal"
+    """How much the search simulates."""
+    global_batch_range: tuple[int, int] | None = None
+    """Least and greatest global batch of a front of throughput against memory; None: one plan."""
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
-            raise PlanError(f"bucket_bytes: {self.bucket_bytes} is below 1")
+            raise PlanError(f"bucket_bytes: {self.bucket_bytes} is below 1; give a number of bytes")
+        if self.replicas is not None and self.replicas < 1:
+            raise PlanError(f"replicas: {self.replicas} is below 1; give a number of plan replicas, or null")
+        if self.global_batch_range is not None and not 1 <= self.global_batch_range[0] <= self.global_batch_range[1]:
+            raise PlanError(
+                f"global_batch_range: {list(self.global_batch_range)} must be [least,most] with 1 <= least <= most"
+            )
+        if self.shape == "from_file" and self.global_batch_range is not None:
+            raise PlanError("global_batch_range: a plan from a file has one global batch; drop one of the two")
         if self.path is not None and self.shape != "from_file":
             raise PlanError(
                 f"path: {self.path} is read by plan=from_file only; use plan=from_file plan.path={self.path}"
@@ -151,7 +165,8 @@ class OptimizerConfig:
     lr: float = 0.01
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the class; ``runtime.optimizer`` checks those of a class that is not known here."""
-    sharding: Literal["none", "zero1"] = "none"
+    sharding: Literal["none", "zero1", "auto"] = "none"
+    """``auto``: the planner chooses, and the plan's recipe says what runs."""
     clip: float | None = None
     """Largest global norm of the gradients; None: no clipping."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -63,11 +63,14 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     check_config(config, place)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.out_shape[0])
+    if plan.recipe.sharding == "zero1":
+        zero.require_deepspeed()
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
+    sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
     for name, given, planned, remedy in (
         ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
         ("train.precision", config.train.precision, plan.precision, plan.precision),
-        ("optimizer.sharding", config.optimizer.sharding, plan.recipe.sharding, plan.recipe.sharding),
+        ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
         ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
     ):
         if given != planned:
@@ -202,7 +205,7 @@ class _Training:
             device=self.process.device,
             max_norm=settings.clip,
             rate=self.rate,
-            engines=zero.make_engines(self.process, factory) if settings.sharding == "zero1" else None,
+            engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
         )
 
     def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
