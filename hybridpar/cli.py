@@ -42,6 +42,7 @@ examples
   hybridpar plan model=vgg16 cluster=v100_2x8 train.global_batch=256 pictures=pictures/
   hybridpar plan profile=from_file profile.path=profile.json cluster=v100_2x8
   hybridpar plan model=vgg16 explain=true diff=plan.json
+  hybridpar plan model=vgg16 cluster=v100_2x8 plan.global_batch_range=[32,512]
   hybridpar plan -m model=vgg16 cluster=p100_4x1_40g,v100_2x8 train.global_batch=64,128
 
 groups: model profile cluster plan data optimizer train monitor experiment; see the README and conf/
@@ -108,6 +109,9 @@ def plan(config: Config) -> None:
 
         prepare_folder(Path(config.pictures))
     subject = prepare(config, report=_note)
+    if config.plan.global_batch_range is not None:
+        _front(config, subject)
+        return
     other = None if config.diff is None else Plan.load(Path(config.diff), subject.chain)
     planned = make_plan(config, subject)
     if config.format == "json":
@@ -122,6 +126,25 @@ def plan(config: Config) -> None:
 
         draw(planned.plan, subject.chain, subject.profile, subject.cluster, Path(config.pictures))
         _note(f"pictures saved to {config.pictures}: {', '.join(FILES)}")
+
+
+def _front(config: Config, subject: Subject) -> None:
+    """Print the front of throughput against memory, as a table or JSON; ``out`` gets the JSON."""
+    from hybridpar.planner import make_front  # noqa: PLC0415
+    from hybridpar.report import pareto  # noqa: PLC0415
+
+    found = make_front(config, subject, _note)
+    text = json.dumps(pareto.as_data(found), indent=2) + "\n"
+    if config.format == "json":
+        sys.stdout.write(text)
+    else:
+        pareto.show(found, _console())
+    if config.out is not None:
+        _write(config.out, text)
+        _note(f"plans saved to {config.out}")
+    if config.pictures is not None:
+        pareto.draw(found, Path(config.pictures))
+        _note(f"pictures saved to {config.pictures}: {', '.join(pareto.FILES)}")
 
 
 def _explain(config: Config, subject: Subject, planned: Planned, other: Plan | None) -> None:

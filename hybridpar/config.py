@@ -240,7 +240,9 @@ def expand(overrides: Sequence[str]) -> Sweep:
     if not varied:
         raise ConfigError("-m varies nothing; give a key several values, as in train.global_batch=64,128")
     for name in names:
-        if name in {"explain", "diff", "pictures", "plan.global_batch_range"} or (name in varied and name in {"format", "out"}):
+        if name in {"explain", "diff", "pictures", "plan.global_batch_range"} or (
+            name in varied and name in {"format", "out"}
+        ):
             raise ConfigError(f"{name}: of no use with -m, which prints one table; plan that combination alone")
     return Sweep(tuple(varied), tuple(product(*varied.values())), fixed)
 

@@ -20,6 +20,7 @@ from hybridpar.host import keep_freed_memory
 from hybridpar.model.chain import Chain
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.pareto import Front, batches_between, front
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.search import Candidate, Planned, assess, search
 from hybridpar.profiling.analytic import estimate
@@ -277,3 +278,17 @@ def make_plan(config: Config, subject: Subject) -> Planned:
         planned = Planned(plan, "from_file", (Candidate("from_file", plan),), 1)
     check(compile_program(planned.plan, subject.chain, planned.plan.global_batch, "train"))
     return planned
+
+
+def make_front(config: Config, subject: Subject, report: Report = lambda _: None) -> Front:
+    """Return the front of throughput against memory over ``plan.global_batch_range``.
+
+    Every plan's program has passed the deadlock check. Raises HybridparError where no batch has a plan.
+    """
+    request = config.request()
+    least, most = config.plan.global_batch_range or (request.global_batch,) * 2
+    batches = batches_between(least, most, request.global_batch)
+    found = front(subject.chain, subject.profile, subject.cluster, request, batches, report)
+    for point in found.points:
+        check(compile_program(point.plan, subject.chain, point.plan.global_batch, "train"))
+    return found

@@ -116,7 +116,10 @@ class PlanConfig:
             raise PlanError(f"bucket_bytes: {self.bucket_bytes} is below 1; give a number of bytes")
         if self.replicas is not None and self.replicas < 1:
             raise PlanError(f"replicas: {self.replicas} is below 1; give a number of plan replicas, or null")
-        if self.global_batch_range is not None and not 1 <= self.global_batch_range[0] <= self.global_batch_range[1]:
+        if (
+            self.global_batch_range is not None
+            and not 1 <= self.global_batch_range[0] <= self.global_batch_range[1]
+        ):
             raise PlanError(
                 f"global_batch_range: {list(self.global_batch_range)} must be [least,most] with 1 <= least <= most"
             )

@@ -234,11 +234,16 @@ class Costs:
         return self.update(program.chain, program.plan.itemsize, own, index)
 
 
-def wire_bytes(operation: Operation) -> int:
-    """Return the bytes that leave all participants together (ring collectives: Patarasu and Yuan, 2009)."""
-    n = len(operation.ranks)
+def wire_bytes(operation: Operation, replicas: int = 1) -> int:
+    """Return the bytes that leave all participants together, in so many plan replicas.
+
+    Collectives are rings (Patarasu and Yuan, 2009). An operation across replicas is one of all of them together;
+    of any other every replica has its own.
+    """
+    n = len(operation.ranks) * (replicas if operation.across else 1)
+    times = 1 if operation.across else replicas
     if operation.kind == "send":
-        return operation.bytes
+        return times * operation.bytes
     if operation.kind == "all_gather":
-        return n * (n - 1) * operation.bytes
-    return 2 * (n - 1) * operation.bytes
+        return times * n * (n - 1) * operation.bytes
+    return times * 2 * (n - 1) * operation.bytes

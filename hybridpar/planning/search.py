@@ -37,9 +37,12 @@ ACTIONS: dict[Effort, tuple[int, int, int]] = {
     "quick": (4_000, 300, 75),
     "normal": (14_000, 1_000, 200),
     "long": (2_000_000, 50_000, 10_000),
-    "exact": (0, 0, 0),
+    "exact": (14_000, 1_000, 200),
 }
-"""Simulated actions of a search: at all, for each of the first ``FEW_RANKS`` ranks, and for each one beyond."""
+"""Simulated actions of a search: at all, for each of the first ``FEW_RANKS`` ranks, and for each one beyond.
+
+A space that is searched whole takes what it takes.
+"""
 FEW_RANKS = 64
 PART: dict[Shape, float] = {"data_parallel": 0.1, "pipeline": 0.2, "front_tail": 0.3, "three_stage": 0.4}
 """Share of the actions that a shape may use; what it leaves goes to the next."""
@@ -103,6 +106,7 @@ def search(chain: Chain, profile: Profile, cluster: Cluster, request: Request) -
     """
     profile.check(chain)
     _check_pins(request, chain)
+    _check_replicas(request, cluster)
     scorer = Scorer(chain, profile, cluster, request)
     budget = _Budget(scorer, request.effort)
     candidates = tuple(_best(shape, scorer, budget.until(shape)) for shape in SHAPES)
@@ -188,6 +192,35 @@ def _check_pins(request: Request, chain: Chain) -> None:
             )
 
 
+def _check_replicas(request: Request, cluster: Cluster) -> None:
+    """Raise PlanError for a number of plan replicas that ranks, samples, sharding or pins do not go with."""
+    count, world = request.replicas or 1, cluster.world
+    if count == 1:
+        return
+    if world % count:
+        raise PlanError(
+            f"plan.replicas: {count} does not divide the {world} ranks of cluster {cluster.name}; give a divisor"
+        )
+    if count > request.global_batch:
+        raise PlanError(
+            f"plan.replicas: {count} replicas cannot share out a global batch of {request.global_batch}; "
+            "raise train.global_batch, or use fewer replicas"
+        )
+    if "none" not in request.optimizer_shardings:
+        raise PlanError(
+            f"plan.replicas: {count} does not work with a sharded optimizer; set optimizer.sharding=none, or "
+            "plan.replicas=1"
+        )
+    size = world // count
+    for kind, pin in request.pins.items():
+        if (pin.degree or 1) > size or max(pin.ranks or (0,)) >= size:
+            field, value = ("ranks", list(pin.ranks)) if pin.ranks else ("degree", pin.degree)
+            raise PlanError(
+                f"plan.{kind}.{field}: {value} does not fit the ranks 0..{size - 1} of one of the {count} "
+                "plan replicas; lower it, or plan.replicas"
+            )
+
+
 def _check_layers(kinds: tuple[Kind, ...], drafting: Drafting, request: Request) -> None:
     """Raise PlanError where pinned layers leave a gap, overlap, or miss an end of the chain."""
     last = len(drafting.chain.layers)
@@ -220,15 +253,18 @@ def _best(shape: Shape, scorer: Scorer, until: int) -> Candidate:
         places = _placements(shape, drafting, request)
     except PlanError as e:
         return Candidate(shape, None, str(e))
-    most = EXHAUSTIVE[request.effort]
+    effort = request.effort
+    if effort == "exact" and shape not in _wanted(request):
+        effort = "normal"  # it is only compared
+    most = EXHAUSTIVE[effort]
     every = list(islice((d for p in places for d in exhaustive.drafts(drafting, p)), most + 1))
     whole = len(every) <= most
-    if not whole and request.effort == "exact":
+    if not whole and effort == "exact":
         raise PlanError(
             f"plan.effort: exact is for at most {most} drafts of a shape, and {shape} has more; "
             "pin some choices, or use plan.effort=long"
         )
-    best = exhaustive.best(scorer, every) if whole else _heuristic(places, scorer, until)
+    best = exhaustive.best(scorer, every) if whole else _heuristic(places, scorer, until, effort)
     if best is None:
         return Candidate(
             shape,
@@ -250,9 +286,8 @@ def _placements(shape: Shape, drafting: Drafting, request: Request) -> list[Plac
     return list(placements(kinds, drafting.cluster, request))
 
 
-def _heuristic(places: list[Placement], scorer: Scorer, until: int) -> Draft | None:
+def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effort) -> Draft | None:
     """Simulate the best estimates, and improve the best of those."""
-    effort = scorer.request.effort
     estimator = Estimator(scorer.drafting)
     estimates = [e for place in places for e in estimator.best(place, PER_PLACEMENT[effort])]
     tried: list[Draft] = []

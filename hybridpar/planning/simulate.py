@@ -114,7 +114,7 @@ def predict(program: Program, costs: Costs) -> Prediction:
         step_s=period,
         samples_per_s=program.plan.global_batch / period if period else 0.0,
         bubble=max(0.0, 1.0 - busy / (period * len(program.actions))) if period else 0.0,
-        wire_bytes=sum(wire_bytes(o) for o in program.operations),
+        wire_bytes=sum(wire_bytes(o, program.plan.replicas) for o in program.operations),
         memory_bytes=peak_per_rank(program),
         stages=_stage_predictions(program, costs),
         source=costs.profile.source,

@@ -67,7 +67,8 @@ def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
     program = compile_program(plan, chain, plan.global_batch, "train")
     limit = cluster.device.memory_bytes
     replicas = f", {plan.replicas} replicas of {plan.replica_world} ranks" if plan.replicas > 1 else ""
-    table = titled(f"plan: {candidate.shape}, order {plan.order}{replicas}")
+    sharded = ", optimizer state of the front sharded (zero1)" if plan.recipe.sharding == "zero1" else ""
+    table = titled(f"plan: {candidate.shape}, order {plan.order}{replicas}{sharded}")
     for name, style in (
         ("stage", "left"),
         ("layers", "left"),
@@ -87,7 +88,7 @@ def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
             table.add_row(
                 stage.kind if len(stage.segments) == 1 else f"{stage.kind} {number}",
                 _layers(segment, chain),
-                _degree(stage, segment),
+                _degree(stage, segment) + (", recomputed" if stage.recompute else ""),
                 _ranks(segment.ranks, cluster),
                 f"{stage.micro_batch} x{_calls(program, index, number)}",
                 in_thousands(parameter_count(chain, segment.layers)),

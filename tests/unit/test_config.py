@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 
@@ -59,6 +60,32 @@ def test_overrides_reach_the_planner_as_pins() -> None:
     assert request.global_batch == 256
     assert request.pins == {"tail": Pin(micro_batch=64), "front": Pin(ranks=(0, 1))}
     assert request.recipe == Recipe(clipping=True, sharding="none", optimizer_states=1)
+
+
+def test_every_choice_of_the_search_can_be_made_by_the_user() -> None:
+    request = compose().request()
+    assert (request.replicas, request.effort, request.optimizer_shardings) == (None, "normal", ("none",))
+    config = compose(
+        [
+            "plan.replicas=2",
+            "plan.effort=quick",
+            "plan.front.recompute=true",
+            "plan.tail.recompute=false",
+            "optimizer.sharding=auto",
+        ]
+    )
+    request = config.request()
+    assert (request.replicas, request.effort) == (2, "quick")
+    assert request.pins == {"front": Pin(recompute=True), "tail": Pin(recompute=False)}
+    assert request.optimizer_shardings == ("none", "zero1")
+    assert request.recipe.sharding == "none"
+    assert compose(["optimizer.sharding=zero1"]).request().optimizer_shardings == ("zero1",)
+
+
+@pytest.mark.parametrize("override", ["optimizer.clip=1", "train.precision=float64"])
+def test_an_optimizer_sharding_left_to_the_planner_excludes_nothing(override: str) -> None:
+    """What zero1 does not go with only takes that choice from the planner."""
+    compose(["optimizer.sharding=auto", override]).request()
 
 
 def test_the_demo_overlay_replaces_groups_and_can_be_overridden() -> None:
@@ -122,6 +149,15 @@ def test_options_take_any_key_and_their_owner_checks_it() -> None:
         (["+profile.path=x"], "profile.path: x is read by profile=from_file only; use profile=from_file"),
         (["cluster.path=x"], "unknown override cluster.path; use cluster=from_file cluster.path=x"),
         (["+cluster.path=x"], "cluster.path: x is read by cluster=from_file only; use cluster=from_file"),
+        (["optimizer.sharding=zero2"], "optimizer.sharding: 'zero2' is not one of 'none', 'zero1', 'auto'"),
+        (
+            ["plan.global_batch_range=[8,16]", "explain=true"],
+            "explain=true: of no effect with plan.global_batch_range",
+        ),
+        (
+            ["plan.global_batch_range=[8,16]", "diff=a.json"],
+            "diff=a.json: of no effect with plan.global_batch_range",
+        ),
         (["profile=measured", "profile.budget_s=0"], "profile.budget_s: 0.0 must be above 0 seconds"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
@@ -141,6 +177,16 @@ def test_a_mistake_is_named_in_one_line(overrides: list[str], message: str) -> N
         ("plan.tail.sharding=[column,rwo]", r"plan.tail.sharding\[1\]: 'rwo'"),
         ("plan.bucket_bytes=0", "plan: bucket_bytes: 0 is below 1"),
         ("+plan.path=x.json", "plan: path: x.json is read by plan=from_file only; use plan=from_file plan.path"),
+        ("plan.replicas=0", "plan: replicas: 0 is below 1"),
+        ("plan.effort=fast", "plan.effort: 'fast' is not one of 'quick', 'normal', 'long', 'exact'"),
+        ("plan.front.recompute=maybe", "plan.front.recompute: expected bool, got 'maybe'"),
+        ("plan.global_batch_range=[16,8]", r"global_batch_range: \[16, 8\] must be \[least,most\]"),
+        ("plan.global_batch_range=[0,8]", r"global_batch_range: \[0, 8\] must be \[least,most\]"),
+        ("plan.global_batch_range=[8]", "plan.global_batch_range: expected 2 values, got 1"),
+        (
+            "plan=from_file plan.path=a.json +plan.global_batch_range=[8,16]",
+            "global_batch_range: a plan from a file has one global batch",
+        ),
         ("optimizer.sharding=zero1 optimizer.clip=1", "set optimizer.clip=null or optimizer.sharding=none"),
         ("optimizer.sharding=zero1 train.precision=float64", "set train.precision=float32 or optimizer.sharding"),
     ],
@@ -150,10 +196,12 @@ def test_what_no_plan_can_be_is_a_plan_error(override: str, message: str) -> Non
         compose(override.split())
 
 
-@pytest.mark.parametrize("override", ["format=json", "out=plan.json", "explain=true"])
+@pytest.mark.parametrize(
+    "override", ["format=json", "out=plan.json", "explain=true", r"plan.global_batch_range=[8, 16]"]
+)
 def test_what_only_a_plan_is_printed_with_is_refused_for_a_training(override: str) -> None:
     compose().refuse_for_training()
-    with pytest.raises(ConfigError, match=f"{override}: of no effect on a training.*hybridpar plan"):
+    with pytest.raises(ConfigError, match=rf"{re.escape(override)}: of no effect on a training.*hybridpar plan"):
         compose([override]).refuse_for_training()
 
 

@@ -41,7 +41,18 @@ PLANNING_MAY = (
     "hybridpar.cluster.collectives",
 )
 SHARED = ("hybridpar.errors", "hybridpar.schema")
-SEARCHING = ("search", "draft", "placement", "bound", "explain", "explanation", "flips", "difference", "request")
+SEARCHING = (
+    "search",
+    "draft",
+    "placement",
+    "bound",
+    "explain",
+    "explanation",
+    "flips",
+    "difference",
+    "request",
+    "pareto",
+)
 
 
 def modules(part: str = "") -> list[Path]:

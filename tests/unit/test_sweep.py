@@ -60,6 +60,7 @@ def test_hydra_s_sweep_syntax_is_understood(override: str, values: list[str]) ->
         (["cluster=a,b", "cluster=c"], "cluster: given twice; write its values as cluster=a,b"),
         (["cluster=a,b", "explain=true"], "explain: of no use with -m"),
         (["cluster=a,b", "diff=plan.json"], "diff: of no use with -m"),
+        (["cluster=a,b", "plan.global_batch_range=[8,16]"], "plan.global_batch_range: of no use with -m"),
         (["format=text,json"], "format: of no use with -m"),
         (["a==,,"], "cannot read override"),
     ],
