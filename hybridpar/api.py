@@ -25,7 +25,7 @@ from hybridpar.model.deferred import Source, ready
 from hybridpar.model.named import Naming
 from hybridpar.model.trace import Traced, trace
 from hybridpar.planning.plan import Kind, Plan, Precision, Recipe, validate_recipe
-from hybridpar.planning.request import Pin, Request, Shape
+from hybridpar.planning.request import Effort, Pin, Request, Shape
 from hybridpar.planning.search import search
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.measure import measure
@@ -55,6 +55,8 @@ def plan(
     precision: Precision = "float32",
     recipe: Recipe | None = None,
     pins: Mapping[Kind, Pin] | None = None,
+    replicas: int | None = None,
+    effort: Effort = "normal",
     input_dtype: Literal["float", "int"] = "float",
     layers: Naming | None = None,
 ) -> Plan:
@@ -70,6 +72,8 @@ def plan(
         precision: of parameters and computation.
         recipe: clipping, optimizer sharding and optimizer states per parameter.
         pins: fields of stages that are fixed, as ``{"tail": Pin(micro_batch=64)}``.
+        replicas: number of plan replicas; default: the planner's choice.
+        effort: of the search: quick, normal, long or exact.
         input_dtype: ``int`` for token ids.
         layers: names the model's layers, where tracing cannot find them: a function of the model that gives a list
             of (name, module) that run one after the other. A method ``hybridpar_layers`` of the model does too.
@@ -82,7 +86,15 @@ def plan(
     """
     traced, place = _traced(model, tuple(in_shape), input_dtype, layers), process()
     validate_recipe(recipe or Recipe(), precision)
-    request = Request(global_batch, shape, precision, recipe or Recipe(), dict(pins or {}))
+    request = Request(
+        global_batch,
+        shape,
+        precision,
+        recipe or Recipe(),
+        dict(pins or {}),
+        replicas=replicas,
+        effort=effort,
+    )
 
     def make() -> Plan:
         where = cluster or local(place.world)

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+import hybridpar
 from hybridpar.errors import PlanError
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin, Request, Space
@@ -72,3 +74,11 @@ def test_exact_looks_at_the_whole_space_of_the_wanted_shape_only(monkeypatch: py
         PlanError, match=r"plan\.effort: exact is for at most 300 drafts of a shape, and .* has more"
     ):
         plan_for(effort="exact")
+
+
+def test_the_api_takes_them_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    plan = hybridpar.plan(model, (8,), 16, cluster=cluster_of(4, 1e9), replicas=2, effort="quick")
+    assert plan.replicas == 2
+    with pytest.raises(PlanError, match=r"plan\.replicas: 3 does not divide"):
+        hybridpar.plan(model, (8,), 16, cluster=cluster_of(4), replicas=3)
