@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3), from glibc's malloc.h."""
@@ -14,6 +17,22 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 _KEPT = (_LARGEST_MMAP_THRESHOLD, 2**31 - 1)
 _GIVEN_BACK = (64 * 2**10, 0)
 """Values of the two: bytes from which on a block is mapped apart, and free bytes that the heap's end may keep."""
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """Leave cyclic garbage alone for a while.
+
+    A search makes millions of small objects without cycles; looking for cycles among them, with PyTorch's own
+    objects in the heap, takes a third of its time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def keep_freed_memory() -> bool:

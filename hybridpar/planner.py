@@ -16,7 +16,7 @@ from hybridpar.cluster.describe import from_config
 from hybridpar.cluster.topology import Cluster
 from hybridpar.config import Config
 from hybridpar.errors import DataError, ProfileError
-from hybridpar.host import keep_freed_memory
+from hybridpar.host import keep_freed_memory, paused_collection
 from hybridpar.model.chain import Chain
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
@@ -271,7 +271,8 @@ def make_plan(config: Config, subject: Subject) -> Planned:
     Its program has passed the deadlock check. Raises HybridparError.
     """
     if config.plan.shape != "from_file":
-        planned = search(subject.chain, subject.profile, subject.cluster, config.request())
+        with paused_collection():
+            planned = search(subject.chain, subject.profile, subject.cluster, config.request())
     else:
         plan = Plan.load(Path(str(config.plan.path)), subject.chain)
         plan = assess(plan, subject.chain, subject.profile, subject.cluster)

@@ -49,7 +49,10 @@ def placements(kinds: tuple[Kind, ...], cluster: Cluster, request: Request) -> I
     world, nodes = cluster.world, tuple(n.devices for n in cluster.nodes)
     for kind in kinds:
         _check_pin(kind, request.pin(kind), world)
-    for replicas in replica_counts(nodes, request):
+    counts = replica_counts(nodes, request)
+    if kinds == ("front",):
+        counts = [_plainest(counts, world)]
+    for replicas in counts:
         size = world // replicas
         if request.space.placements == "every":
             choices = _every(kinds, cluster, size, request)
@@ -81,6 +84,12 @@ def replica_counts(nodes: tuple[int, ...], request: Request) -> list[int]:
     counts = [r for r in counts if r == 1 or (_aligned(nodes, world // r) and request.global_batch >= r)]
     small = [r for r in counts if world // r <= LARGEST_REPLICA]
     return small or counts[-1:]
+
+
+def _plainest(counts: list[int], world: int) -> int:
+    """Return the number of plan replicas for plain data parallelism, whose programs are the same for all: one, or
+    of many ranks as many as leave replicas of a few, which are simulated sooner."""
+    return next(r for r in counts if world // r <= SOME_SIZES or r == counts[-1])
 
 
 def _aligned(nodes: tuple[int, ...], size: int) -> bool:

@@ -35,7 +35,7 @@ EXHAUSTIVE: dict[Effort, int] = {"quick": 12, "normal": 24, "long": 2_000, "exac
 """Drafts of a shape up to which its space is searched whole."""
 ACTIONS: dict[Effort, tuple[int, int, int]] = {
     "quick": (4_000, 300, 75),
-    "normal": (14_000, 1_000, 200),
+    "normal": (12_000, 700, 200),
     "long": (2_000_000, 50_000, 10_000),
     "exact": (14_000, 1_000, 200),
 }
