@@ -88,7 +88,7 @@ class Layer:
     random: Literal["none", "keyed", "unkeyed"] = "none"
     batch_norm: bool = False
 
-    @property
+    @cached_property
     def parameter_count(self) -> int:
         """Number of parameter elements."""
         return sum(p.count for p in self.parameters)

@@ -35,6 +35,7 @@ class Costs:
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
         self.profile, self.cluster = profile, cluster
         self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool], float] = {}
+        self._held: dict[tuple[Interval, tuple[Span, ...]], float] = {}
         self._operations: dict[tuple[str, tuple[int, ...], int], float] = {}
         self._contention = any(link.contention for link in cluster.links.values())
         self._cards: dict[tuple[str, tuple[int, ...]], list[Card]] = {}
@@ -211,14 +212,20 @@ class Costs:
 
     def update(self, chain: Chain, itemsize: int, blocks: list[Block], index: int) -> float:
         """Return the seconds of an optimizer step for blocks of one position on its rank number ``index``."""
-        total = 0.0
-        for block in blocks:
-            if not block.spans:
-                total += parameter_count(chain, block.layers)
-                continue
-            for i in range(*block.layers):
-                total += chain.layers[i].parameter_count * block.fraction(chain, index, i)
+        total = sum(self._elements(chain, block, index) for block in blocks)
         return total * itemsize * self.profile.update_s_per_byte
+
+    def _elements(self, chain: Chain, block: Block, index: int) -> float:
+        """Return the parameter elements of a block on its rank number ``index``."""
+        if not block.spans:
+            return parameter_count(chain, block.layers)
+        key = (block.layers, block.spans[index])
+        if key not in self._held:
+            layers = range(*block.layers)
+            self._held[key] = sum(
+                chain.layers[i].parameter_count * block.fraction(chain, index, i) for i in layers
+            )
+        return self._held[key]
 
     def _loss_time(self, program: Program, rank: int, action: Action) -> float:
         """Half of the cross-entropy's time each for the score and the loss."""

@@ -13,7 +13,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.placement import Placement
 from hybridpar.planning.plan import OrderRule, Plan, Segment, Stage
 from hybridpar.planning.request import Mode, Request
-from hybridpar.planning.sharding import Sharded, best_sharding
+from hybridpar.planning.sharding import MOST_FREE, Sharded, best_sharding
 from hybridpar.profiling.record import Profile
 
 T = TypeVar("T")
@@ -208,7 +208,7 @@ class Drafting:
 
     def _other_rules(self, draft: Draft) -> Iterator[Draft]:
         """Yield drafts with another sharding of a linear or the optimizer, or another order."""
-        if self.request.pin("tail").sharding is None:
+        if self.request.pin("tail").sharding is None and len(draft.sharding) <= MOST_FREE:
             for i, mode in enumerate(draft.sharding):
                 for other in self.request.space.sharding:
                     if other != mode:

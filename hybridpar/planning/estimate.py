@@ -15,6 +15,7 @@ reductions leave over when the front's last backward hides the rest. This is no 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -313,17 +314,26 @@ class _Grid:
                 total = total + owner[i] * (passes + self._bytes(i) * update)
             total = total + self._idle(held, messages) + self._wire(held, messages)
             worst = np.maximum(worst, total)
+        return np.asarray(np.maximum(worst, self._path(messages)) + self._reduce())
+
+    def _path(self, messages: list[tuple[Array, Array]]) -> Any:  # noqa: ANN401 - an array or 0.0
+        """Seconds for the largest chunk of any stage through all of them and back.
+
+        Stages take turns over it, unless both of two neighbours have smaller chunks.
+        """
         largest: Any = 0.0
         for chunk in self.chunk:
             largest = np.maximum(largest, np.minimum(chunk, self.samples))
-        path: Any = 0.0
-        for i in self.stages:
-            path = path + self.degree[i] * (self.forward[i] + self.backward[i])
-            repeats = np.ceil(largest / self.chunk[i]) - 1
-            path = path + repeats * np.minimum(self.forward[i], self.backward[i]) * (i != self.stages[-1])
-        for message, _ in messages:
-            path = path + 2 * message
-        return np.asarray(np.maximum(worst, path) + self._reduce())
+        times = [
+            (np.ceil(largest / self.chunk[i]) + self.degree[i] - 1) * (self.forward[i] + self.backward[i])
+            for i in self.stages
+        ]
+        path: Any = sum(times)
+        for i in self.stages[:-1]:
+            together = (self.chunk[i] < largest) & (self.chunk[i + 1] < largest)
+            path = path - together * np.minimum(times[i], times[i + 1])
+            path = path + 2 * messages[i][1] * (largest / self.samples) * ~together
+        return path
 
     def _idle(self, held: list[int], messages: list[tuple[Array, Array]]) -> Any:
         """Fill and drain before the first of a rank's stages, of its pipeline, and where chunks do not meet."""
@@ -399,12 +409,24 @@ class _Grid:
             latency, rate = self.own.reduction(group, self.placement)
             held = self._bytes(i)
             buckets = np.maximum(np.floor(held / self.own.request.bucket_bytes), 1.0)
-            seconds = buckets * latency + held * rate
+            seconds = (buckets * latency + held * rate) * self._crowd(i)
             total = total + seconds
             if i == 0:
                 last = seconds / buckets
         hidden = self.backward[0] * 0.8
         return np.maximum(last, total - hidden)
+
+    def _crowd(self, stage: int) -> int:
+        """Return how many reductions of a stage share a node's card: one per shard or segment on the node."""
+        nodes = self.own.cluster.node_of
+        if nodes[0] == nodes[self.placement.world * self.placement.replicas - 1]:
+            return 1
+        groups = self.placement.groups[stage]
+        if self.tail[stage]:
+            groups = tuple((rank,) for rank in groups[0])
+        sharing = Counter(node for ranks in groups for node in {nodes[r] for r in ranks})
+        crossing = self.placement.replicas > 1 or any(len({nodes[r] for r in ranks}) > 1 for ranks in groups)
+        return max(sharing.values()) if crossing else 1
 
     def over(self) -> Array:
         """Bytes above the memory limit, of the rank that lacks most."""

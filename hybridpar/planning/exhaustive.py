@@ -24,11 +24,12 @@ def drafts(drafting: Drafting, placement: Placement) -> Iterator[Draft]:
             caps = [drafting.caps(base, i) for i in stages]
             pinned = request.pin("tail").sharding
             modes = [request.space.sharding] * drafting.modes(base)
-            shardings = [pinned] if pinned is not None and modes else list(product(*modes))
-            for cap, again, modes_, order, state in product(
-                product(*caps), product(*recompute), shardings, request.orders, drafting.shardings(placement)
-            ):
-                yield Draft(placement, bounds, chosen, cap, again, modes_, order, state)
+            shardings = iter((pinned,)) if pinned is not None and modes else product(*modes)
+            keeping = list(product(product(*caps), product(*recompute)))
+            rules = list(product(request.orders, drafting.shardings(placement)))
+            for sharding in shardings:  # two to the power of the linears: never a list
+                for (cap, again), (order, state) in product(keeping, rules):
+                    yield Draft(placement, bounds, chosen, cap, again, sharding, order, state)
 
 
 def _bounds(drafting: Drafting, placement: Placement) -> Iterator[tuple[int, ...]]:

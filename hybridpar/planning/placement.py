@@ -87,8 +87,10 @@ def replica_counts(nodes: tuple[int, ...], request: Request) -> list[int]:
 
 
 def _plainest(counts: list[int], world: int) -> int:
-    """Return the number of plan replicas for plain data parallelism, whose programs are the same for all: one, or
-    of many ranks as many as leave replicas of a few, which are simulated sooner."""
+    """Return the number of plan replicas for plain data parallelism, which are all the same to its time.
+
+    One, or of many ranks as many as leave replicas of a few, which are simulated sooner.
+    """
     return next(r for r in counts if world // r <= SOME_SIZES or r == counts[-1])
 
 

@@ -34,23 +34,23 @@ from hybridpar.profiling.record import Profile
 EXHAUSTIVE: dict[Effort, int] = {"quick": 12, "normal": 24, "long": 2_000, "exact": 200_000}
 """Drafts of a shape up to which its space is searched whole."""
 ACTIONS: dict[Effort, tuple[int, int, int]] = {
-    "quick": (4_000, 300, 75),
-    "normal": (12_000, 700, 200),
-    "long": (2_000_000, 50_000, 10_000),
-    "exact": (14_000, 1_000, 200),
+    "quick": (4_000, 1_000, 20),
+    "normal": (6_000, 3_000, 60),
+    "long": (2_000_000, 200_000, 10_000),
+    "exact": (6_000, 3_000, 60),
 }
 """Simulated actions of a search: at all, for each of the first ``FEW_RANKS`` ranks, and for each one beyond.
 
 A space that is searched whole takes what it takes.
 """
-FEW_RANKS = 64
+FEW_RANKS = 16
 PART: dict[Shape, float] = {"data_parallel": 0.1, "pipeline": 0.2, "front_tail": 0.3, "three_stage": 0.4}
 """Share of the actions that a shape may use; what it leaves goes to the next."""
 LEAN = 12
 """Placements of a shape that are tried to say which batch would fit."""
-PER_PLACEMENT: dict[Effort, int] = {"quick": 1, "normal": 2, "long": 12, "exact": 0}
+PER_PLACEMENT: dict[Effort, int] = {"quick": 1, "normal": 1, "long": 12, "exact": 0}
 """Estimates of a placement that may be simulated."""
-SIMULATED: dict[Effort, int] = {"quick": 3, "normal": 8, "long": 200, "exact": 0}
+SIMULATED: dict[Effort, int] = {"quick": 3, "normal": 10, "long": 200, "exact": 0}
 """Estimates of a shape that are simulated, best first."""
 IMPROVED: dict[Effort, int] = {"quick": 1, "normal": 3, "long": 24, "exact": 0}
 """Of those, the ones that are improved, best first."""
@@ -149,12 +149,15 @@ class _Budget:
         base, each, beyond = ACTIONS[effort]
         ranks = scorer.cluster.world
         self.total = base + each * min(ranks, FEW_RANKS) + beyond * max(ranks - FEW_RANKS, 0)
-        self.share = 0.0
+        self.scorer, self.share = scorer, 0.0
 
     def until(self, shape: Shape) -> int:
-        """Return the number of actions after which the search of a shape has to end."""
+        """Return the number of actions after which the search of a shape has to end.
+
+        Its own part, and what those before it have left; nothing less where they took more.
+        """
         self.share += PART[shape]
-        return round(self.total * self.share)
+        return round(max(self.total * self.share, self.scorer.actions + self.total * PART[shape]))
 
 
 def _wanted(request: Request) -> tuple[Shape, ...]:
@@ -288,6 +291,7 @@ def _placements(shape: Shape, drafting: Drafting, request: Request) -> list[Plac
 
 def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effort) -> Draft | None:
     """Simulate the best estimates, and improve the best of those."""
+    half = (scorer.actions + until) // 2
     estimator = Estimator(scorer.drafting)
     estimates = [e for place in places for e in estimator.best(place, PER_PLACEMENT[effort])]
     tried: list[Draft] = []
@@ -301,7 +305,7 @@ def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effo
             tried.append(draft)
         if best is None or (draft in scorer.scores and score < scorer.score(best)):
             best = draft
-        if len(tried) >= SIMULATED[effort] or (scorer.actions > until and tried):
+        if len(tried) >= SIMULATED[effort] or (scorer.actions > half and tried):
             break
     starts = sorted(tried, key=scorer.score)
     for start in starts[: IMPROVED[effort]]:

@@ -1,7 +1,7 @@
 """How long the search takes, and how far its plans are from those of a far longer search.
 
-``python -m scripts.bench.planner`` prints a table of the cases of docs/planner.md (profile given, imports aside, one
-core, each in a process of its own for its memory); ``--growth`` times ranks and layers in steps and plots them;
+``python -m scripts.bench.planner`` prints a table of the cases of docs/planner.md (profile given, imports aside,
+one core, each in a process of its own); ``--growth`` times ranks and layers in steps and plots them;
 ``--regret`` compares ``effort=normal`` with ``effort=long``.
 """
 
@@ -83,7 +83,7 @@ class Timing:
 
 def cluster_of(ranks: int) -> Cluster:
     """Nodes of one P100 up to 4 ranks, of eight V100 beyond."""
-    if ranks <= 4:  # noqa: PLR2004 - as the talk's cluster
+    if ranks <= 4:
         return replace(_preset("p100_4x1_40g"), nodes=(Node(1),) * ranks)
     return replace(_preset("v100_2x8"), nodes=(Node(min(PER_NODE, ranks)),) * -(-ranks // PER_NODE))
 
@@ -142,7 +142,9 @@ def timed(case: Case, repetitions: int) -> Timing:
             found = search(chain, profile, cluster, request)
         seconds.append(time.process_time() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Timing(case.name, tuple(seconds), peak, found.tried, found.shape, found.chosen.prediction.step_s, case.limit_s)
+    return Timing(
+        case.name, tuple(seconds), peak, found.tried, found.shape, found.chosen.prediction.step_s, case.limit_s
+    )
 
 
 def _forget() -> None:
@@ -164,8 +166,8 @@ def speed(cases: tuple[Case, ...], repetitions: int) -> list[Timing]:
         found.append(timing)
         limit = "" if case.limit_s is None else f"  (limit {case.limit_s:g} s)"
         print(
-            f"{timing.case:24} {statistics.median(timing.seconds):7.3f} s{limit}  {timing.peak_bytes / 2**20:6.0f} MiB  "
-            f"{timing.tried:4} simulated  {timing.shape}",
+            f"{timing.case:24} {statistics.median(timing.seconds):7.3f} s{limit}  "
+            f"{timing.peak_bytes / 2**20:6.0f} MiB  {timing.tried:4} simulated  {timing.shape}",
             flush=True,
         )
     return found
@@ -176,7 +178,9 @@ def regret(cases: tuple[Case, ...]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for case in cases:
         normal, long = plan(case), plan(case, "long")
-        ratio = normal.chosen.prediction.step_s / min(long.chosen.prediction.step_s, normal.chosen.prediction.step_s)
+        ratio = normal.chosen.prediction.step_s / min(
+            long.chosen.prediction.step_s, normal.chosen.prediction.step_s
+        )
         rows.append(
             {
                 "case": case.name,
@@ -199,9 +203,7 @@ def plot(timings: list[Timing], path: Path) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, word, of in zip(
-        figure.subplots(1, 2), ("ranks", "layers"), ("vgg16", "layers"), strict=True
-    ):
+    for axes, word, of in zip(figure.subplots(1, 2), ("ranks", "layers"), ("vgg16", "layers"), strict=True):
         own = [t for t in timings if t.case.startswith(of)]
         xs = [int(t.case.split()[2] if of == "vgg16" else t.case.split()[0].removeprefix(of)) for t in own]
         axes.loglog(xs, [statistics.median(t.seconds) for t in own], marker="o")
