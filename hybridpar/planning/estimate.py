@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,21 @@ class Estimate:
     step_s: float
     over_bytes: float
     """Bytes above the memory limit; 0 where it fits."""
+    samples: int
+    """Per step, of the largest plan replica."""
+
+    @property
+    def actions(self) -> int:
+        """Roughly, how many actions the program has: six for every micro-batch of a rank."""
+        calls = 0
+        samples = self.samples
+        for kind, groups, size in zip(
+            self.placement.kinds, self.placement.groups, self.micro_batches, strict=True
+        ):
+            for ranks in groups:
+                chunk = size if kind == "tail" else size * len(ranks)
+                calls += -(-samples // chunk) * len(ranks)
+        return 6 * calls
 
     @property
     def key(self) -> tuple[float, float]:
@@ -61,6 +76,8 @@ class Estimate:
 
 EXPOSED = 0.25
 """Share of the later chunks' exchanges that computations do not hide. A guess, which only orders drafts."""
+EXPOSED_INSIDE = 0.5
+"""Likewise between the segments of a pipeline."""
 EVEN = 1e-9
 """Chunks of two stages meet when the ratio of their samples is an integer."""
 
@@ -154,7 +171,9 @@ class Estimator:
             if chosen not in taken:
                 taken.add(chosen)
                 found.append(
-                    Estimate(placement, cuts[at[-1]], chosen, recompute, float(step[at]), float(over[at]))
+                    Estimate(
+                        placement, cuts[at[-1]], chosen, recompute, float(step[at]), float(over[at]), grid.samples
+                    )
                 )
         return found[:count]
 
@@ -316,7 +335,7 @@ class _Grid:
             worst = np.maximum(worst, total)
         return np.asarray(np.maximum(worst, self._path(messages)) + self._reduce())
 
-    def _path(self, messages: list[tuple[Array, Array]]) -> Any:  # noqa: ANN401 - an array or 0.0
+    def _path(self, messages: list[tuple[Array, Array]]) -> Any:
         """Seconds for the largest chunk of any stage through all of them and back.
 
         Stages take turns over it, unless both of two neighbours have smaller chunks.
@@ -392,12 +411,31 @@ class _Grid:
         for i, (first, total) in enumerate(messages):
             if i in held or i + 1 in held:
                 wire = wire + 2 * (first + EXPOSED * (total - first))
+        for i in held:
+            if self.degree[i] > 1 and self._spread(i):
+                first, total = self._inside(i)
+                wire = wire + 2 * (first + EXPOSED_INSIDE * (total - first))
         last = self.stages[-1]
         if self.tail[last] and self.width[last] > 1 and last in held:
             link, sharing = self.own.link(set(self.placement.groups[last][0]))
             rounds = self.sums * self.calls[last] * 2 * (self.width[last] - 1)
             wire = wire + 2 * (self.samples * self.inside * sharing / link.bytes_per_s + rounds * link.latency_s)
         return wire
+
+    def _inside(self, stage: int) -> tuple[Array, Array]:
+        """Seconds of the first chunk's exchange between two segments, and of all of a step's, one way.
+
+        Where the segments meet is open here; what crosses is taken as the mean over the stage's layers.
+        """
+        total = np.cumsum(self.own._crossing)  # noqa: SLF001 - the estimator's own grid
+        start, stop = self.start[stage], self.stop[stage]
+        crossing = (total[stop - 1] - total[start]) / np.maximum(stop - 1 - start, 1)
+        groups = self.placement.groups[stage]
+        links = [self.own.link(set(a) | set(b)) for a, b in pairwise(groups) if set(a) != set(b)]
+        link, sharing = max(links, key=lambda found: found[1] / found[0].bytes_per_s)
+        volume = self.per_rank[stage] * crossing * sharing
+        seconds = volume / link.bytes_per_s + self.calls[stage] * link.latency_s
+        return np.asarray(seconds / self.calls[stage]), np.asarray(seconds)
 
     def _reduce(self) -> Any:
         """Gradient reductions that the last backward of the first stage does not hide."""

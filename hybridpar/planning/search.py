@@ -54,6 +54,8 @@ SIMULATED: dict[Effort, int] = {"quick": 3, "normal": 10, "long": 200, "exact": 
 """Estimates of a shape that are simulated, best first."""
 IMPROVED: dict[Effort, int] = {"quick": 1, "normal": 3, "long": 24, "exact": 0}
 """Of those, the ones that are improved, best first."""
+COSTLY = 1 / 6
+"""Share of a shape's actions above which a draft is simulated only after the cheaper ones."""
 WORTHWHILE = 0.002
 """Share of the step time by which a neighbour must be better."""
 WORTHWHILE_BYTES = 0.1
@@ -296,7 +298,8 @@ def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effo
     estimates = [e for place in places for e in estimator.best(place, PER_PLACEMENT[effort])]
     tried: list[Draft] = []
     best: Draft | None = None
-    for estimate in sorted(estimates, key=lambda e: e.key):
+    costly = (until - scorer.actions) * COSTLY
+    for estimate in sorted(estimates, key=lambda e: (e.actions > costly, *e.key)):
         draft = estimator.draft(estimate)
         if draft is None:
             continue
