@@ -13,6 +13,7 @@ from hybridpar.planning.layout import Interval, length
 from hybridpar.planning.parameters import bucket_elements, parameter_count
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Operation, Program
+from hybridpar.planning.workspaces import Workspaces
 from hybridpar.profiling.record import Profile
 
 NORM_SHARE = 1 / 5
@@ -34,6 +35,7 @@ class Costs:
 
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
         self.profile, self.cluster = profile, cluster
+        self.workspaces = Workspaces(profile, host=cluster.device.kind == "cpu")
         self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool], float] = {}
         self._held: dict[tuple[Interval, tuple[Span, ...]], float] = {}
         self._operations: dict[tuple[str, tuple[int, ...], int], float] = {}
@@ -110,20 +112,6 @@ class Costs:
     def memory_bytes(self, plan: Plan, rank: int) -> float:
         """Return the memory of the smallest device of a replica's rank."""
         return min(self.cluster.memory_bytes(r) for r in plan.everywhere((rank,)))
-
-    def workspace_bytes(self, program: Program, rank: int) -> float:
-        """Return the most bytes that a layer needs while it runs, beyond what it takes, gives and keeps."""
-        most = 0.0
-        for block in program.blocks:
-            position = program.positions[block.position]
-            if rank not in position.ranks:
-                continue
-            index = position.ranks.index(rank)
-            samples = max(length(m[index]) for m in program.micro_batches[block.position])
-            for layer in range(*block.layers):
-                fraction, rows = block.fraction(program.chain, index, layer), block.by_rows(index, layer)
-                most = max(most, self.profile.workspace_bytes(layer, samples, fraction, rows=rows))
-        return most
 
     def cards(self, program: Program, operation: Operation) -> list[Card]:
         """Return the cards that an operation between nodes occupies."""

@@ -11,10 +11,10 @@ from hybridpar.planning.bound import lower_bound
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.draft import Draft, Drafting
-from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.plan import Plan, validate
 from hybridpar.planning.program import Program
 from hybridpar.planning.request import Request
+from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.simulate import predict, step_time, step_time_at_least
 from hybridpar.profiling.record import Profile
 
@@ -117,8 +117,7 @@ class Shortage:
 def shortage(program: Program, costs: Costs) -> Shortage | None:
     """Return by how much a program exceeds its devices' memory; None where it fits."""
     worst: Shortage | None = None
-    for rank, peak in enumerate(peak_per_rank(program)):
-        needed = peak + costs.workspace_bytes(program, rank)
+    for rank, needed in enumerate(peak_per_rank(program, costs.workspaces)):
         limit = costs.memory_bytes(program.plan, rank)
         if needed > limit and (worst is None or needed - limit > worst.over_bytes):
             text = (

@@ -11,9 +11,9 @@ from collections import defaultdict
 
 from hybridpar.planning.costs import Costs, wire_bytes
 from hybridpar.planning.events import EventSimulation
-from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.plan import Prediction, StagePrediction
 from hybridpar.planning.program import Program
+from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.timeline import Flight, Span, Timeline
 from hybridpar.planning.walk import COMPUTE, START, Walk, walk
 
@@ -115,7 +115,7 @@ def predict(program: Program, costs: Costs) -> Prediction:
         samples_per_s=program.plan.global_batch / period if period else 0.0,
         bubble=max(0.0, 1.0 - busy / (period * len(program.actions))) if period else 0.0,
         wire_bytes=sum(wire_bytes(o, program.plan.replicas) for o in program.operations),
-        memory_bytes=peak_per_rank(program),
+        memory_bytes=peak_per_rank(program, costs.workspaces),
         stages=_stage_predictions(program, costs),
         source=costs.profile.source,
     )

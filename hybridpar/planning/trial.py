@@ -10,9 +10,9 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.bound import lower_bound
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
-from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.plan import Plan, validate
 from hybridpar.planning.program import Program
+from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.simulate import simulate, step_time
 from hybridpar.planning.timeline import Timeline
 from hybridpar.profiling.record import Profile
@@ -64,7 +64,7 @@ class Trials:
 
         Bytes; the excess is negative where everything fits.
         """
-        peaks = peak_per_rank(program)
+        peaks = peak_per_rank(program, Costs(self.profile, self.cluster).workspaces)
         limits = [min(map(self.cluster.memory_bytes, program.plan.everywhere((r,)))) for r in range(len(peaks))]
         excess = [peak - limit for peak, limit in zip(peaks, limits, strict=True)]
         rank = max(range(len(peaks)), key=lambda r: excess[r])

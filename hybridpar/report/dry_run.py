@@ -139,7 +139,7 @@ def _memory(prediction: Prediction, cluster: Cluster) -> str:
     peaks = prediction.memory_bytes
     worst = max(range(len(peaks)), key=lambda r: peaks[r])
     most = f"{in_bytes(peaks[worst])} of {in_bytes(limit)}"
-    return f"memory: at most {most}, on rank {worst} (tensors; without workspace)"
+    return f"memory: at most {most}, on rank {worst} (tensors and workspace)"
 
 
 def _comparison(planned: Planned, cluster: Cluster) -> Table:

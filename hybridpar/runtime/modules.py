@@ -67,6 +67,8 @@ class BlockModules(nn.Module):
             dropout.keys = keys
         for layer in self.layers:
             x = layer(x)
+        for dropout in self._dropouts:
+            dropout.keys = None  # else every block held its sample ids until its next micro-batch
         return x
 
     def again(self, x: torch.Tensor, keys: Keys | None) -> torch.Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import Memory, memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Action, Program
-from hybridpar.runtime.communicators import ProcessGroups
+from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.executor import Executor
+from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
 from tests.support.counting import Counting, CountingExecutor, expected_log
 from tests.support.rendezvous import Endpoint, run_strictly
@@ -111,6 +115,58 @@ def _assert_execution_is_the_program(number: int, stages: list[Stage]) -> None:
         assert actions == list(program.actions[rank])
         assert messages == expected_log(program, rank)
         assert counted == memory(program, rank)
+
+
+@pytest.mark.parametrize("norm", [None, 0.1])
+@pytest.mark.parametrize(("degrees", "placement"), COMBINED[::3], ids=str)
+def test_live_bytes_are_exact(degrees: tuple[int, int, int], placement: str, norm: float | None) -> None:
+    """Bytes of all storages that torch makes and frees in a second step: gradients and momenta come and stay."""
+    number = COMBINED.index((degrees, placement))
+    case = replace(case_of(0.4 * (number % 2), (13,)), max_norm=norm)
+    stages = shape(*degrees, PLACEMENTS[placement], uneven=number % 5 < 2)
+    stages = [replace(s, recompute=s.kind == "front" and number % 4 == 1) for s in stages]
+    plan = plan_of(*stages, bucket_bytes=(1, 2000)[number % 2])
+    plan = replace(plan, recipe=replace(plan.recipe, clipping=norm is not None, optimizer_states=1))
+    program = compile_program(plan, case.traced.chain, 13, "train")
+
+    def body(rank: int, endpoint: Endpoint) -> list[int]:
+        executor = make_executor(case, plan, rank, Unseen(endpoint))
+        run_once(executor, case, program, rank)
+        endpoint.step = 1
+        alive: list[int] = []
+        executor.observer = lambda *_: alive.append(live.bytes())
+        with LiveBytes(set(), lasting(executor)) as live:
+            run_once(executor, case, program, rank)
+        return alive
+
+    for rank, result in enumerate(run_strictly(plan.world, body)):
+        assert not isinstance(result, BaseException), result
+        assert result == list(memory(program, rank).alive)
+
+
+def lasting(executor: Executor) -> Iterator[torch.Tensor]:
+    """What an executor holds between two steps."""
+    for modules in executor.blocks.values():
+        for tensor in (*modules.parameters(), *modules.buffers()):
+            yield from (tensor,) if tensor.grad is None else (tensor, tensor.grad)
+    yield from executor.updater._buckets.values()
+    for optimizer in executor.updater.optimizers.values():
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+class Unseen:
+    """Communicators whose own tensors no mode sees."""
+
+    def __init__(self, inner: Endpoint) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Callable[..., Pending]:
+        def call(*arguments: object) -> Pending:
+            with _disable_current_modes():
+                return getattr(self.inner, name)(*arguments)  # type: ignore[no-any-return]
+
+        return call
 
 
 def test_recomputation_needs_less_memory() -> None:

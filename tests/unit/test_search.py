@@ -25,9 +25,9 @@ from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.explain import reason, verdicts
-from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.plan import Kind, Plan, Recipe, Stage, validate
 from hybridpar.planning.request import SHAPES, STAGES_OF, Pin, Request, Shape
+from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.search import Planned, assess, search
 from hybridpar.planning.simulate import predict, simulate
 from hybridpar.profiling.analytic import estimate
@@ -101,7 +101,7 @@ def test_a_plan_compiles_checks_and_is_predicted_truly(shape: Shape) -> None:
     assert plan.prediction == predict(program, costs)
     assert plan.prediction is not None
     assert plan.prediction.step_s == simulate(program, costs).period_s >= lower_bound(plan, CHAIN, costs)
-    assert plan.prediction.memory_bytes == peak_per_rank(program)
+    assert plan.prediction.memory_bytes == peak_per_rank(program, costs.workspaces)
     assert {r for s in plan.stages for r in s.ranks} == set(range(4))
 
 

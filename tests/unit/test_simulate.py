@@ -16,9 +16,10 @@ from hybridpar.planning.bound import lower_bound
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.events import EventSimulation
-from hybridpar.planning.memory import Memory, memory, peak_per_rank
+from hybridpar.planning.memory import Memory, memory
 from hybridpar.planning.plan import OrderRule, Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Program
+from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.simulate import predict, simulate, step_time, step_time_at_least
 from hybridpar.planning.timeline import Timeline
 from hybridpar.planning.walk import walk
@@ -240,7 +241,7 @@ def test_fill_and_drain_takes_as_long_and_keeps_more() -> None:
     for rule in rules:
         program = program_of(MLP, Stage("middle", 1, segments), batch=8, order=rule)
         times[rule] = run(program, cluster_of(Node(2))).period_s
-        peaks[rule] = peak_per_rank(program)[1]
+        peaks[rule] = memory(program, 1).peak
     assert times["fill_drain"] == pytest.approx(times["one_forward_one_backward"]) == pytest.approx(27.0)
     assert peaks["fill_drain"] > peaks["one_forward_one_backward"]
 
@@ -315,7 +316,7 @@ def test_a_prediction_sums_up() -> None:
     assert prediction.samples_per_s == pytest.approx(4 / 16)
     assert prediction.bubble == pytest.approx(4 / 16)
     assert prediction.wire_bytes == 2 * (PARAMETER_BYTES + 32 + 32)
-    assert prediction.memory_bytes == peak_per_rank(program)
+    assert prediction.memory_bytes == peak_per_rank(program, costs.workspaces)
     assert prediction.source == "estimated"
 
 
@@ -488,24 +489,29 @@ def test_a_peak_by_hand() -> None:
     gradient (2 numbers a sample). The inputs of the first layer are the batch, which is there anyway.
     """
     counted = memory(small_program(0), 0)
-    assert (counted.parameters, counted.gradients, counted.optimizer) == (SMALL_PARAMETER_BYTES,) * 3
+    assert (counted.parameters, counted.optimizer) == (SMALL_PARAMETER_BYTES,) * 2
+    assert counted.gradients == 0, "not in buckets"
     assert counted.batch == 4 * 3 * 8
-    live = 2 * 5 * 8 + 2 * 2 * 8
-    assert counted.peak == 3 * SMALL_PARAMETER_BYTES + counted.batch + live
+    assert counted.control == 4 * 8 + 4 * 8 + 4 * 8, "the step's labels, the own ones, and four metrics"
+    first = [a.kind for a in small_program(0).actions[0]].index("backward")
+    assert counted.accumulated == (0,) * first + (SMALL_PARAMETER_BYTES,) * (len(counted.saved) - first)
+    live = 2 * 5 * 8 + 2 * 2 * 8 + 2 * 3 * 8
+    """With the second micro-batch's figures for its loss, while the first one's gradients are there."""
+    assert counted.peak == 3 * SMALL_PARAMETER_BYTES + counted.batch + counted.control + live
     assert max(counted.saved) == 2 * 5 * 8
     assert counted.saved[-1] == counted.moving[-1] == 0
 
 
 def test_fill_and_drain_keeps_all_micro_batches() -> None:
     counted = memory(small_program(0, order="fill_drain"), 0)
-    assert counted.peak - counted.persistent == 2 * (2 * 5 * 8 + 2 * 2 * 8)
+    assert max(counted.saved) == 2 * 2 * 5 * 8
 
 
 @pytest.mark.parametrize("states", [0, 1, 2])
 def test_optimizer_states_are_counted(states: int) -> None:
     counted = memory(small_program(0, recipe=Recipe(optimizer_states=states)), 0)
     assert counted.optimizer == states * SMALL_PARAMETER_BYTES
-    assert counted.persistent == (2 + states) * SMALL_PARAMETER_BYTES + counted.batch
+    assert counted.persistent == (1 + states) * SMALL_PARAMETER_BYTES + counted.batch + counted.control
 
 
 def test_zero1_divides_the_states_of_the_front_s_replicas() -> None:
@@ -524,7 +530,9 @@ def test_zero1_divides_the_states_of_the_front_s_replicas() -> None:
 def test_evaluation_keeps_nothing_for_a_backward() -> None:
     counted = memory(small_program(0, mode="evaluate"), 0)
     assert (counted.gradients, counted.optimizer, max(counted.saved)) == (0, 0, 0)
-    assert counted.peak == SMALL_PARAMETER_BYTES + counted.batch + 2 * 2 * 8
+    assert not any(counted.accumulated)
+    assert counted.peak == counted.persistent + 2 * 2 * 8 + 2 * 13 * 8, "logits, and figures of the loss"
+    assert counted.persistent == SMALL_PARAMETER_BYTES + counted.batch + counted.control
 
 
 def test_shards_hold_all_parameters_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts storages while it is entered; ``apart`` are the storages not to count (``existing`` gives them).
 
-    Counts from the start also what exists already, gradients included.
+    Counts from the start also what exists already, gradients included: ``tensors``, or all that Python knows.
     """
 
-    def __init__(self, apart: set[int]) -> None:
+    def __init__(self, apart: set[int], tensors: Iterable[torch.Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._apart = apart
-        for tensor in _tensors():
+        for tensor in _tensors() if tensors is None else tensors:
             self.add(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

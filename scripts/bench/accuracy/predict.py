@@ -113,8 +113,7 @@ def _predicted(drawn: Drawn, chain: Chain, costs: Costs, sha256: str) -> Predict
 def live_peak(program: Program, rank: int) -> int:
     """Return the most bytes of tensors alive between two actions of a rank of the program's plan replica."""
     counted = memory(program, rank)
-    moving = (s + m for s, m in zip(counted.saved, counted.moving, strict=True))
-    return counted.persistent + max(moving, default=0)
+    return max(counted.alive, default=counted.persistent)
 
 
 def _actions(program: Program, rank: int, costs: Costs) -> dict[str, float]:

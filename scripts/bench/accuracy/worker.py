@@ -121,9 +121,8 @@ def _live(job: Job, batches: Iterator[StepBatch], apart: set[int]) -> list[int]:
 
 def _compared(program: Program, rank: int, live: list[int]) -> str:
     """Return a line per action with the predicted and the measured bytes after it."""
-    counted = memory(program, rank)
-    rows = zip(program.actions[rank], counted.saved, counted.moving, live, strict=True)
-    lines = [f"{counted.persistent + s + m}\t{seen}\t{program.describe(a)}" for a, s, m, seen in rows]
+    rows = zip(program.actions[rank], memory(program, rank).alive, live, strict=True)
+    lines = [f"{counted}\t{seen}\t{program.describe(a)}" for a, counted, seen in rows]
     return "\n".join(["predicted\tmeasured\tafter", *lines, ""])
 
 

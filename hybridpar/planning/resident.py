@@ -1,0 +1,107 @@
+"""The memory that a rank's device has to have: its tensors, and the workspace of what it computes.
+
+Of a GPU it is the peak of the tensors alive, workspace included. Of a host it is the peak of the resident set
+above what the process had before: small blocks come from a heap that never shrinks, large ones from the system one
+by one (:mod:`hybridpar.planning.workspaces`), so it is the peak of the former plus the peak of the latter.
+"""
+
+from __future__ import annotations
+
+from hybridpar.planning.books import Books, Own
+from hybridpar.planning.memory import memory_of
+from hybridpar.planning.parameters import bucket_elements, is_zero
+from hybridpar.planning.program import Action, Program
+from hybridpar.planning.workspaces import Bytes, Workspaces
+
+NORM_ITEMSIZE = 8 + 8
+"""The norm of a gradient takes it in float64, and its squares."""
+NOTHING = Bytes(0.0, 0.0)
+
+
+def peak_per_rank(program: Program, workspaces: Workspaces) -> tuple[int, ...]:
+    """Return the peak bytes that every rank of the program's plan replica needs above an idle process."""
+    return tuple(_Rank(program, rank, workspaces).peak() for rank in range(program.plan.replica_world))
+
+
+class _Rank:
+    """One rank's peak."""
+
+    def __init__(self, program: Program, rank: int, workspaces: Workspaces) -> None:
+        self.program, self.rank, self.workspaces = program, rank, workspaces
+        self.chain, self.itemsize = program.chain, program.plan.itemsize
+        self.books = Books(program, rank)
+        self.books.run()
+        own = self.books.own.items()
+        self.parameters = {i: workspaces.parameters(self.chain, o.block, o.shard, self.itemsize) for i, o in own}
+
+    def peak(self) -> int:
+        """Return the peak of making the parameters or of a step, whichever is higher."""
+        small, large = self._persistent()
+        most_small = most_large = most_before = most_backward = 0.0
+        before_small = before_large = gradients_large = 0.0
+        books = self.books
+        after = zip(books.saved, books.moving, books.accumulated, books.large, books.fresh, strict=True)
+        for action, (saved, moving, gradients, large_now, fresh) in zip(
+            self.program.actions[self.rank], after, strict=True
+        ):
+            within = self._within(action, fresh=fresh)
+            if action.kind == "backward" and self.workspaces.host:
+                most_backward = max(most_backward, within.small)
+            else:
+                most_small = max(most_small, before_small + within.small)
+            most_before = max(most_before, before_small)
+            most_large = max(most_large, before_large + within.large)
+            if fresh:
+                gradients_large += self.parameters[action.block or 0][0].large
+            before_large = large_now * self.workspaces.host + gradients_large
+            before_small = saved + moving + gradients - before_large
+            most_small, most_large = max(most_small, before_small), max(most_large, before_large)
+        # Of a heap, a backward's temporaries come on top of all that there ever was: they grow towards the first
+        # layers, and the holes that later layers leave are too small for them.
+        most_small = max(most_small, most_before + most_backward)
+        return round(max(small + large + most_small + most_large, self._building()))
+
+    def _persistent(self) -> Bytes:
+        """Return what stays all through the step, in its classes."""
+        program, plan, split = self.program, self.program.plan, self.workspaces.split
+        large = 0.0
+        counted = memory_of(self.books)
+        for index, own in self.books.own.items():
+            position = program.positions[own.block.position]
+            of_block = self.parameters[index][0]
+            large += of_block.large
+            if program.mode == "train":
+                bucket = bucket_elements(self.chain, position, own.block, self.rank) * self.itemsize
+                large += split(bucket).large * position.reduced
+                large += (
+                    of_block.large
+                    * plan.recipe.optimizer_states
+                    / (len(position.ranks) if is_zero(plan, position) else 1)
+                )
+        large += split(counted.batch).large
+        return Bytes(counted.persistent - large, large)
+
+    def _within(self, action: Action, *, fresh: bool) -> Bytes:
+        """Return what an action needs while it runs."""
+        kind = action.kind
+        if kind == "norm":
+            largest = max((size for _, size in self.parameters.values()), default=0)
+            return self.workspaces.split(*[largest / self.itemsize * 8] * (NORM_ITEMSIZE // 8))
+        if kind not in {"forward", "backward", "score", "loss"}:
+            return NOTHING
+        own: Own = self.books.own[action.block or 0]
+        samples = own.samples[action.micro_batch or 0]
+        if kind in {"score", "loss"}:
+            return self.workspaces.split(own.out_bytes * samples)
+        passed = kind if self.program.mode == "train" else "plain"
+        return self.workspaces.within(
+            self.chain, own.block, own.shard, samples, self.itemsize, passed, fresh=fresh
+        )
+
+    def _building(self) -> float:
+        """Return the peak while parameters are made, block after block."""
+        made = most = 0.0
+        for index, own in sorted(self.books.own.items()):
+            most = max(most, made + self.workspaces.building(self.chain, own.block, own.shard, self.itemsize))
+            made += sum(self.parameters[index][0])
+        return most if self.workspaces.host else 0.0
