@@ -15,9 +15,9 @@ from hybridpar.errors import MemoryLimitError, PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
-from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.plan import Plan, Prediction
 from hybridpar.planning.request import Request, Shape
+from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.search import Candidate, Planned, search
 from hybridpar.profiling.record import Profile
 
@@ -130,7 +130,7 @@ def _point(planned: Planned, chain: Chain, profile: Profile, cluster: Cluster, l
     assert chosen.shape != "from_file"
     program = compile_program(planned.plan, chain, planned.plan.global_batch, "train")
     costs = Costs(profile, cluster)
-    peaks = (peak + costs.workspace_bytes(program, rank) for rank, peak in enumerate(peak_per_rank(program)))
+    peaks = peak_per_rank(program, costs.workspaces)
     return Point(planned.plan, chosen.shape, max(peaks), limit_bytes)
 
 

@@ -425,7 +425,7 @@ def test_where_nothing_helps_nothing_is_promised() -> None:
 
 def test_a_pin_that_takes_the_memory_is_named() -> None:
     """The advice once was a batch below the pinned micro-batch, which is refused."""
-    cluster = with_memory(FOUR, 7e5)
+    cluster = with_memory(FOUR, 8e5)
     with pytest.raises(
         MemoryLimitError, match=r"global_batch=48 with no micro_batch and in_flight pinned would fit"
     ):

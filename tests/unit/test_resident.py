@@ -1,0 +1,79 @@
+"""The memory that a device has to have: workspace in every action, and what a host's heap keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.memory import memory
+from hybridpar.planning.plan import Segment, Stage
+from hybridpar.planning.program import Program
+from hybridpar.planning.resident import peak_per_rank
+from hybridpar.planning.workspaces import MAPPED_BYTES, Workspaces
+from tests.unit.test_simulate import SMALL, front, make_plan, profile_of
+
+PROFILE = profile_of(SMALL, 1.0, 1.0)
+DEVICE = Workspaces(PROFILE, host=False)
+
+
+def program_with(micro_batch: int, *ranks: int) -> Program:
+    plan = make_plan(SMALL, front(micro_batch, *ranks, layers=(0, 3)), world=len(ranks), global_batch=4)
+    return compile_program(plan, SMALL, 4, "train")
+
+
+def test_a_single_backward_keeps_the_gradients_that_it_makes() -> None:
+    """Of four samples, in the activation: its output (5 numbers each), the gradients of logits (2),
+    output (5) and input (5), and those of the last layer's parameters (12 numbers)."""
+    program = program_with(4, 0)
+    assert peak_per_rank(program, DEVICE)[0] - memory(program, 0).persistent == 8 * (4 * (5 + 2 + 5 + 5) + 12)
+
+
+def test_a_gradient_is_made_beside_the_one_it_is_added_to() -> None:
+    """Of two samples, in the last layer: all gradients are there, and the weight's (10 numbers) is made again."""
+    program = program_with(2, 0)
+    all_gradients = memory(program, 0).accumulated[-1]
+    found = peak_per_rank(program, DEVICE)[0] - memory(program, 0).persistent
+    assert found == all_gradients + 8 * (2 * (5 + 2 + 5) + 10)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1)])
+def test_measured_workspace_counts_once(ranks: tuple[int, ...]) -> None:
+    """A profile's backward holds the gradient already; what it has beyond that comes on top."""
+    gradient = SMALL.layers[0].parameter_count * 8
+    layers = list(PROFILE.layers)
+
+    def peak(beyond: int) -> int:
+        layers[0] = replace(layers[0], backward_workspace_bytes=((float(gradient + beyond),),))
+        measured = replace(
+            PROFILE,
+            micro_batches=PROFILE.micro_batches[:1],
+            layers=tuple(replace(layer, forward_s=((1.0,),), backward_s=((1.0,),)) for layer in layers),
+        )
+        return peak_per_rank(program_with(2, *ranks), Workspaces(measured, host=False))[0]
+
+    assert peak(0) == peak_per_rank(program_with(2, *ranks), DEVICE)[0]
+    assert peak(10**6) - peak(5 * 10**5) == pytest.approx(5 * 10**5 * 2 / PROFILE.micro_batches[0], rel=0.6)
+
+
+def test_a_host_needs_at_least_what_a_device_needs() -> None:
+    for micro_batch in (1, 2):
+        program = program_with(micro_batch, 0, 1)
+        host = peak_per_rank(program, Workspaces(PROFILE, host=True))
+        assert all(h >= d for h, d in zip(host, peak_per_rank(program, DEVICE), strict=True))
+
+
+def test_a_host_holds_the_whole_parameter_while_it_cuts_a_slice() -> None:
+    tail = Stage("tail", 4, (Segment((0, 3), (0, 1)),), ("column", "row"))
+    plan = make_plan(SMALL, tail, world=2, global_batch=4)
+    program = compile_program(plan, SMALL, 4, "train")
+    (block, *_) = program.blocks
+    # Slices of the first layer (9 and 3 numbers) and of the second (6), and the second's whole weight (10).
+    assert DEVICE.building(SMALL, block, 0, 8) == 8 * (9 + 3 + 6 + 10)
+
+
+def test_blocks_are_large_from_the_library_s_threshold_on() -> None:
+    host = Workspaces(PROFILE, host=True)
+    assert host.split(MAPPED_BYTES - 1, MAPPED_BYTES) == (MAPPED_BYTES - 1, MAPPED_BYTES)
+    assert DEVICE.split(MAPPED_BYTES - 1, MAPPED_BYTES) == (2 * MAPPED_BYTES - 1, 0)
