@@ -10,8 +10,9 @@ from typing import Literal, TypeVar
 
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Chain
+from hybridpar.planning.layout import length, split
 from hybridpar.planning.placement import Placement
-from hybridpar.planning.plan import OrderRule, Plan, Segment, Stage
+from hybridpar.planning.plan import Kind, OrderRule, Plan, Segment, Stage
 from hybridpar.planning.request import Mode, Request
 from hybridpar.planning.sharding import MOST_FREE, Sharded, best_sharding
 from hybridpar.profiling.record import Profile
@@ -61,12 +62,10 @@ class Drafting:
         stages = []
         bounds = draft.stage_bounds(len(self.chain.layers))
         for i, (kind, groups) in enumerate(zip(draft.placement.kinds, draft.placement.groups, strict=True)):
-            pin = self.request.pin(kind)
             segments = tuple(
-                Segment(layers, ranks, pin.shares if kind != "middle" else None)
+                Segment(layers, ranks, self._shares(draft.placement, kind, ranks))
                 for layers, ranks in zip(pairwise(bounds[i]), groups, strict=True)
             )
-            segments = tuple(self._shared_by_speed(s, draft.placement) for s in segments)
             sharded = kind == "tail" and len(groups[0]) > 1
             stages.append(
                 Stage(
@@ -91,16 +90,18 @@ class Drafting:
             replicas=draft.placement.replicas,
         )
 
-    def _shared_by_speed(self, segment: Segment, placement: Placement) -> Segment:
-        """Give unequal devices samples or features in proportion to their speed."""
+    def _shares(self, placement: Placement, kind: Kind, ranks: tuple[int, ...]) -> tuple[float, ...] | None:
+        """Return the shares of samples or features: pinned, or of unequal devices in proportion to their speed."""
+        pinned = self.request.pin(kind).shares
+        if pinned is not None and kind != "middle":
+            return pinned
+        if self._equal:
+            return None
         size = placement.world
         speeds = tuple(
-            min(self.cluster.speed(r) for r in range(rank, size * placement.replicas, size))
-            for rank in segment.ranks
+            min(self.cluster.speed(r) for r in range(rank, size * placement.replicas, size)) for rank in ranks
         )
-        if segment.shares is not None or len(set(speeds)) == 1:
-            return segment
-        return replace(segment, shares=speeds)
+        return speeds if len(set(speeds)) > 1 else None
 
     # The choices of each dimension
 
@@ -110,10 +111,14 @@ class Drafting:
 
     def share(self, placement: Placement, stage: int) -> int:
         """Return the most samples that one rank of a stage can work on in a step."""
-        samples = self.samples(placement)
-        if placement.kinds[stage] == "tail":
+        samples, kind = self.samples(placement), placement.kinds[stage]
+        if kind == "tail":
             return samples
-        return -(-samples // min(len(ranks) for ranks in placement.groups[stage]))
+        shares = [self._shares(placement, kind, ranks) for ranks in placement.groups[stage]]
+        return max(
+            -(-samples // len(ranks)) if own is None else max(length(i) for i in split(samples, own))
+            for ranks, own in zip(placement.groups[stage], shares, strict=True)
+        )
 
     def sizes(self, placement: Placement, stage: int) -> list[int]:
         """Return the micro-batch sizes worth trying, ascending.

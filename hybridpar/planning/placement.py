@@ -222,6 +222,7 @@ def _every(kinds: tuple[Kind, ...], cluster: Cluster, size: int, request: Reques
     and of equal nodes the lists of sets.
     """
     marks = _marks(cluster, size, any(_tells_ranks(request.pin(kind)) for kind in kinds))
+    ordered = sorted(range(size), key=lambda r: (cluster.node_of[r], -_speed(cluster, size, r), r))
     degrees: Iterable[int] = request.space.segments or range(1, size + 1)
     pin = request.pin("middle")
     if pin.degree is not None or pin.ranks is not None:
@@ -235,7 +236,7 @@ def _every(kinds: tuple[Kind, ...], cluster: Cluster, size: int, request: Reques
         per_node = [list(_assignments(own, [options[r] for r in ranks])) for ranks, own, _ in marks]
         for choice in product(*per_node):
             held = [own for node in choice for own in node]
-            ranks = [tuple(r for r, own in enumerate(held) if p in own) for p in positions]
+            ranks = [tuple(r for r in ordered if p in held[r]) for p in positions]
             if not all(ranks) or not _ascend(choice, [mark for _, _, mark in marks]):
                 continue
             ends = list(accumulate(counts, initial=0))
@@ -244,6 +245,11 @@ def _every(kinds: tuple[Kind, ...], cluster: Cluster, size: int, request: Reques
             )
             if all(_has_degree(kind, own, request.pin(kind)) for kind, own in zip(kinds, groups, strict=True)):
                 yield groups
+
+
+def _speed(cluster: Cluster, size: int, rank: int) -> float:
+    """Return the speed of the slowest device of a replica's rank."""
+    return min(cluster.speed(r) for r in range(rank, cluster.world, size))
 
 
 def _tells_ranks(pin: Pin) -> bool:

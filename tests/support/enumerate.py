@@ -5,10 +5,10 @@ each is compiled and simulated. The space, per shape (the kinds of its stages):
 
 - a position (segment, counted over all stages) ends at a cut; cuts lie before layers with parameters, and before a
   tail where it may start, which is up to the last linear layer;
-- a micro-batch above a rank's share of the samples stands for that share;
+- a micro-batch above the samples of a stage's rank that has most stands for as many;
 - a middle has two segments or more, the front of several stages two replicas, a tail two shards, unless pinned;
 - every rank of a plan replica holds a set of positions. Of equal ranks of a node the sets ascend, and of equal
-  nodes the lists of sets; ranks of a position stand in ascending order;
+  nodes the lists of sets. The ranks of a position stand node by node, the faster ones first, then in order;
 - plan replicas lie within nodes, or fill them; pinned ranks mean a single one;
 - ranks of different speed share samples and features in proportion to it;
 - ZeRO-1 needs a front of several ranks and no plan replicas.
@@ -25,6 +25,7 @@ from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
+from hybridpar.planning.layout import split
 from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.plan import Kind, OrderRule, Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Program
@@ -160,10 +161,11 @@ def rank_sets(question: Question, kinds: tuple[Kind, ...], counts: list[int], si
         ending = [pair for pair in pairs if pair[1][-1] == rank]
         longer = ((*held, own) for held in every for own in allowed[rank])
         every = [h for h in longer if all([h[r] for r in a] <= [h[r] for r in b] for a, b in ending)]
+    cluster = question.cluster
+    speeds = [min(cluster.speed(c) for c in range(r, cluster.world, size)) for r in range(size)]
+    order = sorted(range(size), key=lambda r: (cluster.node_of[r], -speeds[r], r))
     for held in every:
-        ranks = tuple(
-            w or tuple(r for r in range(size) if p in held[r]) for p, w in zip(positions, wanted, strict=True)
-        )
+        ranks = tuple(w or tuple(r for r in order if p in held[r]) for p, w in zip(positions, wanted, strict=True))
         if all(ranks):
             yield ranks
 
@@ -189,7 +191,10 @@ def _plans_on(question: Question, kinds: tuple[Kind, ...], replicas: int, ranks:
     samples = -(-question.global_batch // replicas)
     sizes = []
     for kind, own in zip(kinds, ranks, strict=True):
-        share = samples if kind == "tail" else -(-samples // min(len(group) for group in own))
+        shares = [_segment(question, (0, 1), group, replicas).weights for group in own]
+        share = (
+            samples if kind == "tail" else max(stop - start for w in shares for start, stop in split(samples, w))
+        )
         sizes.append(sorted({min(size, share) for size in question.micro_batches}))
     states = [s for s in question.optimizer_sharding if s == "none" or ("front" in kinds and len(ranks[0][0]) > 1)]
     states = [s for s in states if s == "none" or (replicas == 1 and not question.clipping)]

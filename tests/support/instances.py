@@ -28,8 +28,9 @@ DIMENSIONS = (
 )
 PAIRS = tuple(combinations(DIMENSIONS, 2))
 MOST_DIMENSIONS = 4
-MOST_PLANS = 1_000
+MOST_PLANS = 600
 """Over all shapes of an instance."""
+PATIENCE = 25
 MOST_LAYERS, MOST_RANKS = 6, 4
 MOST_OF_MANY = 2
 """Segments, on the most ranks, where ranks of a tail are free too."""
@@ -55,29 +56,40 @@ class Instance:
 
 
 def dimensions(seed: int) -> frozenset[str]:
-    """The free dimensions of a seed: a pair of them, going round all pairs, and by chance one or two more."""
-    dice, free = Dice(seed), set(PAIRS[seed % len(PAIRS)])
+    """The dimensions to be free in a seed's instance: its pair, and by chance one or two more."""
+    dice = Dice(seed)
+    free = _whole(set(pair(seed)))
     wanted = dice.randint(len(free), MOST_DIMENSIONS)
     for more in dice.sample(DIMENSIONS, len(DIMENSIONS)):
-        if "replicas" in free:
-            free.add("placements")
-        if len(free) < wanted - (more == "replicas" and "placements" not in free):
-            free.add(more)
-    return frozenset(free)
+        larger = _whole(free | {more})
+        free = larger if len(larger) <= wanted else free
+    return free
+
+
+def _whole(free: set[str] | frozenset[str]) -> frozenset[str]:
+    """Replicas need rank sets that are free too, as pinned ranks mean a single one."""
+    return frozenset(free | {"placements"} if "replicas" in free else free)
+
+
+def pair(seed: int) -> tuple[str, str]:
+    """The two dimensions that are free in a seed's instance whatever else is."""
+    return PAIRS[seed % len(PAIRS)]
 
 
 def instance(seed: int, most_plans: int = MOST_PLANS) -> Instance:
     """The instance of a seed.
 
     Problems are drawn anew whose space is too large, whose pins no plan respects, or in which a free dimension has
-    one value only.
+    one value only. After some draws in vain only the seed's pair is free, and the space may be larger.
     """
-    free = dimensions(seed)
     for attempt in count():
+        in_vain = attempt >= PATIENCE
+        free = _whole(set(pair(seed))) if in_vain else dimensions(seed)
+        most = most_plans * (4 if in_vain else 1)
         drawn = _draw(seed, free, Dice(f"{seed} {attempt}"))
         every = (plan for shape in SHAPES[::-1] for plan in plans(drawn.question, STAGES_OF[shape]))
-        first = list(islice(every, most_plans + 1))
-        if len(first) > most_plans or not all(len(_values(first, name)) > 1 for name in free):
+        first = list(islice(every, most + 1))
+        if len(first) > most or not all(len(_values(first, name)) > 1 for name in free):
             continue
         if not drawn.pins or len(first[0].stages) == len(KINDS):
             return drawn
