@@ -198,7 +198,8 @@ class EventSimulation:
 def _shares(costs: Costs, walked: Walk) -> tuple[list[_Share], list[int]]:
     """Return the groups of ranks that share cores, and the group of every rank.
 
-    Of a node that holds ranks of several plan replicas, the walk's one replica has its part of the cores.
+    Of a node that holds ranks of several plan replicas, each has its part of the cores. The walk's one replica
+    stands for the one that has least.
     """
     nodes, node_of = costs.cluster.nodes, costs.cluster.node_of
     own = Counter(node_of[: walked.world])
@@ -208,9 +209,10 @@ def _shares(costs: Costs, walked: Walk) -> tuple[list[_Share], list[int]]:
     by_node: dict[int, int] = {}
     for rank in range(walked.world):
         node = node_of[rank]
-        cores = nodes[node].cores
-        if cores is None or node not in by_node:
+        places = {node_of[rank + copy * walked.world] for copy in range(walked.replicas)}
+        parts = [cores * own[node] / everyone[n] for n in places if (cores := nodes[n].cores) is not None]
+        if not parts or node not in by_node:
             by_node[node] = len(shares)
-            shares.append(_Share(None if cores is None else cores * own[node] / everyone[node]))
+            shares.append(_Share(min(parts, default=None)))
         share_of.append(by_node[node])
     return shares, share_of

@@ -50,7 +50,7 @@ def placements(kinds: tuple[Kind, ...], cluster: Cluster, request: Request) -> I
     for kind in kinds:
         _check_pin(kind, request.pin(kind), world)
     counts = replica_counts(nodes, request)
-    if kinds == ("front",):
+    if kinds == ("front",) and request.space.placements == "families":
         counts = [_plainest(counts, world)]
     for replicas in counts:
         size = world // replicas

@@ -78,6 +78,9 @@ def compare(problem: Instance, tried: Counter[str]) -> None:
     for candidate in planned.candidates:
         best_s = found[candidate.shape].best_s  # type: ignore[index]
         step_s = None if candidate.plan is None else candidate.prediction.step_s
+        if candidate.shape not in wanted:  # it is only compared, so its search is not exact
+            assert step_s is None or (best_s is not None and step_s >= best_s * (1 - ROUNDING))
+            continue
         assert step_s == (None if best_s is None else pytest.approx(best_s, rel=ROUNDING)), candidate
     assert planned.chosen.prediction.step_s == pytest.approx(min(possible), rel=ROUNDING)
     assert planned.tried <= sum(f.simulated for f in found.values())
@@ -113,4 +116,4 @@ def test_every_pair_of_dimensions_is_free_in_several_problems() -> None:
 
 def test_every_dimension_is_free_in_some_problem_of_every_run() -> None:
     count = Counter(d for seed in FEW for d in pair(seed))
-    assert min(count[d] for d in DIMENSIONS) >= 2
+    assert min(count[d] for d in DIMENSIONS) >= 1

@@ -223,6 +223,19 @@ def path_s(program: Program, costs: Costs, sample: int) -> float:
     return sum(ways.values())
 
 
+def test_plan_replicas_wait_for_the_one_with_fewest_cores() -> None:
+    """Two of three replicas share a core. The step was once that of the one that has a core to itself."""
+    drawn = problem(4)
+    nodes = (Node(1, cores=1), Node(2, cores=1))
+    p = replace(drawn, cluster=replace(drawn.cluster, nodes=nodes))
+    request = Request(p.batch, shape="data_parallel", replicas=3)
+    chosen = search(p.chain, p.profile, p.cluster, request).chosen
+    assert chosen.plan is not None
+    program = compile_program(chosen.plan, p.chain, p.batch, "train")
+    costs = Costs(p.profile, p.cluster)
+    assert chosen.prediction.step_s >= 2 * sum(costs.actions(program, 0)) * (1 - ROUNDING)
+
+
 # Units and numbers
 
 
