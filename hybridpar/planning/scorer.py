@@ -67,19 +67,26 @@ class Scorer:
             self.reasons[draft] = str(e)
             return IMPOSSIBLE, True
         self.actions += len(program.sequence)
-        lack = shortage(program, self.costs)
-        if lack is not None:
-            self.reasons[draft] = lack.text
-            return (1, lack.over_bytes), True
         self.tried += 1
         if below is not None and self.costs.contended:
             least = step_time_at_least(program, self.costs)
             if (0, least) >= below:
                 return (0, least), False
-        return (0, step_time(program, self.costs)), True
+        seconds = step_time(program, self.costs)
+        if below is not None and (0, seconds) >= below:
+            return (0, seconds), False  # whether it fits does not matter
+        lack = shortage(program, self.costs)
+        if lack is not None:
+            self.reasons[draft] = lack.text
+            return (1, lack.over_bytes), True
+        return (0, seconds), True
 
     def _compile(self, plan: Plan) -> Program:
         return compile_program(plan, self.chain, plan.global_batch, "train")
+
+    def least(self, draft: Draft) -> Score:
+        """Return a draft's score, or what is known to be at most that, without simulating anything."""
+        return self.scores.get(draft, (0, self.bound(draft)))
 
     def fits(self, draft: Draft) -> bool:
         """Whether the draft's plan is possible and fits into memory."""

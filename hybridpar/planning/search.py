@@ -304,13 +304,12 @@ def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effo
         if draft is None:
             continue
         score = scorer.score(draft, None if best is None else scorer.score(best))
-        if draft in scorer.scores:
-            tried.append(draft)
+        tried.append(draft)
         if best is None or (draft in scorer.scores and score < scorer.score(best)):
             best = draft
         if len(tried) >= SIMULATED[effort] or (scorer.actions > half and tried):
             break
-    starts = sorted(tried, key=scorer.score)
+    starts = sorted(tried, key=scorer.least)
     for start in starts[: IMPROVED[effort]]:
         improved = _improve(start, scorer, until)
         if best is None or scorer.score(improved) < scorer.score(best):
