@@ -26,9 +26,9 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.layout import split
-from hybridpar.planning.memory import peak_per_rank
 from hybridpar.planning.plan import Kind, OrderRule, Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Program
+from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.simulate import simulate
 from hybridpar.profiling.record import Profile
 
@@ -99,8 +99,8 @@ def brute_force(question: Question, kinds: tuple[Kind, ...]) -> Found:
 def _fits(program: Program, question: Question, costs: Costs) -> bool:
     plan, cluster = program.plan, question.cluster
     return all(
-        peak + costs.workspace_bytes(program, rank) <= cluster.memory_bytes(rank + copy * plan.replica_world)
-        for rank, peak in enumerate(peak_per_rank(program))
+        peak <= cluster.memory_bytes(rank + copy * plan.replica_world)
+        for rank, peak in enumerate(peak_per_rank(program, costs.workspaces))
         for copy in range(plan.replicas)
     )
 
