@@ -83,7 +83,8 @@ def compare(problem: Instance, tried: Counter[str]) -> None:
             continue
         assert step_s == (None if best_s is None else pytest.approx(best_s, rel=ROUNDING)), candidate
     assert planned.chosen.prediction.step_s == pytest.approx(min(possible), rel=ROUNDING)
-    assert planned.tried <= sum(f.simulated for f in found.values())
+    # The search may time a plan before it counts its memory.
+    assert planned.tried <= sum(f.simulated + f.too_large for f in found.values())
 
 
 def _count(problem: Instance, found: dict[Shape, Found], planned: Planned | None, tried: Counter[str]) -> None:
@@ -103,7 +104,8 @@ def test_the_enumerator_logs_what_it_tried(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO):
         counts: Counter[str] = Counter()
         compare(instance(FEW[0], FEW_PLANS), counts)
-    assert counts["plans"] >= counts["simulated"] >= counts["simulated by the search"] > 0
+    assert counts["plans"] >= counts["simulated"] > 0
+    assert counts["plans"] >= counts["simulated by the search"] > 0
     assert str(counts["plans"]) in caplog.text
 
 
