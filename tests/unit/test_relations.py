@@ -35,6 +35,9 @@ TIES = 0.005
 """What the numbers of ranks may cost: of computations that could start at the same time, in the abstract time of
 the order, the one on the lower rank comes first. In 1 of 15 problems that moved a message by one computation, and
 cost 0.1 %."""
+SHARES = 0.02
+"""What one faster device may cost: shares follow the speeds, and whole samples that follow unequal shares can fit
+worse into micro-batches than those of equal shares, which are no plan of the space then (0.7 % in 1 of 60)."""
 TAILED = ((2,), (1, 1))
 UNTAILED = ((3,), (2, 1), (4,), (2, 2))
 """Ranks per node. Without a tail there are fewer rank sets, so there may be more ranks."""
@@ -136,21 +139,22 @@ BETTER: dict[str, Change] = {
 
 @pytest.mark.parametrize("better", BETTER)
 def test_a_better_machine_never_has_a_slower_best_plan(better: str) -> None:
-    _check_better(BETTER[better], SEEDS)
+    _check_better(better, SEEDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("better", BETTER)
 def test_a_better_machine_never_has_a_slower_best_plan_in_many_problems(better: str) -> None:
-    _check_better(BETTER[better], MANY)
+    _check_better(better, MANY)
 
 
-def _check_better(change: Change, seeds: range) -> None:
+def _check_better(better: str, seeds: range) -> None:
+    shares = SHARES if better == "one device" else 0.0
     for seed in seeds:
         for contention, slack in ((0.0, ROUNDING), (0.5, CONTENDED)):
             before = problem(seed, contention)
-            before_s, after_s = before.best_s(), change(before).best_s()
-            assert after_s <= before_s * (1 + slack), (seed, contention)
+            before_s, after_s = before.best_s(), BETTER[better](before).best_s()
+            assert after_s <= before_s * (1 + max(slack, shares)), (seed, contention)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
