@@ -35,9 +35,9 @@ EXHAUSTIVE: dict[Effort, int] = {"quick": 12, "normal": 24, "long": 2_000, "exac
 """Drafts of a shape up to which its space is searched whole."""
 ACTIONS: dict[Effort, tuple[int, int, int]] = {
     "quick": (4_000, 1_000, 20),
-    "normal": (6_000, 3_000, 60),
+    "normal": (3_000, 2_600, 25),
     "long": (2_000_000, 200_000, 10_000),
-    "exact": (6_000, 3_000, 60),
+    "exact": (3_000, 2_600, 25),
 }
 """Simulated actions of a search: at all, for each of the first ``FEW_RANKS`` ranks, and for each one beyond.
 
