@@ -11,6 +11,7 @@ actions, never in seconds, so that a plan does not depend on the machine that pl
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -184,6 +185,10 @@ def _check_pins(request: Request, chain: Chain) -> None:
             raise PlanError(
                 f"plan.middle.shares: {list(pin.shares)} cannot be pinned, since the replicas of a segment share "
                 "its samples evenly; drop it, or give shares of the front or the tail"
+            )
+        if pin.shares is not None and not all(0 < share < math.inf for share in pin.shares):
+            raise PlanError(
+                f"plan.{kind}.shares: {pin.shares} must be {len(pin.shares)} positive numbers, one per rank"
             )
         if pin.sharding is not None and kind != "tail":
             raise PlanError(f"plan.{kind}.sharding: {list(pin.sharding)} belongs to the tail only; drop it")
