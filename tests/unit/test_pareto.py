@@ -22,7 +22,8 @@ from hybridpar.planning.scorer import shortage
 from hybridpar.planning.search import assess, search
 from tests.support.paper import cluster_of, mlp, profile_of
 
-CHAIN = mlp(8, 64, 64, 8)
+CHAIN = mlp(8, 8, 8, 8)
+"""Narrow, so that the activations of a batch weigh as much as the parameters, and plans can trade memory for time."""
 PROFILE = replace(profile_of(CHAIN), dtype="float64")
 TWO = cluster_of(2, bytes_per_s=1e4, memory_bytes=1e9)
 REQUEST = Request(
@@ -36,7 +37,7 @@ def found() -> Front:
 
 
 def test_no_point_beats_another(found: Front) -> None:
-    assert len(found.points) > 1
+    assert len(found.points) > 2
     for a, b in combinations(found.points, 2):
         assert not a.dominates(b)
         assert not b.dominates(a)
@@ -67,7 +68,7 @@ def test_the_front_of_a_single_batch_ends_in_the_ordinary_plan() -> None:
     ordinary = search(CHAIN, PROFILE, TWO, REQUEST)
     assert one.points[-1].plan == ordinary.plan
     assert one.points[-1].limit_bytes == 1e9
-    assert one.searches > 1, "a lower limit was tried, whether or not a plan fits it"
+    assert len(one.points) > 1
     assert one.searches <= 1 + STEPS
 
 
