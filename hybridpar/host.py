@@ -45,12 +45,20 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Let the C library hand freed memory back to the system at once, and all that it has kept so far.
+    """Let the C library hand back to the system what is freed at the end of its heap, and all it has kept so far.
 
-    What is resident then is what is in use, which is what a measurement of memory needs. Returns as
+    What is freed between blocks in use still stays until :func:`trim_freed_memory`. Returns as
     :func:`keep_freed_memory`, which undoes it.
     """
-    return _set(*_GIVEN_BACK) and ctypes.CDLL(None).malloc_trim(0) in {0, 1}
+    if not _set(*_GIVEN_BACK):
+        return False
+    trim_freed_memory()
+    return True
+
+
+def trim_freed_memory() -> None:
+    """Hand all pages without a block in use back to the system (malloc_trim(3): glibc only)."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(mmap_threshold: int, trim_threshold: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from hybridpar.host import give_back_freed_memory, keep_freed_memory
+from hybridpar.host import give_back_freed_memory, keep_freed_memory, trim_freed_memory
 from hybridpar.model.copies import tensors
 from hybridpar.model.footprint import storage_id
 from hybridpar.profiling.bench import Bench
@@ -70,7 +70,7 @@ class ResidentGauge:
     """Resident memory of the process and its high-water mark (proc(5): VmRSS, VmHWM, clear_refs).
 
     It sees what every library allocates, touched pages only. While it measures, the C library gives freed memory
-    back to the system at once, so that what is resident is what is in use.
+    back to the system, so that what is resident is what is in use.
     """
 
     source: Literal["cuda allocator", "resident high-water mark"] = "resident high-water mark"
@@ -88,9 +88,12 @@ class ResidentGauge:
 
     def read(self) -> tuple[int, int]:
         """Return the resident bytes and their peak since the last read."""
-        found = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
+        peak = _status_bytes("VmHWM")
+        # Even a large block is taken from a hole in the heap where one fits, and stays resident when it is freed.
+        trim_freed_memory()
+        found = _status_bytes("VmRSS"), peak
         _CLEAR.write_text("5")
-        return tuple(int(found[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+        return found
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -100,6 +103,11 @@ class ResidentGauge:
             yield
         finally:
             keep_freed_memory()
+
+
+def _status_bytes(name: str) -> int:
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def find_gauge(bench: Bench) -> Gauge | None:

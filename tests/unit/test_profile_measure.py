@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import ProfileError
+from hybridpar.host import keep_freed_memory
 from hybridpar.profiling import bench as benching
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling import rounds
@@ -481,8 +482,7 @@ def test_workspace_is_what_a_pass_gives_back(first):
     assert [b.backward for b in watched_pass(gauge, [nn.Identity()] * 2, layers, x, 4000)] == [0, 0]
 
 
-@pytest.mark.skipif(not ResidentGauge.works(), reason="no resident high-water mark here")
-def test_the_resident_mark_sees_what_a_layer_allocates_inside():
+def assert_scratch_is_seen():
     gauge, scratch = ResidentGauge(), 32 << 20
 
     def layer(x):
@@ -492,6 +492,31 @@ def test_the_resident_mark_sees_what_a_layer_allocates_inside():
     (found,) = watched_pass(gauge, [nn.Identity()], [layer], torch.rand(4, 4, requires_grad=True).clone(), 1 << 20)
     assert scratch * 0.9 < found.forward < scratch * 1.2
     assert found.saved == found.backward == 0
+
+
+@pytest.mark.skipif(not ResidentGauge.works(), reason="no resident high-water mark here")
+def test_the_resident_mark_sees_what_a_layer_allocates_inside():
+    assert_scratch_is_seen()
+
+
+def neighbours(count, block_bytes):
+    """Blocks side by side in the heap. Those before them fill the holes that other tests have left."""
+    blocks = []
+    while len(blocks) < count or blocks[-1].data_ptr() - blocks[-count].data_ptr() not in range(
+        count * block_bytes
+    ):
+        assert len(blocks) < 100, "the C library has no heap for blocks of this size"
+        blocks.append(torch.empty(block_bytes, dtype=torch.uint8))
+    return blocks
+
+
+@pytest.mark.skipif(not ResidentGauge.works(), reason="no resident high-water mark here")
+def test_the_resident_mark_sees_what_a_layer_takes_from_a_hole_in_the_heap():
+    """The system's pages of such a block once stayed with the process, and the layer seemed to need nothing."""
+    keep_freed_memory()
+    blocks = neighbours(4, 30 << 20)
+    del blocks[-3:-1]
+    assert_scratch_is_seen()
 
 
 @pytest.mark.gpu
