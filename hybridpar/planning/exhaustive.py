@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations, product
 
+from hybridpar.planning.cuts import ascend
 from hybridpar.planning.draft import Draft, Drafting
 from hybridpar.planning.placement import Placement
 from hybridpar.planning.scorer import Scorer
@@ -35,11 +36,13 @@ def drafts(drafting: Drafting, placement: Placement) -> Iterator[Draft]:
 def _bounds(drafting: Drafting, placement: Placement) -> Iterator[tuple[int, ...]]:
     """Yield all ascending bounds where every position may end and gets parameters."""
     count = sum(len(groups) for groups in placement.groups) - 1
-    pinned = drafting.pinned_bounds(placement)
-    allowed = [{pinned[i]} if i in pinned else set(drafting.points(placement, i)) for i in range(count)]
+    pinned = drafting.cuts.pinned(placement)
+    allowed = [{pinned[i]} if i in pinned else set(drafting.cuts.points(placement, i)) for i in range(count)]
     points = sorted(set().union(*allowed)) if allowed else []
     for bounds in combinations(points, count):
-        if all(b in a for a, b in zip(allowed, bounds, strict=True)) and drafting.fits(placement, bounds):
+        if all(b in a for a, b in zip(allowed, bounds, strict=True)) and ascend(
+            bounds, len(drafting.chain.layers)
+        ):
             yield bounds
 
 

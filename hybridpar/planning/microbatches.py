@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from hybridpar.errors import PlanError
 from hybridpar.planning.flips import largest_share
 from hybridpar.planning.plan import Kind, Plan
+from hybridpar.planning.sizes import usual_sizes
 from hybridpar.planning.trial import Trials
-
-PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Numbers of micro-batches that the planner splits a share into; it also tries sizes that are powers of two."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,12 @@ def micro_batch_effects(trials: Trials, plan: Plan) -> tuple[StageEffects, ...]:
     """Simulate the plan with each stage's micro-batch at the neighbouring sizes, one at a time."""
     result = []
     for index, stage in enumerate(plan.stages):
-        sizes = allowed_sizes(largest_share(plan, stage))
+        sizes = usual_sizes(largest_share(plan, stage))
         smaller = max((s for s in sizes if s < stage.micro_batch), default=None)
         larger = min((s for s in sizes if s > stage.micro_batch), default=None)
         effects = (None if size is None else _effect(trials, plan, index, size) for size in (smaller, larger))
         result.append(StageEffects(stage.kind, stage.micro_batch, *effects))
     return tuple(result)
-
-
-def allowed_sizes(share: int) -> list[int]:
-    """Return the micro-batch sizes of a stage whose ranks have ``share`` samples in a step, ascending."""
-    powers = {1 << k for k in range(share.bit_length()) if 1 << k <= share <= 64 << k}
-    return sorted({-(-share // n) for n in PARTS} | powers)
 
 
 def _effect(trials: Trials, plan: Plan, index: int, size: int) -> Effect:

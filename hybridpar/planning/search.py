@@ -25,6 +25,7 @@ from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.draft import Draft, Drafting
 from hybridpar.planning.estimate import Estimator
+from hybridpar.planning.neighbours import neighbours
 from hybridpar.planning.placement import Placement, placements
 from hybridpar.planning.plan import Kind, Plan, Prediction, validate
 from hybridpar.planning.request import SHAPES, STAGES_OF, Effort, Pin, Request, Shape
@@ -300,11 +301,10 @@ def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effo
     """Simulate the best estimates, and improve the best of those."""
     half = (scorer.actions + until) // 2
     estimator = Estimator(scorer.drafting)
-    estimates = [e for place in places for e in estimator.best(place, PER_PLACEMENT[effort])]
+    costly = (until - scorer.actions) * COSTLY
     tried: list[Draft] = []
     best: Draft | None = None
-    costly = (until - scorer.actions) * COSTLY
-    for estimate in sorted(estimates, key=lambda e: (e.actions > costly, *e.key)):
+    for estimate in estimator.ranked(places, PER_PLACEMENT[effort], SIMULATED[effort], costly):
         draft = estimator.draft(estimate)
         if draft is None:
             continue
@@ -330,9 +330,9 @@ def _improve(draft: Draft, scorer: Scorer, until: int) -> Draft:
     while True:
         rank, value = scorer.score(draft)
         limit: Score = (rank, value * (1 - (WORTHWHILE if rank == 0 else WORTHWHILE_BYTES)))
-        neighbours = scorer.drafting.neighbours(draft, lacking=rank == 1)
+        others = neighbours(scorer.drafting, draft, lacking=rank == 1)
         better = None
-        for neighbour in sorted(neighbours, key=scorer.bound):
+        for neighbour in sorted(others, key=scorer.bound):
             if scorer.actions > until and rank == 0:
                 return draft
             if scorer.score(neighbour, limit) < limit:
@@ -375,8 +375,7 @@ def _leanest(scorer: Scorer, request: Request) -> Iterator[Draft]:
         with contextlib.suppress(PlanError):
             estimator = Estimator(scorer.drafting)
             places = _placements(shape, scorer.drafting, request)
-            least = [e for p in places for e in estimator.best(p, 1)]
-            for estimate in sorted(least, key=lambda e: e.key)[:LEAN]:
+            for estimate in estimator.ranked(places, 1, LEAN, math.inf)[:LEAN]:
                 draft = estimator.draft(estimate)
                 if draft is not None:
                     yield draft

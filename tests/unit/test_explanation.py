@@ -16,11 +16,12 @@ from hybridpar.planning.costs import Costs
 from hybridpar.planning.explain import in_few_words, rivals
 from hybridpar.planning.explanation import explain
 from hybridpar.planning.flips import Direction, Flip, crossing, flips, resized
-from hybridpar.planning.microbatches import allowed_sizes, micro_batch_effects
+from hybridpar.planning.microbatches import micro_batch_effects
 from hybridpar.planning.plan import Plan, Segment, Stage
 from hybridpar.planning.request import Shape
 from hybridpar.planning.search import Candidate, Planned, assess
 from hybridpar.planning.simulate import simulate
+from hybridpar.planning.sizes import usual_sizes
 from hybridpar.planning.timesplit import StageTime, TimeSplit, split_time
 from hybridpar.planning.trial import Trials, with_bandwidth, with_speeds
 from tests.support.paper import BACKWARD_S, FORWARD_S, cluster_of, mlp, profile_of, trials_of
@@ -354,10 +355,10 @@ def test_a_larger_micro_batch_that_does_not_fit_says_by_how_much() -> None:
     assert stage.larger.reason == f"out of memory by {(peaks[1] - peaks[0]) / 2**20:.4g} MiB on rank 0"
 
 
-def test_allowed_sizes_are_parts_of_the_share_and_powers_of_two() -> None:
-    assert allowed_sizes(1) == [1]
-    assert allowed_sizes(6) == [1, 2, 3, 4, 6]
-    assert {64, 32, 22, 16, 11, 8, 6, 4, 3, 2, 1} == set(allowed_sizes(64))
+def test_usual_sizes_are_parts_of_the_share_and_powers_of_two() -> None:
+    assert usual_sizes(1) == (1,)
+    assert usual_sizes(6) == (1, 2, 3, 4, 6)
+    assert {64, 32, 22, 16, 11, 8, 6, 4, 3, 2, 1} == set(usual_sizes(64))
 
 
 # Other circumstances
