@@ -47,15 +47,30 @@ class Host:
 def unprobed(hosts: Sequence[Host], nodes: Sequence[Node], link: Link) -> Cluster:
     """Return the cluster of ``nodes`` with rank 0's device and ``link`` on all levels, for a probe to measure.
 
-    A memory that is the same on all nodes is the device's.
+    A memory that is the same on all nodes is the device's. Of a core that a quota grants in part, the device is
+    that part.
     """
     sizes = [node.memory_bytes for node in nodes if node.memory_bytes is not None]
     least, most = min(sizes), max(sizes)
     if most <= least * (1 + _EQUAL):
         nodes = [replace(node, memory_bytes=None) for node in nodes]
-    device = replace(hosts[0].device, memory_bytes=least)
+    device = replace(_share(hosts[0]), memory_bytes=least)
     name = f"probed_{len(nodes)}x{max(node.devices for node in nodes)}"
     return Cluster(name, device, tuple(nodes), dict.fromkeys(LEVELS, link))
+
+
+def _share(host: Host) -> Device:
+    """Return a host's device as fast as its process may use it."""
+    device, share = host.device, min(1.0, host.cpu.amount)
+    if device.kind != "cpu" or share == 1.0:
+        return device
+    return replace(
+        device,
+        flops_per_s={dtype: rate * share for dtype, rate in device.flops_per_s.items()},
+        memory_bytes_per_s=device.memory_bytes_per_s * share,
+        overhead_s=device.overhead_s / share,
+        action_s=device.action_s / share,
+    )
 
 
 def make_nodes(

@@ -23,10 +23,10 @@ from hybridpar.cluster.survey import groups_of, levels_of, line, pair_rounds
 from hybridpar.cluster.topology import COLLECTIVES, Cluster, Collective, Level, Link
 from hybridpar.cluster.transport import ACK_BYTES, Pending, Transport, What
 
-MESSAGE_BYTES = tuple(2**i for i in range(10, 25, 2))
-"""1 KiB to 16 MiB."""
-COLLECTIVE_BYTES = tuple(2**i for i in (10, 14, 17, 20, 22, 24))
-"""Of the whole vector."""
+MESSAGE_BYTES = tuple(2**i for i in range(10, 26, 3))
+"""1 KiB to 32 MiB."""
+COLLECTIVE_BYTES = tuple(2**i for i in (10, 14, 18, 21, 24, 26))
+"""Of the whole vector; the largest does not fit into the caches of a CPU, as gradients do not."""
 OVERLAP_BYTES = 2**20
 
 LEAST_SIZES, ENOUGH_SIZES = 2, 3
@@ -38,13 +38,13 @@ BLOCKS = 9
 MOST_IN_BLOCK = 256
 _TICK_S = 1e-9
 """No time is shorter to a clock."""
-OVERLAP_ROUNDS = 3
+OVERLAP_ROUNDS = 5
 OVERLAP_S = 0.2
 """Communication lasts at most so long while a computation goes on for twice as long."""
 UNEQUAL = 0.05
 """Devices that differ by less are taken as equal, and directions of a link that differ by less than twice that."""
 
-SPEED_SHARE, MESSAGE_SHARE, COLLECTIVE_SHARE, OVERLAP_SHARE = 0.07, 0.35, 0.2, 0.28
+SPEED_SHARE, MESSAGE_SHARE, COLLECTIVE_SHARE, OVERLAP_SHARE = 0.06, 0.2, 0.28, 0.36
 """Of the time budget; the rest is for connecting and agreeing."""
 
 

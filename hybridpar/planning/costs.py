@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
-from hybridpar.cluster.topology import Cluster
+from hybridpar.cluster.topology import Cluster, Collective
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Span
 from hybridpar.planning.layout import Interval, length
@@ -26,6 +26,12 @@ COPY_PASSES = 2
 _PASSES = {"forward", "backward", "score", "loss"}
 HOST_ACTIONS = {*_PASSES, "norm", "update", "start"}
 """Actions that cost the executor a device's ``action_s``."""
+_COLLECTIVES: dict[str, Collective] = {
+    "all_reduce": "all_reduce",
+    "all_gather": "all_gather",
+    "sharded_update": "reduce_scatter",
+}
+"""The library's collective by kind of operation."""
 Card = tuple[int, str]
 """A node's network card, by node and direction."""
 
@@ -39,7 +45,8 @@ class Costs:
         self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool], float] = {}
         self._held: dict[tuple[Interval, tuple[Span, ...]], float] = {}
         self._operations: dict[tuple[str, tuple[int, ...], int], float] = {}
-        self._contention = any(link.contention for link in cluster.links.values())
+        fitted = (link for level in cluster.collectives.values() for link in level.values())
+        self._contention = any(link.contention for link in (*cluster.links.values(), *fitted))
         self._cards: dict[tuple[str, tuple[int, ...]], list[Card]] = {}
 
     @property
@@ -132,7 +139,8 @@ class Costs:
             return 0.0
         ranks = self._participants(program, operation)
         levels = {self.cluster.level(a, b) for a, b in pairwise(ranks)}
-        return max((self.cluster.link(level).contention for level in levels), default=0.0)
+        collective = _COLLECTIVES.get(operation.kind)
+        return max((self.cluster.link(level, collective).contention for level in levels), default=0.0)
 
     def _participants(self, program: Program, operation: Operation) -> tuple[int, ...]:
         """Return the ranks of an operation in the cluster."""

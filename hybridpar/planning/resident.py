@@ -59,7 +59,8 @@ class _Rank:
         # Of a heap, a backward's temporaries come on top of all that there ever was: they grow towards the first
         # layers, and the holes that later layers leave are too small for them.
         most_small = max(most_small, most_before + most_backward)
-        return round(max(small + large + most_small + most_large, self._building()))
+        library_bytes = self.workspaces.profile.library_bytes * self.workspaces.host
+        return round(max(small + large + most_small + most_large, self._building()) + library_bytes)
 
     def _persistent(self) -> Bytes:
         """Return what stays all through the step, in its classes."""

@@ -16,6 +16,10 @@ from hybridpar.cluster.describe import core_quota, usable_memory_bytes
 
 MEMORY_SHARE = 0.8
 """Of the free memory, what the layers under measurement may fill."""
+QUOTA_USED = 0.95
+"""Of a quota, the share that is used at least where nothing else runs."""
+SETTLED_S = 5.0
+"""Seconds of measurement after which the share of a core is known."""
 _REPEATS = 20
 
 Mark = float | torch.cuda.Event
@@ -40,8 +44,8 @@ class Bench:
     On a GPU between events on its stream, which can be compared after a wait: what the host does while the GPU is
     busy costs nothing, as in training. On a CPU by the thread's CPU time (``clock_gettime(2)``,
     CLOCK_THREAD_CPUTIME_ID; autograd runs a CPU's backward on the calling thread) over the share of a core that
-    the rank may use. Under a quota of 4.5 ms in every 10, the clock on the wall sees a layer of 1 ms take 1 ms or
-    6.5, and no median of that is right; CPU time lacks the pauses, and the quota puts them back as a long run has
+    the rank gets. Under a quota of 4.5 ms in every 10, the clock on the wall sees a layer of 1 ms take 1 ms or
+    6.5, and no median of that is right; CPU time lacks the pauses, and the share puts them back as a long run has
     them. Nor does it count the time in which other processes have the core; how ranks share cores is the
     simulation's matter.
     """
@@ -83,7 +87,18 @@ class Bench:
         """Return the time between two marks; after a wait."""
         if isinstance(begin, torch.cuda.Event):
             return float(begin.elapsed_time(end)) / 1e3  # type: ignore[arg-type]
-        return max(0.0, end - begin) / self.quota  # type: ignore[operator]
+        return max(0.0, end - begin) / self.share  # type: ignore[operator]
+
+    @property
+    def share(self) -> float:
+        """Share of a core that the rank gets in a long run.
+
+        A little of a quota is never used: the system hands it out in slices, and a thread that moves to another
+        core leaves the rest of its slice behind. What is missing beyond that other processes took.
+        """
+        if self.quota == 1.0 or self.passed_s < SETTLED_S:
+            return self.quota
+        return min(self.quota, max(QUOTA_USED * self.quota, self.busy_s / self.passed_s))
 
     def memory_bytes(self) -> float:
         """Return what the measurement may fill of the memory that is free now."""
@@ -111,13 +126,13 @@ class Bench:
         yield
         end = self.mark()
         self.wait()
-        self.busy_s += self.seconds(begin, end) * self.quota
+        self.busy_s += self.seconds(begin, end) * self.share
         self.passed_s += time.perf_counter() - began_s
 
     @property
     def stretch(self) -> float:
         """Seconds on the wall per measured second so far; 1 while nothing was measured."""
-        return max(1.0, self.passed_s / self.busy_s * self.quota) if self.busy_s else 1.0
+        return max(1.0, self.passed_s / self.busy_s * self.share) if self.busy_s else 1.0
 
 
 def own_quota(device: torch.device) -> float:

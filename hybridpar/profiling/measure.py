@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hybridpar.errors import ProfileError
+from hybridpar.host import library_bytes
 from hybridpar.model.chain import Chain
 from hybridpar.profiling.analytic import ITEM_BYTES
 from hybridpar.profiling.bench import Bench, Meeting, Report, alone, own_quota, silent, undisturbed
@@ -92,6 +93,7 @@ def measure(
     place = torch.device(device)
     bench = Bench(place, getattr(torch, dtype), report, progress, meet, sharing, own_quota(place))
     sizes, shares = tuple(micro_batches), tuple(fractions)
+    before_bytes = library_bytes()
     with undisturbed(place):
         found = _Measurement(bench, modules, chain, shares, optimizer).run(sizes, budget_s)
         loss_s = _time_loss(bench, *chain.out_shape[:1])
@@ -111,6 +113,7 @@ def measure(
         zero_s_per_byte=rounded(found.zero_s),
         memory_source=found.gauge.source if found.gauge else None,
         device_kind="cuda" if bench.on_gpu else "cpu",
+        library_bytes=0 if bench.on_gpu else max(0, library_bytes() - before_bytes),
         quota=bench.quota,
         core_share=None if bench.on_gpu else rounded(bench.busy_s / bench.passed_s),
         made_with=f"torch {torch.__version__}, Python {platform.python_version()}"

@@ -87,11 +87,13 @@ class Profile:
     """What the workspace bytes were read from."""
     device_kind: Literal["cpu", "cuda"] | None = None
     quota: float = 1.0
-    """Share of a core that a rank may use; times on a CPU are CPU seconds divided by it."""
+    """Share of a core that a rank may use; times on a CPU are CPU seconds divided by what it gets of it."""
     core_share: float | None = None
     """CPU seconds per second that a rank got while it measured; below ``quota`` the machine was busy."""
     rank_speeds: tuple[float, ...] = ()
     """Per rank that measured: how much faster than the median rank it was (2.0: twice as fast)."""
+    library_bytes: int = 0
+    """Resident memory that the libraries' code takes once the passes have run, beyond what it took before."""
     made_with: str | None = None
     """Versions and threads."""
     notes: tuple[str, ...] = ()
@@ -115,7 +117,13 @@ class Profile:
             raise ProfileError(f"described: chain {self.described.fingerprint} is not the profile's {self.chain}")
         if self.described is not None and len(self.described.layers) != len(self.layers):
             raise ProfileError(f"layers: {len(self.layers)}, but the chain has {len(self.described.layers)}")
-        for name in ("update_s_per_byte", "loss_s_per_element", "zero_s_per_byte", "loader_samples_per_s"):
+        for name in (
+            "update_s_per_byte",
+            "loss_s_per_element",
+            "zero_s_per_byte",
+            "loader_samples_per_s",
+            "library_bytes",
+        ):
             _check_figures(name, [getattr(self, name) or 0.0])
         if not 0 < self.quota <= 1:
             raise ProfileError(f"quota: {self.quota} is not above 0 and at most 1")

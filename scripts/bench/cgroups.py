@@ -23,6 +23,7 @@ PERIOD_US = 10_000
 """Short, so that a rank never stands still for longer than a small computation takes."""
 LEAST_QUOTA_US = 1000
 """The kernel refuses smaller ones."""
+_VARIABLE = "HYBRIDPAR_BENCH_CGROUPS"
 REMOVAL_S = 10.0
 """A killed process leaves its group within this time."""
 
@@ -61,6 +62,11 @@ class Cgroups:
         finally:
             if not made:
                 self.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command needs that calls :func:`join_own`."""
+        return {_VARIABLE: str(self._base)}
 
     @property
     def entry(self) -> list[str]:
@@ -117,6 +123,11 @@ def controller_root(mounts: Path = Path("/proc/self/mounts")) -> Path:
 def group_of(base: Path, rank: int) -> Path:
     """Return the folder of a rank's group."""
     return base.with_name(f"{base.name}-rank{rank}")
+
+
+def join_own() -> None:
+    """Move this process, a worker of torchrun, into its rank's group."""
+    join(group_of(Path(os.environ[_VARIABLE]), int(os.environ["LOCAL_RANK"])))
 
 
 def join(folder: Path) -> None:

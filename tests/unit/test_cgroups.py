@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench import cgroups
+from scripts.bench.accuracy.launch import ROOT
 from scripts.bench.cgroups import CgroupError, Cgroups, controller_root, group_of
 
 
@@ -55,6 +56,23 @@ def test_a_rank_is_inside_its_own_group_with_its_threads_and_quota() -> None:
         quotas = [_quota(f) for f in groups.folders]
         assert quotas == [(4500, 10_000), (2000, 10_000)]
     assert not any(f.exists() for f in groups.folders)
+
+
+@needs_cgroups
+def test_a_worker_joins_when_it_is_ready() -> None:
+    show = "print(open('/proc/self/cgroup').read(), '---')"
+    code = f"from scripts.bench.cgroups import join_own; {show}; join_own(); {show}"
+    with Cgroups([0.45, 0.2]) as groups:
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **groups.environment, "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        before, after, _ = ran.stdout.split("---")
+        assert groups.folders[1].name not in before
+        assert groups.folders[1].name in after
 
 
 def _quota(folder: Path) -> tuple[int, int]:

@@ -320,6 +320,18 @@ def test_a_quota_per_rank_is_a_share_of_its_own():
     assert (node.cores, node.memory_bytes) == (None, GIB)
 
 
+def test_a_part_of_a_core_is_as_much_slower():
+    ranks = [host(cores=0.5, owner=f"rank{i}") for i in range(4)]
+    whole = host().device
+    part = hosts.unprobed(ranks, hosts.make_nodes(ranks), Link(0.0, 1.0)).device
+    assert part.flops_per_s["float32"] == whole.flops_per_s["float32"] / 2
+    assert part.memory_bytes_per_s == whole.memory_bytes_per_s / 2
+    assert (part.action_s, part.overhead_s) == (whole.action_s * 2, whole.overhead_s * 2)
+    assert part.action_s > 0
+    full = [host(cores=2.0)] * 2
+    assert hosts.unprobed(full, hosts.make_nodes(full), Link(0.0, 1.0)).device.action_s == whole.action_s
+
+
 def test_a_quota_of_all_ranks_together_is_shared():
     (node,) = hosts.make_nodes([host(cores=3.5, owner="job", machine=8)] * 4)
     assert node.cores == 3

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import ProfileError
-from hybridpar.host import keep_freed_memory
+from hybridpar.host import keep_freed_memory, library_bytes
 from hybridpar.profiling import bench as benching
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling import rounds
@@ -191,6 +191,27 @@ def test_under_a_quota_times_are_those_of_a_long_run(laboratory, monkeypatch):
     profile = measure(modules, chain, micro_batches=(1,), budget_s=1e6)
     assert profile.layers[0].forward_s == ((2.5,),)
     assert (profile.quota, profile.core_share, profile.notes) == (0.4, 0.4, ())
+
+
+@pytest.mark.parametrize(("stretch", "used"), [(2.5, 0.4), (2.6, 1 / 2.6), (4.0, 0.95 * 0.4)])
+def test_what_the_system_loses_of_a_quota_counts_and_what_others_take_does_not(
+    laboratory, monkeypatch, stretch, used
+):
+    monkeypatch.setattr(benching, "core_quota", lambda: 0.4)
+    laboratory.stretch = stretch
+    modules, chain = chain_of(Timed(10.0, 30.0))
+    profile = measure(modules, chain, micro_batches=(1,), budget_s=1e6)
+    assert profile.layers[0].forward_s[0][0] == pytest.approx(10.0 / used, rel=1e-3)
+    assert profile.core_share == pytest.approx(1 / stretch, rel=1e-3)
+
+
+@pytest.mark.usefixtures("laboratory")
+def test_code_that_the_passes_load_is_counted(monkeypatch):
+    found = iter([100, 130])
+    monkeypatch.setattr(measuring, "library_bytes", lambda: next(found))
+    modules, chain = chain_of(Timed(1.0, 3.0))
+    assert measure(modules, chain, micro_batches=(1,), budget_s=1e6).library_bytes == 30
+    assert library_bytes() > 0
 
 
 def test_a_busy_machine_changes_no_time_and_is_noticed(laboratory):

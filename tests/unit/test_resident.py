@@ -57,6 +57,13 @@ def test_measured_workspace_counts_once(ranks: tuple[int, ...]) -> None:
     assert peak(10**6) - peak(5 * 10**5) == pytest.approx(5 * 10**5 * 2 / PROFILE.micro_batches[0], rel=0.6)
 
 
+def test_the_code_of_libraries_takes_a_host_s_memory() -> None:
+    program, measured = program_with(2, 0, 1), replace(PROFILE, library_bytes=17)
+    for host, more in ((True, 17), (False, 0)):
+        plain = peak_per_rank(program, Workspaces(PROFILE, host=host))
+        assert peak_per_rank(program, Workspaces(measured, host=host)) == tuple(p + more for p in plain)
+
+
 def test_a_host_needs_at_least_what_a_device_needs() -> None:
     for micro_batch in (1, 2):
         program = program_with(micro_batch, 0, 1)

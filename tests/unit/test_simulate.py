@@ -337,6 +337,25 @@ def test_a_link_takes_its_share_of_the_compute_rate(contention: float) -> None:
     assert timeline.ends_s[0] == pytest.approx(2 * 5.0 + contention * overlapped_s + 8 * 28 / 120)
 
 
+def test_a_collective_s_own_contention_counts() -> None:
+    """Of all that travels here, only reductions have one: labels, metrics and gradients."""
+    chain = chain_of(6, 4, 6)
+    program = program_of(chain, front(2, 0, 1), batch=4)
+    link = Link(0.0, 120.0)
+    cluster = replace(cluster_of(Node(2)), links={"node": link, "rack": link})
+    profile = profile_of(chain, [0.5, 0.5], [2.0, 2.0])
+
+    def ends_s(**fitted: Link) -> float:
+        return simulate(program, Costs(profile, replace(cluster, collectives={"node": fitted})), 1).ends_s[0]
+
+    assert {o.kind for o in program.operations} == {"all_reduce"}
+    assert (
+        ends_s(all_gather=replace(link, contention=0.5))
+        == ends_s()
+        < ends_s(all_reduce=replace(link, contention=0.5))
+    )
+
+
 def test_clipping_makes_the_update_wait_for_the_norm() -> None:
     stages = (front(2, 0, 1),)
     cluster = cluster_of(Node(2), latency_s=0.5, bytes_per_s=1e12)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import platform
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +20,14 @@ from hybridpar.errors import ConfigError, HybridparError
 from hybridpar.planning.plan import Plan
 from hybridpar.profiling.record import Profile
 from hybridpar.schema import read_json
+from scripts.bench.accuracy.beat import Beat
 from scripts.bench.accuracy.draw import CLOSE
-from scripts.bench.accuracy.experiment import MODELS, Experiment, Folder, digest
+from scripts.bench.accuracy.experiment import MODELS, Experiment, Folder, digest, write_json
 from scripts.bench.accuracy.launch import ROOT, LaunchFailedError, on_ranks
 from scripts.bench.accuracy.measure import measure_all, read_results
 from scripts.bench.accuracy.predict import Predictions, draw_and_predict
-from scripts.bench.accuracy.summary import rows, verdicts
-from scripts.bench.accuracy.table import insert, render
+from scripts.bench.accuracy.summary import Row, drift, rows, verdicts
+from scripts.bench.accuracy.table import insert, render, render_actions
 from scripts.bench.cgroups import CgroupError, Cgroups
 
 PROBE_LIMIT_S = 600.0
@@ -46,34 +49,39 @@ def main() -> int:
 def _run(experiment: Experiment, folder: Folder, document: Path | None) -> int:
     folder.open(experiment)
     Cgroups([experiment.cores] * experiment.world).close()  # refused before any work is done
-    _profile(experiment, folder)
-    _probe(experiment, folder)
-    if not folder.predictions.exists():
-        _say("drawing and predicting plans")
-        draw_and_predict(experiment, folder)
-    measure_all(experiment, folder, _say)
+    with Beat(folder.beats) as beat:
+        _profile(experiment, folder, beat)
+        _probe(experiment, folder)
+        if not folder.predictions.exists():
+            _say("drawing and predicting plans")
+            draw_and_predict(experiment, folder)
+        measure_all(experiment, folder, beat, _say)
     predictions = read_json(Predictions, folder.predictions, ConfigError)
-    table = rows(predictions, read_results(folder, predictions, experiment.rounds))
+    profile_beat_s = json.loads(folder.profile_beat.read_text())
+    table = rows(predictions, read_results(folder, predictions, experiment.rounds), profile_beat_s)
     held = verdicts(table, predictions.best_s)
     chain = Profile.load(folder.profile).described
     assert chain is not None
     plans = {r.predicted.name: Plan.load(folder.plan(r.predicted.name), chain) for r in table}
-    text = render(experiment, table, held, plans, _about(experiment, folder, predictions))
+    text = render(table, held, plans, _about(experiment, folder, predictions, table))
     sys.stdout.write(f"{text}\n")
-    (folder.path / "table.md").write_text(f"{text}\n")
+    actions = f"\n{render_actions(table)}\n" if experiment.actions else ""
+    (folder.path / "table.md").write_text(f"{text}\n{actions}")
     if document is not None:
         insert(document, experiment.model, text)
     return int(not all(v.holds for v in held))
 
 
-def _profile(experiment: Experiment, folder: Folder) -> None:
+def _profile(experiment: Experiment, folder: Folder, beat: Beat) -> None:
     """Measure the layers on all ranks at once, so that they contend as in a run."""
     if folder.profile.exists():
         return
     _say("profiling")
     part, budget_s = folder.path / "profile.part.json", experiment.profile_budget_s
     wanted = ["profile=measured", "profile.cache=false", f"profile.budget_s={budget_s}", f"out={part}"]
+    began_s = time.perf_counter()
     _command(["profile", *experiment.overrides, *wanted], experiment, folder, PROFILE_PATIENCE_S + budget_s)
+    write_json(folder.profile_beat, beat.median_s(began_s, time.perf_counter()))
     part.replace(folder.profile)
 
 
@@ -93,7 +101,9 @@ def _command(arguments: list[str], experiment: Experiment, folder: Folder, limit
     on_ranks(["-m", "hybridpar", *arguments], cores, log, limit_s)
 
 
-def _about(experiment: Experiment, folder: Folder, predictions: Predictions) -> dict[str, str]:
+def _about(
+    experiment: Experiment, folder: Folder, predictions: Predictions, table: Sequence[Row]
+) -> dict[str, str]:
     """Return when, where and how the table was made."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -108,6 +118,7 @@ def _about(experiment: Experiment, folder: Folder, predictions: Predictions) -> 
         f"torch {torch.__version__}",
         "experiment": ", ".join(f"{key} {value}" for key, value in fields.items()),
         "plans": f"{len(predictions.plans)} drawn, {close} of them within {CLOSE:.0%} of the best predicted",
+        "machine's speed": drift(table) or "not known",
     }
 
 

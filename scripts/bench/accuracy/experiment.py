@@ -95,6 +95,16 @@ class Folder:
         return self.path / "draws.json"
 
     @property
+    def beats(self) -> Path:
+        """When the beat was how fast."""
+        return self.path / "beats.tsv"
+
+    @property
+    def profile_beat(self) -> Path:
+        """How fast it was while the profile was taken."""
+        return self.path / "profile-beat.json"
+
+    @property
     def predictions(self) -> Path:
         """What is predicted for every plan, written before any is measured."""
         return self.path / "predictions.json"

@@ -20,14 +20,17 @@ class LaunchFailedError(Exception):
     """A command on the ranks failed or took too long; says where its output is."""
 
 
-def on_ranks(arguments: Sequence[str], cores: Sequence[float], log: Path, timeout_s: float) -> None:
+def on_ranks(
+    arguments: Sequence[str], cores: Sequence[float], log: Path, timeout_s: float, *, late: bool = False
+) -> None:
     """Run ``python ARGUMENTS`` under torchrun with one thread per rank, each in a cgroup that grants it ``cores``.
 
+    ``late``: the command itself joins the group (``cgroups.join_own``), so that only what follows is slow.
     Output goes to ``log``. Raises LaunchFailedError, with the error that the output tells, where the command fails
     or exceeds ``timeout_s``, CgroupError where there can be no such cgroups. No rank outlives the call.
     """
     with Cgroups(cores) as cgroups:
-        _run(arguments, cgroups, log, timeout_s)
+        _run(arguments if late else [*cgroups.entry, *arguments], cgroups, log, timeout_s)
 
 
 def _run(arguments: Sequence[str], cgroups: Cgroups, log: Path, timeout_s: float) -> None:
@@ -37,10 +40,11 @@ def _run(arguments: Sequence[str], cgroups: Cgroups, log: Path, timeout_s: float
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        **cgroups.environment,
     }
     with log.open("w", encoding="utf-8") as output:
         child = subprocess.Popen(
-            [sys.executable, *torchrun, *cgroups.entry, *arguments],
+            [sys.executable, *torchrun, *arguments],
             cwd=ROOT,
             env=environment,
             stdout=output,

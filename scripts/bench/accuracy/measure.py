@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hybridpar.errors import ConfigError
 from hybridpar.schema import from_data, read_json, to_data
+from scripts.bench.accuracy.beat import Beat
 from scripts.bench.accuracy.experiment import Experiment, Folder, digest, write_json
 from scripts.bench.accuracy.launch import LaunchFailedError, on_ranks
 from scripts.bench.accuracy.predict import Predicted, Predictions
@@ -44,9 +45,11 @@ class Measured:
     """CPU seconds per second that other processes took meanwhile."""
     ranks: tuple[RankResult, ...]
     error: str | None = None
+    beat_s: float | None = None
+    """Of the beat, meanwhile."""
 
 
-def measure_all(experiment: Experiment, folder: Folder, say: Callable[[str], None]) -> None:
+def measure_all(experiment: Experiment, folder: Folder, beat: Beat, say: Callable[[str], None]) -> None:
     """Measure every plan in every round, in an order shuffled by the seed; what was measured stays.
 
     A plan that fails is written down with its error. Raises CgroupError where there can be no quotas, ConfigError
@@ -60,7 +63,7 @@ def measure_all(experiment: Experiment, folder: Folder, say: Callable[[str], Non
         for number, predicted in enumerate(order, 1):
             path = folder.result(predicted.name, turn)
             if not path.exists():
-                measured = _measure(experiment, folder, predicted, turn)
+                measured = _measure(experiment, folder, predicted, turn, beat)
                 write_json(path, to_data(measured))
                 taken = measured.error or f"{measured.step_s:.3f} s per step"
                 say(f"round {turn + 1}, {number} of {len(order)}: {predicted.name} {taken}")
@@ -79,7 +82,7 @@ def read_results(folder: Folder, predictions: Predictions, rounds: int) -> dict[
     return results
 
 
-def _measure(experiment: Experiment, folder: Folder, predicted: Predicted, turn: int) -> Measured:
+def _measure(experiment: Experiment, folder: Folder, predicted: Predicted, turn: int, beat: Beat) -> Measured:
     plan, name = folder.plan(predicted.name), f"{predicted.name}-round{turn}"
     if digest(plan) != predicted.plan_sha256:
         raise ConfigError(f"{plan} is not the plan that was predicted; draw again in another folder")
@@ -94,7 +97,7 @@ def _measure(experiment: Experiment, folder: Folder, predicted: Predicted, turn:
     ranks: tuple[RankResult, ...] = ()
     try:
         limit_s = SET_UP_S + PATIENCE * steps * predicted.step_s
-        on_ranks(arguments, [experiment.cores] * experiment.world, folder.log(name), limit_s)
+        on_ranks(arguments, [experiment.cores] * experiment.world, folder.log(name), limit_s, late=True)
         ranks = tuple(_rank(out / f"rank{r}.json") for r in range(experiment.world))
     except LaunchFailedError as e:
         error = str(e)
@@ -102,7 +105,15 @@ def _measure(experiment: Experiment, folder: Folder, predicted: Predicted, turn:
         return Measured(predicted.name, turn, sha256, date, None, (), None, (), error)
     steps_s = periods(ranks)
     return Measured(
-        predicted.name, turn, sha256, date, statistics.median(steps_s), steps_s, foreign_cores(ranks), ranks
+        predicted.name,
+        turn,
+        sha256,
+        date,
+        statistics.median(steps_s),
+        steps_s,
+        foreign_cores(ranks),
+        ranks,
+        beat_s=beat.median_s(ranks[0].ends_s[0], ranks[0].ends_s[-1]),
     )
 
 

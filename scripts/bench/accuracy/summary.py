@@ -23,6 +23,8 @@ class Row:
 
     predicted: Predicted
     measured: tuple[Measured, ...]
+    profile_beat_s: float | None = None
+    """Of the beat while the profile was taken."""
 
     @property
     def failure(self) -> str | None:
@@ -39,6 +41,20 @@ class Row:
     def error(self) -> float | None:
         """Of the step time: (predicted - measured) / measured."""
         return None if self.step_s is None else self.predicted.step_s / self.step_s - 1
+
+    @property
+    def speed(self) -> float | None:
+        """How fast the machine was, relative to when the profile was taken; None where the beat is unknown."""
+        beats = [m.beat_s for m in self.measured if m.beat_s]
+        return self.profile_beat_s / statistics.median(beats) if self.profile_beat_s and beats else None
+
+    @property
+    def even_error(self) -> float | None:
+        """Of the step time, had the machine been as fast as during the profile in every round; None if unknown."""
+        if self.failure or not self.profile_beat_s:
+            return None
+        steps = [s * self.profile_beat_s / m.beat_s for m in self.measured for s in m.steps_s if m.beat_s]
+        return self.predicted.step_s / statistics.median(steps) - 1 if steps else None
 
     @property
     def resident_bytes(self) -> tuple[int, ...]:
@@ -81,10 +97,24 @@ class Verdict:
     holds: bool
 
 
-def rows(predictions: Predictions, results: dict[str, list[Measured]]) -> list[Row]:
+def rows(
+    predictions: Predictions, results: dict[str, list[Measured]], profile_beat_s: float | None = None
+) -> list[Row]:
     """Return a row per predicted plan, fastest prediction first; none is left out."""
     ordered = sorted(predictions.plans, key=lambda p: p.step_s)
-    return [Row(p, tuple(results[p.name])) for p in ordered]
+    return [Row(p, tuple(results[p.name]), profile_beat_s) for p in ordered]
+
+
+def drift(table: Sequence[Row]) -> str | None:
+    """Say how the machine's speed varied, and what the errors would be without; None where the beat is unknown."""
+    speeds = [r.speed for r in table if r.speed is not None]
+    errors = [abs(r.even_error) for r in table if r.even_error is not None]
+    if not speeds or not errors:
+        return None
+    return (
+        f"{min(speeds):.2f} to {max(speeds):.2f} times what it was during the profile; with that divided out the "
+        f"median error of the step time is {statistics.median(errors):.1%}, the worst {max(errors):.1%}"
+    )
 
 
 def verdicts(table: Sequence[Row], best_s: float) -> list[Verdict]:

@@ -9,15 +9,18 @@ from pathlib import Path
 from hybridpar.errors import ConfigError
 from hybridpar.planning.plan import Plan
 from scripts.bench.accuracy.draw import describe
-from scripts.bench.accuracy.experiment import Experiment
 from scripts.bench.accuracy.summary import Row, Verdict
 
+COLUMNS = (
+    *("plan", "shape", "drawn", "predicted s", "measured s", "error", "speed", "error at it", "rank"),
+    *("live bytes", "resident MB", "error"),
+)
+"""Of the table; the last one has no title. Speed: the machine's, relative to when the profile was taken."""
 CROWDED_CORES = 0.1
 """Other work above this makes a measurement doubtful; the table says so."""
 
 
 def render(
-    experiment: Experiment,
     table: Sequence[Row],
     held: Sequence[Verdict],
     plans: dict[str, Plan],
@@ -29,16 +32,14 @@ def render(
     lines += [f"| {v.what} | {v.wanted} | {v.found} | {'yes' if v.holds else '**no**'} |" for v in held]
     lines += [
         "",
-        "| plan | shape | drawn | predicted s | measured s | error | rank | live bytes | resident MB | error | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} | |",
+        f"{'|---' * (len(COLUMNS) + 1)}|",
     ]
     places = _places(table)
     lines += [_line(n, row, places) for n, row in enumerate(table, 1)]
     lines += ["", "```"]
     lines += [f"{r.predicted.name}  {describe(plans[r.predicted.name])}" for r in table]
     lines.append("```")
-    if experiment.actions:
-        lines += ["", *_actions(table)]
     return "\n".join(lines)
 
 
@@ -50,19 +51,30 @@ def _places(table: Sequence[Row]) -> dict[str, int]:
 
 def _line(number: int, row: Row, places: dict[str, int]) -> str:
     p = row.predicted
+    cells = [p.name, p.shape, p.kind, f"{p.step_s:.3f}"]
     if row.step_s is None:
-        return f"| {p.name} | {p.shape} | {p.kind} | {p.step_s:.3f} | failed | | {number} | | | | {row.failure} |"
+        cells += ["failed", *[""] * (len(COLUMNS) - len(cells) - 1), row.failure or ""]
+        return f"| {' | '.join(cells)} |"
     predicted, measured = max(p.resident_bytes) / 1e6, max(row.resident_bytes) / 1e6
-    resident = "" if row.resident_error is None else f"{row.resident_error:+.1%}"
-    note = f"{row.foreign_cores:.2f} cores of other work" if row.foreign_cores > CROWDED_CORES else ""
-    return (
-        f"| {p.name} | {p.shape} | {p.kind} | {p.step_s:.3f} | {row.step_s:.3f} | {row.error:+.1%} "
-        f"| {number} / {places[p.name]} | {row.live_error_bytes:+d} | {predicted:.0f} / {measured:.0f} "
-        f"| {resident} | {note} |"
-    )
+    cells += [
+        f"{row.step_s:.3f}",
+        _percent(row.error),
+        "" if row.speed is None else f"{row.speed:.2f}",
+        _percent(row.even_error),
+        f"{number} / {places[p.name]}",
+        f"{row.live_error_bytes:+d}",
+        f"{predicted:.0f} / {measured:.0f}",
+        _percent(row.resident_error),
+        f"{row.foreign_cores:.2f} cores of other work" if row.foreign_cores > CROWDED_CORES else "",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
-def _actions(table: Sequence[Row]) -> list[str]:
+def _percent(error: float | None) -> str:
+    return "" if error is None else f"{error:+.1%}"
+
+
+def render_actions(table: Sequence[Row]) -> str:
     """Return, per plan that ran, seconds of a step by kind of action, the mean over the ranks."""
     lines = ["| plan | action | predicted s | measured s |", "|---|---|---|---|"]
     for row in table:
@@ -75,7 +87,7 @@ def _actions(table: Sequence[Row]) -> list[str]:
             f"| {name} | {action} | {predicted.get(action, 0):.4f} | {measured.get(action, 0):.4f} |"
             for action in sorted(predicted.keys() | measured.keys())
         ]
-    return lines
+    return "\n".join(lines)
 
 
 def _with_rest(actions_s: dict[str, float], step_s: float) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """One rank of a measurement: trains a drawn plan for a few steps and writes down what it took.
 
-Started by torchrun inside the rank's cgroup: ``worker.py PLAN OUT WARM_UP STEPS ACTIONS OVERRIDE...``
+Started by torchrun; joins the rank's cgroup before its first step.
+``worker.py PLAN OUT WARM_UP STEPS ACTIONS OVERRIDE...``
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hybridpar.schema import to_data
 from scripts.bench.accuracy.experiment import write_json
 from scripts.bench.accuracy.live import LiveBytes, existing
 from scripts.bench.accuracy.predict import label
+from scripts.bench.cgroups import join_own
 
 OBSERVED_STEPS = 2
 """Steps in which the actions are timed, after the timed steps."""
@@ -63,6 +65,8 @@ def measure(config: Config, plan_file: Path, out: Path, warm_up: int, steps: int
     job = Job(plan, traced, source, factory, communicators, rank=process.rank, device=process.device)
     feed = job.loader(data, drop_last=True)
     batches = _batches(feed)
+    process.gather(None)
+    join_own()  # starting up is not measured, and need not be slow
     for _ in range(warm_up):
         job.step(next(batches))
     ends_s, cpu_s, busy_s = [time.perf_counter()], time.process_time(), _busy_cpu_s()
