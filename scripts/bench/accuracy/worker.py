@@ -34,6 +34,9 @@ from scripts.bench.cgroups import join_own
 OBSERVED_STEPS = 2
 """Steps in which the actions are timed, after the timed steps."""
 
+SETTLED_S = 0.005
+"""After an action: the thread of a communication that is over still has to let go of its tensors."""
+
 
 @dataclass(frozen=True)
 class RankResult:
@@ -114,6 +117,7 @@ def _live(job: Job, batches: Iterator[StepBatch], apart: set[int]) -> list[int]:
 
     def note(program: Program, action: Action, start_s: float, end_s: float) -> None:
         del program, action, start_s, end_s
+        time.sleep(SETTLED_S)
         seen.append(live.bytes())
 
     job.observe(note)
