@@ -15,13 +15,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hybridpar.errors import ModelError
 from hybridpar.model.chain import Layer
 from hybridpar.model.copies import blank
+from hybridpar.model.cut import ELEMENTWISE
 from hybridpar.model.footprint import META_FAILURES, remedy, runnable
-from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
+from hybridpar.model.keyed import KeyedStochasticDepth
 
 LARGEST_FLOPS = 5e9
 """Of one sample's forward. A layer that needs more is not run: all of them together would take long."""
 
 _BY_SAMPLE_MODULES = (
+    *ELEMENTWISE,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -32,19 +34,8 @@ _BY_SAMPLE_MODULES = (
     nn.LayerNorm,
     nn.Linear,
     nn.Embedding,
-    nn.Identity,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.GELU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.Hardswish,
     nn.Hardsigmoid,
     nn.Dropout,
-    KeyedDropout,
     KeyedStochasticDepth,
     nn.MaxPool2d,
     nn.AvgPool2d,

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from hybridpar.report.figure import Box, blank, boxes, fitted, text_width, write
+from hybridpar.report.figure import (
+    MARGIN,
+    NOTE_LINE,
+    SMALL,
+    TEXT,
+    WIDTH,
+    Box,
+    boxes,
+    fitted,
+    page,
+    text_width,
+    write,
+)
 from hybridpar.report.palette import IDLE, INK, LINE, PALE_INK, ink_on
 from hybridpar.report.timeline import Paint, Row, Scene
 
@@ -13,10 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 14.0
-MARGIN = 0.2
-HEAD, TEXT, SMALL = 10.0, 8.0, 7.0
-"""Font sizes in points."""
 MOST_LABELS = 1500
 """Micro-batches that are written, the widest cells first; an SVG needs 300 bytes for each."""
 SEAM = 0.01
@@ -38,7 +46,7 @@ class _Frame:
         self.left = MARGIN + max(text_width(row.label, TEXT) for row in scene.rows) + 0.08
         self.right = WIDTH - MARGIN
         self.legend = _legend_lines(scene.paints, WIDTH - 2 * MARGIN)
-        self.top = MARGIN + 0.3 + 0.19 * len(scene.notes)
+        self.top = MARGIN + 0.3 + NOTE_LINE * len(scene.notes)
         self.bottom = MARGIN + LEGEND_LINE * (len(self.legend) + 1) + 0.55
         jumps = sum(a.node != b.node for a, b in zip(scene.rows, scene.rows[1:], strict=False))
         self.height = self.top + rows * self.pitch + jumps * self.node_gap + self.bottom
@@ -61,13 +69,7 @@ class _Frame:
 def timeline_figure(scene: Scene) -> Figure:
     """Draw a scene. The figure is 14 inches wide and as high as its rows need."""
     frame = _Frame(scene)
-    figure, axes = blank(WIDTH, frame.height)
-    y, room = frame.height - MARGIN - 0.1, WIDTH - 2 * MARGIN
-    points = HEAD if text_width(scene.title, HEAD, bold=True) <= room else TEXT
-    write(axes, MARGIN, y, fitted(scene.title, room, points, bold=True), points, INK, bold=True)
-    for note in scene.notes:
-        y -= 0.19
-        write(axes, MARGIN, y, fitted(note, room, TEXT), TEXT, PALE_INK)
+    figure, axes = page(frame.height, scene.title, scene.notes)
     _axis(axes, frame)
     _cells(axes, frame)
     _legend(axes, frame)

@@ -13,6 +13,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridpar.errors import ConfigError
+from hybridpar.report.palette import INK, PALE_INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,10 @@ Across = Literal["left", "center", "right"]
 Box = tuple[float, float, float, float]
 """Left, bottom, width, height."""
 
+WIDTH, MARGIN, NOTE_LINE = 14.0, 0.2, 0.19
+"""Of a page, in inches."""
+HEAD, TEXT, SMALL = 10.0, 8.0, 7.0
+"""Font sizes in points."""
 DOTS_PER_INCH = 120
 FONT = "DejaVu Sans"
 """Comes with matplotlib, so that a PNG is the same everywhere; an SVG names it and falls back to sans-serif."""
@@ -55,6 +60,18 @@ def blank(width: float, height: float) -> tuple[Figure, Axes]:
     axes.set_xlim(0, width)
     axes.set_ylim(0, height)
     axes.axis("off")
+    return figure, axes
+
+
+def page(height: float, title: str, notes: Iterable[str]) -> tuple[Figure, Axes]:
+    """Return a figure ``WIDTH`` inches wide with its title and a line per note below it."""
+    figure, axes = blank(WIDTH, height)
+    y, room = height - MARGIN - 0.1, WIDTH - 2 * MARGIN
+    points = HEAD if text_width(title, HEAD, bold=True) <= room else TEXT
+    write(axes, MARGIN, y, fitted(title, room, points, bold=True), points, INK, bold=True)
+    for note in notes:
+        y -= NOTE_LINE
+        write(axes, MARGIN, y, fitted(note, room, TEXT), TEXT, PALE_INK)
     return figure, axes
 
 

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridpar.report.figure import Box, blank, boxes, fitted, text_width, write
+from hybridpar.report.figure import (
+    MARGIN,
+    NOTE_LINE,
+    SMALL,
+    TEXT,
+    WIDTH,
+    Box,
+    boxes,
+    fitted,
+    page,
+    text_width,
+    write,
+)
 from hybridpar.report.palette import IDLE, INK, LINE, PALE_INK, PAPER, ink_on, tint
 from hybridpar.report.placement import Board, Card, NodeBox, Part, memory_text
 
@@ -14,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, MARGIN = 14.0, 0.2
-HEAD, TEXT, SMALL = 10.0, 8.0, 7.0
 MOST_PER_LINE = 8
 LEAST_CARD, MOST_CARD = 1.45, 3.0
 PAD = 0.08
@@ -75,7 +85,7 @@ def arrange(board: Board) -> Layout:
     highs = [0.28 + MEMORY + max(_parts_height(c) for n in line for c in n.cards) for line in lines]
     rows = [max(-(-len(n.cards) // _per_line(n)) for n in line) for line in lines]
     heights = [NAME + count * (high + PAD) for count, high in zip(rows, highs, strict=True)]
-    head = MARGIN + 0.35 + 0.19 * len(board.notes)
+    head = MARGIN + 0.35 + NOTE_LINE * len(board.notes)
     total = head + sum(heights) + DOWN * (len(lines) - 1) + MARGIN
     placed, y = [], total - head
     for number, line in enumerate(lines):
@@ -117,13 +127,7 @@ def _part_height(part: Part) -> float:
 def placement_figure(board: Board) -> Figure:
     """Draw a board. The figure is 14 inches wide and as high as its nodes need."""
     layout = arrange(board)
-    figure, axes = blank(WIDTH, layout.height)
-    y, room = layout.height - MARGIN - 0.1, WIDTH - 2 * MARGIN
-    points = HEAD if text_width(board.title, HEAD, bold=True) <= room else TEXT
-    write(axes, MARGIN, y, fitted(board.title, room, points, bold=True), points, INK, bold=True)
-    for note in board.notes:
-        y -= 0.19
-        write(axes, MARGIN, y, fitted(note, room, TEXT), TEXT, PALE_INK)
+    figure, axes = page(layout.height, board.title, board.notes)
     for before, placed in zip((None, *layout.nodes), layout.nodes, strict=False):
         if before is not None:
             _link(axes, before, placed)
