@@ -93,33 +93,9 @@ def measure(
     place = torch.device(device)
     bench = Bench(place, getattr(torch, dtype), report, progress, meet, sharing, own_quota(place))
     sizes, shares = tuple(micro_batches), tuple(fractions)
-    before_bytes = library_bytes()
     with undisturbed(place):
         found = _Measurement(bench, modules, chain, shares, optimizer).run(sizes, budget_s)
-        loss_s = _time_loss(bench, *chain.out_shape[:1])
-    layers = found.layers()
-    count = max(len(row) for layer in layers for row in layer.forward_s)
-    _doubt(bench, layers, sizes[:count])
-    return Profile(
-        chain=chain.fingerprint,
-        source="measured",
-        device=device_name(place),
-        dtype=dtype,
-        micro_batches=sizes[:count],
-        fractions=shares,
-        layers=layers,
-        update_s_per_byte=rounded(found.update_s),
-        loss_s_per_element=rounded(loss_s),
-        zero_s_per_byte=rounded(found.zero_s),
-        memory_source=found.gauge.source if found.gauge else None,
-        device_kind="cuda" if bench.on_gpu else "cpu",
-        library_bytes=0 if bench.on_gpu else max(0, library_bytes() - before_bytes),
-        quota=bench.quota,
-        core_share=None if bench.on_gpu else rounded(bench.busy_s / bench.passed_s),
-        made_with=f"torch {torch.__version__}, Python {platform.python_version()}"
-        + (f", CUDA {torch.version.cuda}" if bench.on_gpu else ", 1 thread"),
-        notes=tuple(bench.notes),
-    )
+    return found.profile(sizes)
 
 
 class _Measurement:
@@ -145,11 +121,12 @@ class _Measurement:
         self.together: Job = {self.main: list(modules)} | dict(itertools.chain.from_iterable(shared))
         self.timed: dict[Strand, Timed] = {}
         """By strand: the job that it was timed in."""
-        self.update_s = self.zero_s = 0.0
+        self.update_s = self.zero_s = self.loss_s = 0.0
+        self.library_bytes = 0
 
     def run(self, sizes: tuple[int, ...], budget_s: float) -> _Measurement:
         """Time all strands in about ``budget_s``."""
-        began = time.perf_counter()
+        began, before_bytes = time.perf_counter(), library_bytes()
         try:
             with run_job(self.bench, self.together, sizes, budget_s, self.gauge) as (timed, made):
                 self.timed = dict.fromkeys(self.together, timed)
@@ -159,6 +136,8 @@ class _Measurement:
             self.bench.note(f"{e}; layers are timed one by one, which makes them look faster than in the model")
             self._run_apart(sizes, began + budget_s)
             self.update_s = _time_update(self.bench, self.optimizer, [])
+        self.loss_s = _time_loss(self.bench, *self.chain.out_shape[:1])
+        self.library_bytes = max(0, library_bytes() - before_bytes)
         return self
 
     def _run_apart(self, sizes: tuple[int, ...], end_s: float) -> None:
@@ -172,6 +151,32 @@ class _Measurement:
                 self.timed |= dict.fromkeys(job, timed)
                 zero_s.append(timed.zero_s_per_byte)
         self.zero_s = max(zero_s)
+
+    def profile(self, sizes: tuple[int, ...]) -> Profile:
+        """Write down what was measured of ``sizes``, and name what is to be doubted."""
+        bench, layers = self.bench, self.layers()
+        count = max(len(row) for layer in layers for row in layer.forward_s)
+        _doubt(bench, layers, sizes[:count])
+        return Profile(
+            chain=self.chain.fingerprint,
+            source="measured",
+            device=device_name(bench.device),
+            dtype=str(bench.dtype).removeprefix("torch."),
+            micro_batches=sizes[:count],
+            fractions=self.fractions,
+            layers=layers,
+            update_s_per_byte=rounded(self.update_s),
+            loss_s_per_element=rounded(self.loss_s),
+            zero_s_per_byte=rounded(self.zero_s),
+            memory_source=self.gauge.source if self.gauge else None,
+            device_kind="cuda" if bench.on_gpu else "cpu",
+            library_bytes=0 if bench.on_gpu else self.library_bytes,
+            quota=bench.quota,
+            core_share=None if bench.on_gpu else rounded(bench.busy_s / bench.passed_s),
+            made_with=f"torch {torch.__version__}, Python {platform.python_version()}"
+            + (f", CUDA {torch.version.cuda}" if bench.on_gpu else ", 1 thread"),
+            notes=tuple(bench.notes),
+        )
 
     def layers(self) -> tuple[LayerProfile, ...]:
         """Put every layer's entry together, as :func:`measure` says."""
