@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 COMMON = (
     "model=small_vgg",
     "data=digits",
+    "profile=analytic",
     "monitor=off",
     "train.global_batch=48",
     "train.steps=3",

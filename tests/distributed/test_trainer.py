@@ -115,18 +115,22 @@ def test_evaluation_counts_every_test_sample_once(finished: tuple[Path, str]) ->
 
 def test_plan_replicas_train_as_a_single_process_does(tmp_path: Path) -> None:
     """Two replicas of two ranks with unequal shares and recomputation, a smaller last step, an evaluation."""
-    common = ("train.precision=float64", "train.global_batch=37", "train.steps=39", "optimizer.clip=1.0")
+    data = ("data=synthetic", "data.size=120", "data.test_size=40", "train.global_batch=37", "train.epochs=2")
+    common = ("train.precision=float64", "optimizer.clip=1.0", *data)
     losses, evaluations = [], []
     for ranks, shape in ((4, "replicas"), (1, "single")):
         folder = tmp_path / shape
         done = run(ranks, shape, f"run.dir={folder}", *common)
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["samples"] for line in lines[37:]] == [37, 1437 - 38 * 37]
+        assert [line["samples"] for line in lines] == [37, 37, 37, 120 - 3 * 37] * 2
         losses.append([line["loss"] for line in lines])
-        evaluations.append(json.loads((folder / "evaluations.jsonl").read_text()))
+        evaluated = (folder / "evaluations.jsonl").read_text().splitlines()
+        evaluations.append([json.loads(line) for line in evaluated])
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
-    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-8)
+    assert len(evaluations[0]) == len(evaluations[1]) == 2
+    for one, other in zip(*evaluations, strict=True):
+        assert one == pytest.approx(other, rel=1e-8)
     summary = Summary.load(tmp_path / "replicas" / "summary.json")
     assert (summary.world, summary.replicas, len(summary.measured_memory_bytes)) == (4, 2, 4)
 

@@ -32,6 +32,12 @@ SIZES = {
     "swin_v2_t": 256,
 }
 """Pixels on a side where torchvision trained with another number than 224, of some."""
+REPEATED = {
+    *("convnext_base", "convnext_large", "densenet161", "densenet169", "densenet201"),
+    *("efficientnet_b4", "efficientnet_b5", "efficientnet_b6", "efficientnet_v2_m", "efficientnet_v2_l"),
+    *("swin_b", "swin_v2_b", "vit_h_14", "vit_l_16", "vit_l_32"),
+}
+"""More or wider blocks of the same sort as those of a smaller model, which is in every run."""
 
 
 @cache
@@ -51,9 +57,12 @@ def traced(name: str) -> Traced:
 def test_there_are_eighty() -> None:
     assert len(names()) == 80
     assert set(DIVERSE) < set(names())
+    assert set(names()) > REPEATED
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in REPEATED else n for n in names()]
+)
 def test_chain(name: str) -> None:
     chain = traced(name).chain
     assert len(chain.layers) > 20
