@@ -24,6 +24,7 @@ def test_two_ranks_under_torchrun_write_one_profile(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
         "-m",
