@@ -7,15 +7,27 @@ at sums and gathers where it is sharded. The executor runs blocks without knowin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from hybridpar.model.chain import Chain, Layer
 from hybridpar.planning.layout import Interval, Layout, Piece, chunks, split
-from hybridpar.planning.plan import Kind, Plan, Segment, Stage
+from hybridpar.planning.plan import Kind, Plan
 
 State = Literal["full", "sharded", "partial"]
 """Of a value on the shards of a tail: every shard has all features, its slice, or a summand of all features."""
+
+
+Modes = tuple[Literal["column", "row"], ...]
+"""Of a sharded tail: one entry per linear layer."""
+
+
+class Bucket(NamedTuple):
+    """From which size on gradients are reduced apart."""
+
+    bytes: int
+    itemsize: int
 
 
 @dataclass(frozen=True)
@@ -159,20 +171,42 @@ def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
     """Cut every position of the plan into blocks, in chain order."""
     result: list[Block] = []
     for position in positions(plan):
-        stage = plan.stages[position.stage]
-        if position.sharded:
-            cut = _sharded_blocks(stage, stage.segments[0], chain)
-            if position.reduced:
-                cut = [part for whole in cut for part in _shard_buckets(whole, chain, plan)]
-        elif position.reduced:
-            cut = [Block(0, 0, layers) for layers in _buckets(position.layers, chain, plan)]
-        else:
-            cut = [Block(0, 0, position.layers)]
-        result += [
-            replace(b, index=len(result) + i, position=position.index, recompute=position.recompute)
-            for i, b in enumerate(cut)
-        ]
+        for b in blocks_of(position, plan, chain):
+            index = len(result)
+            result.append(Block(index, position.index, b.layers, b.enters, b.leaves, b.spans, b.recompute))
     return tuple(result)
+
+
+def blocks_of(position: Position, plan: Plan, chain: Chain) -> tuple[Block, ...]:
+    """Cut one position into blocks, numbered from 0 and at position 0."""
+    stage = plan.stages[position.stage]
+    least = Bucket(plan.bucket_bytes, plan.itemsize) if position.reduced else None
+    if position.sharded:
+        return _sharded_cut(stage.sharding, position.layers, position.weights, chain, least, position.recompute)
+    return _whole_cut(position.layers, chain, least, position.recompute)
+
+
+@lru_cache(maxsize=4096)
+def _whole_cut(layers: Interval, chain: Chain, least: Bucket | None, recompute: bool) -> tuple[Block, ...]:
+    """Cut at gradient buckets, if there are any."""
+    cut = [layers] if least is None else _buckets(layers, chain, least)
+    return tuple(Block(0, 0, own, recompute=recompute) for own in cut)
+
+
+@lru_cache(maxsize=4096)
+def _sharded_cut(
+    sharding: Modes,
+    layers: Interval,
+    weights: tuple[float, ...],
+    chain: Chain,
+    least: Bucket | None,
+    recompute: bool,
+) -> tuple[Block, ...]:
+    """Cut where shards communicate, and at gradient buckets."""
+    cut = _sharded_blocks(sharding, layers, weights, chain)
+    if least is not None:
+        cut = [part for whole in cut for part in _shard_buckets(whole, chain, least)]
+    return tuple(replace(block, recompute=recompute) for block in cut)
 
 
 class Side(NamedTuple):
@@ -217,25 +251,25 @@ def block_side(block: Block, position: Position, chain: Chain, side: Literal["in
     )
 
 
-def _buckets(layers: Interval, chain: Chain, plan: Plan) -> list[Interval]:
+def _buckets(layers: Interval, chain: Chain, least: Bucket) -> list[Interval]:
     """Cut from the back, because the last layers' gradients are ready first."""
     cuts, size = [layers[1]], 0
     for i in range(layers[1] - 1, layers[0], -1):
-        size += chain.layers[i].parameter_count * plan.itemsize
-        if size >= plan.bucket_bytes and any(x.parameters for x in chain.layers[layers[0] : i]):
+        size += chain.layers[i].parameter_count * least.itemsize
+        if size >= least.bytes and any(x.parameters for x in chain.layers[layers[0] : i]):
             cuts.append(i)
             size = 0
     cuts.append(layers[0])
     return [(a, b) for b, a in pairwise(cuts)][::-1]
 
 
-def _shard_buckets(block: Block, chain: Chain, plan: Plan) -> list[Block]:
+def _shard_buckets(block: Block, chain: Chain, least: Bucket) -> list[Block]:
     """Cut a block before its row-sharded linear, whose input lies in slices, if it is a bucket of its own."""
     first, last = block.layers
     for at in range(first + 1, last):
         before, behind = chain.layers[first:at], chain.layers[at:last]
-        size = sum(layer.parameter_count for layer in behind) * plan.itemsize // len(block.spans)
-        large = size >= plan.bucket_bytes and any(layer.parameters for layer in before)
+        size = sum(layer.parameter_count for layer in behind) * least.itemsize // len(block.spans)
+        large = size >= least.bytes and any(layer.parameters for layer in before)
         if large and block.spans[0][at - first].mode == "row":
             count = at - first
             return [
@@ -249,35 +283,37 @@ def _shard_buckets(block: Block, chain: Chain, plan: Plan) -> list[Block]:
     return [block]
 
 
-def _sharded_blocks(stage: Stage, segment: Segment, chain: Chain) -> list[Block]:
+def _sharded_blocks(
+    sharding: Modes, layers: Interval, weights: tuple[float, ...], chain: Chain
+) -> list[Block]:
     """Walk the tail's layers and cut where the state of the value has to change.
 
     A row-sharded linear leaves summands: they are summed for a column-sharded successor (all-reduce), and summed
     and split for a row-sharded one or for the loss (reduce-scatter). A column-sharded linear that meets slices has
     them gathered first.
     """
-    first, last = segment.layers
-    modes = iter(stage.sharding)
+    first, last = layers
+    modes = iter(sharding)
     mode_of = {i: next(modes) for i in range(first, last) if chain.layers[i].linear}
-    coming = list(stage.sharding)
+    coming = list(sharding)
     state: State = "full" if coming[0] == "column" else "sharded"
-    features = _feature_intervals(chain.layers[first].in_shape[0], segment, state)
+    features = _feature_intervals(chain.layers[first].in_shape[0], weights, state)
     cut: list[Block] = []
-    start, enters, spans = first, state, [[] for _ in segment.ranks]  # type: tuple[int, State, list[list[Span]]]
+    start, enters, spans = first, state, [[] for _ in weights]  # type: tuple[int, State, list[list[Span]]]
 
     def close(stop: int, leaves: State) -> None:
         nonlocal start, spans
         if stop > start:
             cut.append(Block(0, 0, (start, stop), enters, leaves, tuple(tuple(s) for s in spans)))
-            start, spans = stop, [[] for _ in segment.ranks]
+            start, spans = stop, [[] for _ in weights]
 
     for i in range(first, last):
         layer = chain.layers[i]
         if mode_of.get(i) == "column" and state == "sharded":
             close(i, "sharded")
             enters = state = "full"
-            features = _feature_intervals(layer.in_shape[0], segment, state)
-        outputs = _outputs(layer, mode_of.get(i), features, segment)
+            features = _feature_intervals(layer.in_shape[0], weights, state)
+        outputs = _outputs(layer, mode_of.get(i), features, weights)
         for shard, own in enumerate(spans):
             own.append(Span(features[shard], outputs[shard], mode_of.get(i, "slice")))
         features = outputs
@@ -288,7 +324,7 @@ def _sharded_blocks(stage: Stage, segment: Segment, chain: Chain) -> list[Block]
         elif mode_of.get(i) == "row":
             close(i + 1, "partial")
             enters = state = "full" if coming and coming[0] == "column" else "sharded"
-            features = _feature_intervals(layer.out_shape[0], segment, state)
+            features = _feature_intervals(layer.out_shape[0], weights, state)
     close(last, state)
     if cut[-1].leaves == "partial":
         slices = tuple((Span(own, own, "slice"),) for own in features)
@@ -296,15 +332,17 @@ def _sharded_blocks(stage: Stage, segment: Segment, chain: Chain) -> list[Block]
     return cut
 
 
-def _feature_intervals(width: int, segment: Segment, state: State) -> list[Interval]:
+def _feature_intervals(width: int, weights: tuple[float, ...], state: State) -> list[Interval]:
     if state == "sharded":
-        return list(split(width, segment.weights))
-    return [(0, width)] * len(segment.ranks)
+        return list(split(width, weights))
+    return [(0, width)] * len(weights)
 
 
-def _outputs(layer: Layer, mode: str | None, features: list[Interval], segment: Segment) -> list[Interval]:
+def _outputs(
+    layer: Layer, mode: str | None, features: list[Interval], weights: tuple[float, ...]
+) -> list[Interval]:
     if mode == "column":
-        return list(split(layer.out_shape[0], segment.weights))
+        return list(split(layer.out_shape[0], weights))
     if mode == "row":
         return [(0, layer.out_shape[0])] * len(features)
     ratio = layer.out_shape[0] // layer.in_shape[0]

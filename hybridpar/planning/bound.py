@@ -3,52 +3,89 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 from hybridpar.model.chain import Chain
-from hybridpar.planning.blocks import Block, Position, blocks, positions
+from hybridpar.planning.blocks import Block, Position, blocks_of, positions
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.parameters import bucket_elements, is_zero
 from hybridpar.planning.plan import Plan
 
 
-def lower_bound(plan: Plan, chain: Chain, costs: Costs) -> float:
-    """Return seconds that no order of the plan's step can beat.
+class Share(NamedTuple):
+    """What a position adds to the bound."""
 
-    The largest of: the passes and updates of the busiest rank; those of all ranks of a node over its cores; the
-    gradient reductions of one communicator, which follow each other; and the way of one sample through all
-    positions and back, since the next step's first forward waits for its gradients.
-    """
-    work: dict[int, float] = defaultdict(float)
-    reductions = path = 0.0
-    own: dict[int, list[Block]] = defaultdict(list)
-    for block in blocks(plan, chain):
-        own[block.position].append(block)
-    for position in positions(plan):
-        passes = _Passes(chain, position, own[position.index], plan.replica_batch, costs)
-        quickest = float("inf")
+    work: tuple[float, ...]
+    """Seconds of its passes and updates, by its ranks."""
+    path: float
+    """Seconds of the quickest micro-batch on any of them."""
+    reductions: float
+    """Seconds of the gradient reductions of its first rank."""
+
+
+class Bounds:
+    """Lower bounds of plans of one chain, whose positions are priced once."""
+
+    def __init__(self, chain: Chain, costs: Costs) -> None:
+        self.chain, self.costs = chain, costs
+        self._shares: dict[tuple[object, ...], Share] = {}
+
+    def of(self, plan: Plan) -> float:
+        """Return seconds that no order of the plan's step can beat.
+
+        The largest of: the passes and updates of the busiest rank; those of all ranks of a node over its cores;
+        the gradient reductions of one communicator, which follow each other; and the way of one sample through all
+        positions and back, since the next step's first forward waits for its gradients.
+        """
+        work: dict[int, float] = defaultdict(float)
+        reductions = path = 0.0
+        for position in positions(plan):
+            share = self._share(plan, position)
+            for rank, seconds in zip(position.ranks, share.work, strict=True):
+                work[rank] += seconds
+            path += share.path
+            reductions = max(reductions, share.reductions)
+        return max(*work.values(), path, reductions, self._shared_cores(plan, work))
+
+    def _share(self, plan: Plan, position: Position) -> Share:
+        sharding = plan.stages[position.stage].sharding
+        numbers = plan.world, plan.replica_batch, plan.bucket_bytes, plan.itemsize, position.micro_batch
+        flags = position.recompute, is_zero(plan, position), position.copies
+        key = (position.kind, position.layers, position.ranks, position.weights, sharding, numbers, flags)
+        if key not in self._shares:
+            self._shares[key] = self._priced(plan, position)
+        return self._shares[key]
+
+    def _priced(self, plan: Plan, position: Position) -> Share:
+        chain, costs, zero = self.chain, self.costs, is_zero(plan, position)
+        own = list(blocks_of(position, plan, chain))
+        passes = _Passes(chain, position, own, plan.replica_batch, costs)
+        work, quickest = [], float("inf")
         for index, rank in enumerate(position.ranks):
             speed = costs.speed(plan, rank)
             total, least = passes.of(index)
-            if not is_zero(plan, position):
-                total += costs.update(chain, plan.itemsize, own[position.index], index)
-            work[rank] += total / speed
+            if not zero:
+                total += costs.update(chain, plan.itemsize, own, index)
+            work.append(total / speed)
             quickest = min(quickest, least / speed)
-        path += quickest
-        if position.reduced and not is_zero(plan, position):
+        reductions = 0.0
+        if position.reduced and not zero:
             rank = position.ranks[0]
             everyone = plan.everywhere(position.sharers(rank))
-            sizes = [bucket_elements(chain, position, b, rank) * plan.itemsize for b in own[position.index]]
-            reductions = max(reductions, sum(costs.wire("all_reduce", everyone, s) for s in sizes if s))
-    return max(*work.values(), path, reductions, _shared_cores(plan, work, costs))
+            sizes = [bucket_elements(chain, position, b, rank) * plan.itemsize for b in own]
+            reductions = sum(costs.wire("all_reduce", everyone, s) for s in sizes if s)
+        return Share(tuple(work), quickest, reductions)
 
-
-def _shared_cores(plan: Plan, work: dict[int, float], costs: Costs) -> float:
-    """Seconds of the busiest node's cores for the ranks of all plan replicas on it."""
-    node: dict[int, float] = defaultdict(float)
-    for rank, seconds in work.items():
-        for place in plan.everywhere((rank,)):
-            node[costs.cluster.node_of[place]] += seconds
-    return max((t / (costs.cluster.nodes[n].cores or float("inf")) for n, t in node.items()), default=0.0)
+    def _shared_cores(self, plan: Plan, work: dict[int, float]) -> float:
+        """Seconds of the busiest node's cores for the ranks of all plan replicas on it."""
+        nodes, node_of = self.costs.cluster.nodes, self.costs.cluster.node_of
+        if all(node.cores is None for node in nodes):
+            return 0.0
+        busy: dict[int, float] = defaultdict(float)
+        for rank, seconds in work.items():
+            for place in plan.everywhere((rank,)):
+                busy[node_of[place]] += seconds
+        return max((t / (nodes[n].cores or float("inf")) for n, t in busy.items()), default=0.0)
 
 
 class _Passes:

@@ -32,6 +32,15 @@ SEND_LAG = 2
 """A send is waited for after this many further computations of its rank: late enough to overlap, early enough to
 free its buffer."""
 
+OTHER, PASSES, RECEIVES = range(3)
+"""What the arrangement of a rank's actions goes by: forwards and backwards, and starts of receives."""
+WAYS = {
+    (content, up): f"{way}.{'up' if up else 'down'}"
+    for content, way in (("activation", "forward"), ("gradient", "backward"))
+    for up in (True, False)
+}
+"""Communicators of sends."""
+
 
 @lru_cache(maxsize=64)
 def compile(plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int | None = None) -> Program:  # noqa: A001
@@ -61,8 +70,8 @@ class _Compiler:
         self.positions, self.blocks = positions(plan), blocks(plan, chain)
         self.train = mode == "train"
         self.operations: list[Operation] = []
-        self.emitted: list[tuple[int, Action]] = []
-        """All actions with their ranks."""
+        self.emitted: list[tuple[int, Action, int]] = []
+        """All actions with their ranks, and whether they are receives or passes."""
         self.world = tuple(range(plan.replica_world))
         self.across = plan.replicas > 1
         self.shared: dict[str, Operation] = {}
@@ -286,7 +295,7 @@ class _Compiler:
                 self.arriving[content, boundary, task.micro_batch, rank].append(total.index)
             return
         for rank in task.ranks:
-            for t in self.leaving[content, boundary, task.micro_batch, rank]:
+            for t in self.leaving.get((content, boundary, task.micro_batch, rank), ()):
                 self._pass_on(content, boundary, t, self._bytes(boundary, t))
 
     def _bytes(self, boundary: int, t: Transfer) -> int:
@@ -297,12 +306,9 @@ class _Compiler:
         if t.source == t.target:
             self._act(t.source, Action("copy", boundary, t.target_micro_batch, content=content, transfer=t))
             return
-        way = "up" if t.source < t.target else "down"
-        communicator = f"{'backward' if content == 'gradient' else 'forward'}.{way}"
-        send = self._operation(
-            "send", content, communicator, (t.source, t.target), size, boundary, t.target_micro_batch, t
-        )
-        for rank in send.ranks:
+        communicator, ranks = WAYS[content, t.source < t.target], (t.source, t.target)
+        send = self._operation("send", content, communicator, ranks, size, boundary, t.target_micro_batch, t)
+        for rank in ranks:
             self._start(rank, send)
         self.unsent[t.source][-1].append(send.index)
         self.arriving[content, boundary, t.target_micro_batch, t.target].append(send.index)
@@ -338,18 +344,19 @@ class _Compiler:
     # Actions
 
     def _act(self, rank: int, action: Action) -> None:
-        self.emitted.append((rank, action))
+        self.emitted.append((rank, action, PASSES if action.kind in {"forward", "backward"} else OTHER))
 
     def _start(self, rank: int, operation: Operation) -> None:
         """Start an operation and owe its wait; what one rank has for itself needs neither."""
         if operation.alone:
             return
         self.unwaited[rank][operation.index] = None
-        self.emitted.append((rank, self.starts[operation.index]))
+        receives = operation.kind == "send" and operation.ranks[1] == rank
+        self.emitted.append((rank, self.starts[operation.index], RECEIVES if receives else OTHER))
 
     def _wait(self, rank: int, operation: int) -> None:
         del self.unwaited[rank][operation]
-        self.emitted.append((rank, self.waits[operation]))
+        self.emitted.append((rank, self.waits[operation], OTHER))
 
     def _wait_once(self, rank: int, operation: int) -> None:
         if operation in self.unwaited[rank]:
@@ -370,27 +377,22 @@ class _Compiler:
         actions: list[list[Action]] = [[] for _ in self.world]
         numbers: list[tuple[int, int]] = []
         since_last: list[list[Action]] = [[] for _ in self.world]
-        since: list[list[int]] = [[] for _ in self.world]
-
-        def settle(rank: int) -> None:
-            actions[rank] += since_last[rank]
-            numbers.extend((n, rank) for n in since[rank])
-            since_last[rank], since[rank] = [], []
-
-        for number, (rank, action) in enumerate(self.emitted):
-            if action.kind == "start" and action.operation is not None:
-                operation = self.operations[action.operation]
-                if operation.kind == "send" and operation.ranks[1] == rank:
-                    actions[rank].append(action)
-                    numbers.append((since[rank][0] if since[rank] else number, rank))
-                    continue
-            if action.kind in {"forward", "backward"}:
-                settle(rank)
+        since: list[list[tuple[int, int]]] = [[] for _ in self.world]
+        for number, (rank, action, role) in enumerate(self.emitted):
+            if role == RECEIVES:
+                actions[rank].append(action)
+                numbers.append((since[rank][0][0] if since[rank] else number, rank))
+                continue
+            if role == PASSES:
+                actions[rank] += since_last[rank]
+                numbers += since[rank]
+                since_last[rank], since[rank] = [], []
             since_last[rank].append(action)
-            since[rank].append(number)
+            since[rank].append((number, rank))
         for rank in self.world:
-            settle(rank)
-        return tuple(map(tuple, actions)), tuple(rank for _, rank in sorted(numbers))
+            actions[rank] += since_last[rank]
+            numbers += since[rank]
+        return tuple(map(tuple, actions)), tuple([rank for _, rank in sorted(numbers)])
 
     def _settle_sends(self, rank: int) -> None:
         self.unsent[rank].append([])

@@ -229,14 +229,16 @@ class _Graph:
             first_block.setdefault(b.position, b.index)
         for position, cap in zip(self.flow.positions, caps, strict=True):
             block, chunk_list = first_block[position.index], self.chunks[position.index]
+            starts = [min(i[0] for i in intervals) for intervals in chunk_list]
+            stops = [max(i[1] for i in intervals) for intervals in chunk_list]
             for i, rank in enumerate(position.ranks):
                 own = [m for m, intervals in enumerate(chunk_list) if length(intervals[i]) > 0]
+                begins = [starts[m] for m in own]
                 for m in own:
-                    stop = max(interval[1] for interval in chunk_list[m])
-                    held = [e for e in own if min(iv[0] for iv in chunk_list[e]) < stop - cap]
+                    held = bisect_left(begins, stops[m] - cap)
                     if held:
                         later = self.at["forward", block, m, rank]
-                        self._depend(later, self.at["backward", block, held[-1], rank])
+                        self._depend(later, self.at["backward", block, own[held - 1], rank])
 
     def _add_updates(self) -> None:
         """Norms and updates wait for the last backward of every block, on all replicas."""
@@ -247,15 +249,15 @@ class _Graph:
         norms = self._add_norms(ends) if self.flow.clipping else None
         for position in self.flow.positions:
             for rank in position.ranks:
-                self._add(Task("update", position.index, 0, (rank,)), 1, (4, -position.index, rank))
+                self._add(Task("update", position.index, 0, (rank,)), 1, (4, -position.index))
                 later = self.at["update", position.index, 0, rank]
                 for end in sorted(ends[position.index] if norms is None else norms):
                     self._depend(later, end)
 
     def _add_norms(self, ends: dict[int, set[int]]) -> list[int]:
         norms = []
-        for rank in sorted({r for p in self.flow.positions for r in p.ranks}):
-            self._add(Task("norm", 0, 0, (rank,)), 1, (3, 0, rank))
+        for rank in dict.fromkeys(r for p in self.flow.positions for r in p.ranks):
+            self._add(Task("norm", 0, 0, (rank,)), 1, (3, 0))
             norms.append(self.at["norm", 0, 0, rank])
             own = [ends[p.index] for p in self.flow.positions if rank in p.ranks]
             for end in sorted(set().union(*own)):
@@ -264,65 +266,77 @@ class _Graph:
 
     def schedule(self) -> tuple[Task, ...] | None:
         """List-schedule in abstract time; None if some tasks can never start."""
-        return _ListSchedule(self.tasks, self.cost, self.key, list(self.before), self.after).run()
+        order = _ListSchedule(self).run()
+        return None if order is None else tuple([self.tasks[number] for number in order])
 
 
 class _ListSchedule:
-    """At every moment each free rank starts its best ready task; one that needs more ranks waits for them."""
+    """At every moment each free rank starts its best ready task; one that needs more ranks waits for them.
 
-    def __init__(
-        self,
-        tasks: list[Task],
-        cost: list[int],
-        key: list[tuple[int, ...]],
-        waiting: list[int],
-        after: list[list[int]],
-    ) -> None:
-        self.tasks, self.cost, self.key, self.waiting, self.after = tasks, cost, key, waiting, after
-        self.ready: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+    Ranks go by the places where positions first name them, and not by their numbers, so that equal ranks can
+    exchange theirs.
+    """
+
+    def __init__(self, graph: _Graph) -> None:
+        places: dict[int, int] = {}
+        for position in graph.flow.positions:
+            for rank in position.ranks:
+                places.setdefault(rank, len(places))
+        self.members = [tuple([places[r] for r in task.ranks]) for task in graph.tasks]
+        self.cost, self.after, self.waiting = graph.cost, graph.after, list(graph.before)
+        self.number = sorted(range(len(graph.key)), key=graph.key.__getitem__)
+        """Tasks, the best one first."""
+        self.value = [0] * len(self.number)
+        for value, number in enumerate(self.number):
+            self.value[number] = value
+        self.ready: list[list[int]] = [[] for _ in places]
+        """By place, the values of tasks that could start, as a heap."""
         self.running: list[tuple[int, int]] = []
-        self.busy: set[int] = set()
-        self.started: list[Task] = []
+        self.busy = [False] * len(places)
+        self.started: list[int] = []
 
-    def run(self) -> tuple[Task, ...] | None:
-        """Return the tasks in the order of their starts; None if some can never start."""
+    def run(self) -> list[int] | None:
+        """Return the tasks' numbers in the order of their starts; None if some can never start."""
         touched: set[int] = set()
         for number, count in enumerate(self.waiting):
             if count == 0:
-                touched |= self._offer(number)
+                self._offer(number, touched)
         self._start_best(touched, 0)
         while self.running:
             now = self.running[0][0]
             touched = set()
             while self.running and self.running[0][0] == now:
-                touched |= self._finish(heapq.heappop(self.running)[1])
+                self._finish(heapq.heappop(self.running)[1], touched)
             self._start_best(touched, now)
-        return tuple(self.started) if len(self.started) == len(self.tasks) else None
+        return self.started if len(self.started) == len(self.number) else None
 
-    def _offer(self, number: int) -> set[int]:
-        for rank in self.tasks[number].ranks:
-            heapq.heappush(self.ready[rank], (self.key[number], number))
-        return set(self.tasks[number].ranks)
+    def _offer(self, number: int, touched: set[int]) -> None:
+        for place in self.members[number]:
+            heapq.heappush(self.ready[place], self.value[number])
+            touched.add(place)
 
-    def _finish(self, number: int) -> set[int]:
-        touched = set(self.tasks[number].ranks)
-        self.busy -= touched
+    def _finish(self, number: int, touched: set[int]) -> None:
+        for place in self.members[number]:
+            self.busy[place] = False
+            touched.add(place)
+        waiting = self.waiting
         for later in self.after[number]:
-            self.waiting[later] -= 1
-            if self.waiting[later] == 0:
-                touched |= self._offer(later)
-        return touched
+            waiting[later] -= 1
+            if not waiting[later]:
+                self._offer(later, touched)
 
-    def _start_best(self, ranks: set[int], now: int) -> None:
-        for rank in sorted(ranks):
-            if rank in self.busy or not self.ready[rank]:
+    def _start_best(self, touched: set[int], now: int) -> None:
+        ready, busy = self.ready, self.busy
+        for place in sorted(touched):
+            if busy[place] or not ready[place]:
                 continue
-            number = self.ready[rank][0][1]
-            members = self.tasks[number].ranks
-            if any(r in self.busy or not self.ready[r] or self.ready[r][0][1] != number for r in members):
+            best = ready[place][0]
+            number = self.number[best]
+            members = self.members[number]
+            if len(members) > 1 and any(busy[m] or not ready[m] or ready[m][0] != best for m in members):
                 continue
-            for r in members:
-                heapq.heappop(self.ready[r])
-            self.busy |= set(members)
-            self.started.append(self.tasks[number])
+            for member in members:
+                heapq.heappop(ready[member])
+                busy[member] = True
+            self.started.append(number)
             heapq.heappush(self.running, (now + self.cost[number], number))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hybridpar.cluster.topology import Cluster
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
-from hybridpar.planning.bound import lower_bound
+from hybridpar.planning.bound import Bounds
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.draft import Draft, Drafting
@@ -32,6 +32,8 @@ class Scorer:
         self.drafting = Drafting(chain, profile, cluster, request)
         self.scores: dict[Draft, Score] = {}
         self.bounds: dict[Draft, float] = {}
+        self._bounds = Bounds(chain, self.costs)
+        self._plans: dict[Draft, Plan] = {}
         self.reasons: dict[Draft, str] = {}
         self.tried = 0
         self.actions = 0
@@ -54,9 +56,11 @@ class Scorer:
         """Return a draft's plan; raises PlanError where it is not a possible or allowed one."""
         if not self.drafting.allowed(draft):
             raise PlanError(f"the stages' micro-batches {draft.micro_batches} are not distinct")
-        plan = self.drafting.plan(draft)
-        validate(plan, self.chain)
-        return plan
+        if draft not in self._plans:
+            plan = self.drafting.plan(draft)
+            validate(plan, self.chain)
+            self._plans[draft] = plan
+        return self._plans[draft]
 
     def _score(self, draft: Draft, below: Score | None) -> tuple[Score, bool]:
         """Return a score, and whether it is exact rather than a bound that is not below ``below``."""
@@ -101,14 +105,14 @@ class Scorer:
                 self.scores[draft], self.reasons[draft] = IMPOSSIBLE, str(e)
                 self.bounds[draft] = float("inf")
             else:
-                self.bounds[draft] = lower_bound(plan, self.chain, self.costs)
+                self.bounds[draft] = self._bounds.of(plan)
         return self.bounds[draft]
 
     def predicted(self, draft: Draft) -> Plan | None:
         """Return the draft's plan with its prediction, or None where it is impossible."""
         if self.score(draft)[0]:
             return None
-        plan = self.drafting.plan(draft)
+        plan = self._plan(draft)
         return replace(plan, prediction=predict(self._compile(plan), self.costs))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hybridpar.cluster.topology import Cluster, Link
 from hybridpar.model.chain import Chain
-from hybridpar.planning.bound import lower_bound
+from hybridpar.planning.bound import Bounds
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.plan import Plan, validate
@@ -57,7 +57,7 @@ class Trials:
         Raises PlanError where the plan is impossible.
         """
         validate(replace(plan, prediction=None), self.chain)
-        return lower_bound(plan, self.chain, Costs(self.profile, self.cluster))
+        return Bounds(self.chain, Costs(self.profile, self.cluster)).of(plan)
 
     def excess(self, program: Program) -> tuple[int, int, float]:
         """Return the rank that comes closest to its memory limit or exceeds it most, its peak and the excess.

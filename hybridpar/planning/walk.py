@@ -49,18 +49,15 @@ class Walk:
 def walk(program: Program, costs: Costs) -> Walk:
     """Flatten a program."""
     world = len(program.actions)
-    times = [_folded(program, rank, costs) for rank in range(world)]
-    at = [0] * world
+    own = [zip(program.actions[r], _folded(program, r, costs), strict=True) for r in range(world)]
     steps: list[tuple[int, int, float]] = []
     actions: list[Action] = []
     for rank in program.sequence:
-        number = at[rank]
-        at[rank] = number + 1
-        action = program.actions[rank][number]
+        action, seconds = next(own[rank])
         if action.operation is not None:
             steps.append((rank, START if action.kind == "start" else WAIT, action.operation))
-        elif times[rank][number] > 0.0:
-            steps.append((rank, COMPUTE, times[rank][number]))
+        elif seconds > 0.0:
+            steps.append((rank, COMPUTE, seconds))
         else:
             continue
         actions.append(action)

@@ -20,7 +20,7 @@ from hybridpar.model.build import build
 from hybridpar.model.chain import Chain, Layer, Linear, Parameter
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
-from hybridpar.planning.bound import lower_bound
+from hybridpar.planning.bound import Bounds
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
@@ -100,7 +100,7 @@ def test_a_plan_compiles_checks_and_is_predicted_truly(shape: Shape) -> None:
     costs = Costs(estimate(CHAIN, FOUR.device), FOUR)
     assert plan.prediction == predict(program, costs)
     assert plan.prediction is not None
-    assert plan.prediction.step_s == simulate(program, costs).period_s >= lower_bound(plan, CHAIN, costs)
+    assert plan.prediction.step_s == simulate(program, costs).period_s >= Bounds(CHAIN, costs).of(plan)
     assert plan.prediction.memory_bytes == peak_per_rank(program, costs.workspaces)
     assert {r for s in plan.stages for r in s.ranks} == set(range(4))
 

@@ -12,7 +12,7 @@ import pytest
 from hybridpar.cluster.collectives import all_reduce
 from hybridpar.cluster.topology import Cluster, Device, Link, Node
 from hybridpar.model.chain import Chain, Layer, Linear, Parameter
-from hybridpar.planning.bound import lower_bound
+from hybridpar.planning.bound import Bounds
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.events import EventSimulation
@@ -443,7 +443,7 @@ def test_contention_only_slows(nodes: tuple[Node, ...]) -> None:
 def test_no_program_beats_its_plan_s_bound(nodes: tuple[Node, ...]) -> None:
     for program, profile, cluster in random_cases(nodes):
         costs = Costs(profile, cluster)
-        bound = lower_bound(program.plan, CASE_CHAIN, costs)
+        bound = Bounds(CASE_CHAIN, costs).of(program.plan)
         period = simulate(program, costs).period_s
         assert 0 < bound <= period * (1 + 1e-9), program.plan
 
