@@ -283,9 +283,7 @@ def _shard_buckets(block: Block, chain: Chain, least: Bucket) -> list[Block]:
     return [block]
 
 
-def _sharded_blocks(
-    sharding: Modes, layers: Interval, weights: tuple[float, ...], chain: Chain
-) -> list[Block]:
+def _sharded_blocks(sharding: Modes, layers: Interval, weights: tuple[float, ...], chain: Chain) -> list[Block]:
     """Walk the tail's layers and cut where the state of the value has to change.
 
     A row-sharded linear leaves summands: they are summed for a column-sharded successor (all-reduce), and summed

@@ -337,9 +337,7 @@ class _Compiler:
         return made
 
     def _once(self, name: str, make: Callable[[], Operation]) -> Operation:
-        if name not in self.shared:
-            self.shared[name] = make()
-        return self.shared[name]
+        return self.shared.get(name) or self.shared.setdefault(name, make())
 
     # Actions
 

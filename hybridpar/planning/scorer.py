@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from hybridpar.cluster.topology import Cluster
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
+from hybridpar.planning.ample import ample
 from hybridpar.planning.bound import Bounds
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
@@ -127,6 +128,8 @@ class Shortage:
 
 def shortage(program: Program, costs: Costs) -> Shortage | None:
     """Return by how much a program exceeds its devices' memory; None where it fits."""
+    if ample(program, costs):
+        return None
     worst: Shortage | None = None
     for rank, needed in enumerate(peak_per_rank(program, costs.workspaces)):
         limit = costs.memory_bytes(program.plan, rank)

@@ -62,6 +62,8 @@ WORTHWHILE = 0.002
 """Share of the step time by which a neighbour must be better."""
 WORTHWHILE_BYTES = 0.1
 """Likewise of the bytes above the memory limit, as long as nothing fits."""
+PATIENCE = 8
+"""Times the actions that a shape may use as long as nothing fits."""
 TIE = 1e-9
 """Share of the step time within which shapes are equally fast; the simpler one wins."""
 
@@ -333,7 +335,7 @@ def _improve(draft: Draft, scorer: Scorer, until: int) -> Draft:
         others = neighbours(scorer.drafting, draft, lacking=rank == 1)
         better = None
         for neighbour in sorted(others, key=scorer.bound):
-            if scorer.actions > until and rank == 0:
+            if scorer.actions > until * (1 if rank == 0 else PATIENCE):
                 return draft
             if scorer.score(neighbour, limit) < limit:
                 better = neighbour
