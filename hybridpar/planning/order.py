@@ -193,9 +193,9 @@ class _Graph:
                 ticks = max(ticks // count[position.index], 1)  # noqa: PLW2901
                 self._add(Task("forward", block.index, m, ranks), ticks, self._forward_key(block, start))
                 if block.index == last:
-                    self._add(Task("loss", block.index, m, ranks), 1, (1, start, 0))
+                    self._add(Task("loss", block.index, m, ranks), 1, (1, -block.index - 1, start))
                 if flow.train:
-                    self._add(Task("backward", block.index, m, ranks), ticks, (1, start, -block.index))
+                    self._add(Task("backward", block.index, m, ranks), ticks, (1, -block.index, start))
         for m, ranks, _, _ in self._pieces(flow.positions[-1]):
             self._depend(self.at["loss", last, m, ranks[0]], self.at["forward", last, m, ranks[0]])
             if flow.train:
@@ -241,7 +241,11 @@ class _Graph:
                         self._depend(later, self.at["backward", block, own[held - 1], rank])
 
     def _add_updates(self) -> None:
-        """Norms and updates wait for the last backward of every block, on all replicas."""
+        """Norms and updates wait for the last backward of every block, on all replicas.
+
+        An update of reduced gradients also waits until its ranks have nothing else to do: how long a reduction
+        takes is not known here, and a rank that waits for one computes nothing.
+        """
         ends: dict[int, set[int]] = defaultdict(set)
         for (kind, block, _, _), number in self.at.items():
             if kind == "backward":
@@ -251,7 +255,10 @@ class _Graph:
             for rank in position.ranks:
                 self._add(Task("update", position.index, 0, (rank,)), 1, (4, -position.index))
                 later = self.at["update", position.index, 0, rank]
-                for end in sorted(ends[position.index] if norms is None else norms):
+                required = set(ends[position.index] if norms is None else norms)
+                if position.reduced and norms is None:
+                    required.update(*(ends[p.index] for p in self.flow.positions if rank in p.ranks))
+                for end in sorted(required):
                     self._depend(later, end)
 
     def _add_norms(self, ends: dict[int, set[int]]) -> list[int]:

@@ -304,14 +304,33 @@ def test_receives_start_before_the_computation_ahead_of_them():
                     assert posted[action.operation] < computed, "a computation overlaps with the message"
 
 
+def test_what_others_wait_for_goes_back_first_and_reduced_updates_wait_for_all_work():
+    """Ranks 0 and 1 hold the front and a segment each: others wait for the segments, nobody for the front.
+
+    A segment is reduced with nobody: rank 1 updates its own while it waits for the gradient of the front's output.
+    """
+    segments = (Segment((3, 7), (0,)), Segment((7, LAST), (1,)))
+    stages = (Stage("front", 2, (Segment((0, 3), (0, 1)),)), Stage("middle", 1, segments))
+    program = compiled(plan_of(*stages, world=2, order="fill_drain"))
+    for rank, own in enumerate(program.actions):
+        back = [program.blocks[a.block].position for a in own if a.kind == "backward"]
+        front = back.index(0)
+        assert set(back[front:]) == {0}, "all of a segment before any of the front"
+        last_backward = max(i for i, a in enumerate(own) if a.kind == "backward")
+        updates = {a.block: i for i, a in enumerate(own) if a.kind == "update"}
+        assert updates[0] > last_backward
+        assert (min(updates.values()) < last_backward) == (rank == 1)
+
+
 def test_an_idle_replica_joins_the_reductions_at_once():
-    """Rank 2 has no samples in the last segment. It once joined at its update, and all waited in a ring."""
+    """Rank 2 has no samples in the last segment. Did it join after the norm, all would wait in a ring."""
     stages = [
         Stage("front", 1, (Segment((0, 7), (2, 1, 3), (2.0, 1.0, 1.0)),)),
         Stage("middle", 1, (Segment((7, 11), (3, 2)), Segment((11, 16), (2, 1, 0), (1.0, 2.0, 2.0)))),
     ]
     chain = make_case(samples=1).traced.chain
-    plan = make_plan(chain, *stages, world=4, global_batch=5, order="fill_drain", bucket_bytes=700)
+    recipe = Recipe(clipping=True)
+    plan = make_plan(chain, *stages, world=4, global_batch=5, order="fill_drain", bucket_bytes=700, recipe=recipe)
     program = compile_program(plan, chain, 5, "train")
     check(program)
     assert [m[0] for m in program.micro_batches[2]] == [(0, 0), (2, 2), (4, 4)]
@@ -319,9 +338,10 @@ def test_an_idle_replica_joins_the_reductions_at_once():
     own = program.actions[2]
     starts = [a for a in own if a.kind == "start" and a.operation in mine]
     assert own.index(starts[-1]) < next(i for i, a in enumerate(own) if a.kind == "forward")
-    late = [a for a in own if a not in starts]
-    first_wait = next(i for i, a in enumerate(late) if a.kind == "wait" and a.operation in mine)
-    late[first_wait:first_wait] = starts
+    late = [a for a in own if a.operation not in mine]
+    (norm,) = (o.index for o in program.operations if o.content == "norm")
+    (normed,) = (i for i, a in enumerate(late, 1) if a.kind == "wait" and a.operation == norm)
+    late[normed:normed] = [a for a in own if a.operation in mine]
     with pytest.raises(ProgramError, match="hangs"):
         check(with_actions(program, 2, late))
 
