@@ -310,7 +310,7 @@ def test_what_others_wait_for_goes_back_first_and_reduced_updates_wait_for_all_w
     A segment is reduced with nobody: rank 1 updates its own while it waits for the gradient of the front's output.
     """
     segments = (Segment((3, 7), (0,)), Segment((7, LAST), (1,)))
-    stages = (Stage("front", 2, (Segment((0, 3), (0, 1)),)), Stage("middle", 1, segments))
+    stages = (Stage("front", 4, (Segment((0, 3), (0, 1)),)), Stage("middle", 1, segments))
     program = compiled(plan_of(*stages, world=2, order="fill_drain"))
     for rank, own in enumerate(program.actions):
         back = [program.blocks[a.block].position for a in own if a.kind == "backward"]
