@@ -270,9 +270,10 @@ def test_equal_ranks_of_a_node_exchange_their_roles(seed: int, contention: float
                 assert step_s == pytest.approx(candidate.prediction.step_s, rel=slack), order
 
 
-@pytest.mark.parametrize("seed", [5, 6, 9, 17, 19])
+@pytest.mark.parametrize("seed", [4, 5, 6, 9, 17, 19])
 def test_unequal_ranks_of_a_node_exchange_their_speeds(seed: int) -> None:
-    """In positions whose ranks stood in the order of their numbers, the best plan was up to 8 % slower."""
+    """In positions whose ranks stood in the order of their numbers, the best plan was up to 8 % slower; with
+    ties broken by their numbers 0.1 % (seed 4)."""
     drawn = problem(seed)
     one_node = (Node(drawn.cluster.world),)
     p = replace(drawn, cluster=replace(drawn.cluster, nodes=one_node))
