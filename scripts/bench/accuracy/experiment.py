@@ -46,7 +46,7 @@ class Experiment:
     rounds: int = 1
     """Measurements of every plan; all plans are measured once before any is measured again."""
     actions: bool = False
-    """Measure also what every kind of action takes."""
+    """Measure also what every kind of action takes, in the first round."""
     profile_budget_s: float = 180.0
 
     def __post_init__(self) -> None:

@@ -90,8 +90,9 @@ def _measure(experiment: Experiment, folder: Folder, predicted: Predicted, turn:
     out = folder.path / "ranks" / name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    steps = experiment.warm_up + experiment.steps + experiment.actions * OBSERVED_STEPS + 1
-    counts = [str(n) for n in (experiment.warm_up, experiment.steps, int(experiment.actions))]
+    observed = experiment.actions and turn == 0
+    steps = experiment.warm_up + experiment.steps + observed * OBSERVED_STEPS + 1
+    counts = [str(n) for n in (experiment.warm_up, experiment.steps, int(observed))]
     arguments = ["-m", "scripts.bench.accuracy.worker", str(plan), str(out), *counts, *experiment.overrides]
     error: str | None = None
     ranks: tuple[RankResult, ...] = ()
