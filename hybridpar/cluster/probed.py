@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from hybridpar.cluster.fit import Fit
-from hybridpar.cluster.topology import Cluster, Level
+from hybridpar.cluster.topology import MOST_CONTENTION, Cluster, Level
 from hybridpar.cluster.transport import What
 
 Direction = Literal["forward", "reverse", "both"]
@@ -40,8 +40,8 @@ class Overlap:
 
     @property
     def contention(self) -> float:
-        """Lost seconds of computation per second of communication, within 0..1."""
-        return min(1.0, max(0.0, self.lost_s / self.communication_s))
+        """Lost seconds of computation per second of communication."""
+        return min(MOST_CONTENTION, max(0.0, self.lost_s / self.communication_s))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ LEVELS: tuple[Level, ...] = ("node", "rack", "site", "wan")
 """The levels that have a link, narrowest first."""
 Algorithm = Literal["ring", "tree", "hierarchical", "mesh", "server", "best"]
 """Of an all-reduce; see ``collectives.all_reduce``."""
+MOST_CONTENTION = 4.0
+"""Greater ones are mistakes of a measurement."""
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 COLLECTIVES: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 
@@ -78,8 +80,8 @@ class Link:
     latency_s: float
     bytes_per_s: float
     contention: float = 0.0
-    """Share of its compute rate that a rank loses while this link carries its data: with 0 the overlap is free,
-    with 1 computing stands still meanwhile."""
+    """Seconds of computation that a rank loses per second in which this link carries its data: with 0 the overlap
+    is free, with 1 computing stands still meanwhile, above 1 both at once take longer than one after the other."""
     reverse_latency_s: float | None = None
     reverse_bytes_per_s: float | None = None
 
@@ -90,8 +92,11 @@ class Link:
                     f"a link of latency_s={latency_s} and bytes_per_s={bytes_per_s} "
                     "cannot be; latency is at least 0 and bandwidth above 0"
                 )
-        if not 0 <= self.contention <= 1:
-            raise ClusterError(f"contention: {self.contention} is not in 0..1; it is a share of the compute rate")
+        if not 0 <= self.contention <= MOST_CONTENTION:
+            raise ClusterError(
+                f"contention: {self.contention} is not in 0..{MOST_CONTENTION:g}; it is the seconds of computing "
+                "that are lost per second of communication"
+            )
 
     @property
     def _reverse(self) -> tuple[float, float]:

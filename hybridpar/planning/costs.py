@@ -134,7 +134,7 @@ class Costs:
         return self._cards[key]
 
     def contention(self, program: Program, operation: Operation) -> float:
-        """Return the share of its compute rate that a rank loses while the operation is in flight."""
+        """Return the seconds of computation that a rank loses per second in which the operation is in flight."""
         if not self._contention:
             return 0.0
         ranks = self._participants(program, operation)

@@ -1,9 +1,9 @@
 """The simulation by events, for machines where computations slow each other down, or communication does them.
 
 Ranks on a node with fewer cores than busy ranks share the cores evenly, and an idle rank's time is lent to the
-others, as an operating system does. A link's ``contention`` is the share of its compute rate that a rank loses
-while the link carries its data; on shared cores that share of a core is taken from what the node's ranks have
-together.
+others, as an operating system does. A link's ``contention`` is the computation that a rank loses per second in
+which the link carries its data: a rank that loses more than it does has that much more left to do afterwards. On
+shared cores it is taken from what the node's ranks have together.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class _Share:
         self.now = now
 
     def rate(self) -> float:
-        """Device seconds per second of each computing rank."""
-        carried = sum(min(c, 1.0) for c in self.carrying.values())
+        """Device seconds per second of each computing rank; below 0 while communication costs more than that."""
+        carried = sum(self.carrying.values())
         if self.cores is None:
             return 1.0 - carried
         return min(1.0, self.cores / (len(self.left) + carried))

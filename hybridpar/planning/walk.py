@@ -41,7 +41,7 @@ class Walk:
     """Local ranks of every operation."""
     seconds: list[float]
     contention: list[float]
-    """Share of its compute rate that a participant loses while an operation is in flight."""
+    """Seconds of computation that a participant loses per second in which an operation is in flight."""
     servers: list[tuple[int, ...]]
     server_count: int
 

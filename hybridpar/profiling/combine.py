@@ -16,6 +16,9 @@ _RANK_SPREAD = 0.15
 def combine(profiles: Sequence[Profile]) -> Profile:
     """Return the profile whose every figure is the median over the ranks' profiles, which are in rank order.
 
+    Layers take as much longer as the slowest rank took over all of them: a step waits for its slowest rank, and
+    equal ranks differ too. Ranks that differ by more than ``_RANK_SPREAD`` are not equal: theirs stay medians.
+
     Keeps how far ranks were apart per layer, and each rank's speed. Bytes of memory are the greatest. Raises
     ProfileError where ranks measured other sizes, chains or precisions, or on devices of another kind.
     """
@@ -32,6 +35,8 @@ def combine(profiles: Sequence[Profile]) -> Profile:
     if max(speeds) > (1 + _RANK_SPREAD) * min(speeds):
         slow, fast = speeds.index(min(speeds)), speeds.index(max(speeds))
         notes.append(f"rank {fast} was {max(speeds) / min(speeds):.2f} times as fast as rank {slow}")
+    else:
+        layers = tuple(_slower(layer, 1 / min(speeds)) for layer in layers)
     devices = dict.fromkeys(p.device for p in profiles)
 
     def median(name: str) -> float:
@@ -69,6 +74,21 @@ def _layer(entries: Sequence[LayerProfile]) -> LayerProfile:
         rank_spread=_spread(entries),
         by_rows=_layer(rows) if rows else None,
     )
+
+
+def _slower(entry: LayerProfile, factor: float) -> LayerProfile:
+    """Return an entry whose passes take so many times as long."""
+    return replace(
+        entry,
+        forward_s=_times_factor(entry.forward_s, factor),
+        backward_s=_times_factor(entry.backward_s, factor),
+        accumulate_s=entry.accumulate_s * factor,
+        by_rows=None if entry.by_rows is None else _slower(entry.by_rows, factor),
+    )
+
+
+def _times_factor(table: Table, factor: float) -> Table:
+    return tuple(tuple(seconds * factor for seconds in row) for row in table)
 
 
 def _merged(tables: Sequence[Table], merge: Callable[[Sequence[float]], float]) -> Table:

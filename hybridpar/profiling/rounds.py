@@ -6,13 +6,14 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from hybridpar.errors import ProfileError
+from hybridpar.host import packed_heap
 from hybridpar.model.chain import Layer
 from hybridpar.profiling.bench import Bench, Mark
 from hybridpar.profiling.record import interpolate
@@ -228,7 +229,12 @@ def visit(bench: Bench, entry: Entry, pass_s: float) -> list[list[float]]:
     runs = [(s, calls(bench, s, modules, entry.size)) for s, modules in entry.made]
 
     def run() -> list[tuple[Mark, Mark]]:
-        return [m for s, layers in runs for m in timed_pass(bench, layers, make_input(bench, s, entry.size))]
+        marks = []
+        for strand, layers in runs:
+            # A layer alone: in a model, others' activations would fill the heap.
+            with nullcontext() if bench.on_gpu or len(strand.layers) > 1 else packed_heap():
+                marks += timed_pass(bench, layers, make_input(bench, strand, entry.size))
+        return marks
 
     count = _timed(pass_s) if pass_s else 1
     if count > 1:

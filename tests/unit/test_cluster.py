@@ -155,8 +155,8 @@ def test_null_stands_for_not_given():
         ({"links": {"node": {"latency_s": 0, "bytes_per_s": 0}}}, "cluster.links.node: a link of"),
         ({"links": {"nodes": {"latency_s": 0, "bytes_per_s": 1}}}, "cluster: links.nodes: unknown level"),
         (
-            {"links": {"node": {"latency_s": 0, "bytes_per_s": 1, "contention": 2}}},
-            "cluster.links.node: contention: 2.0 is not in 0..1",
+            {"links": {"node": {"latency_s": 0, "bytes_per_s": 1, "contention": 5}}},
+            "cluster.links.node: contention: 5.0 is not in 0..4",
         ),
         (
             {"links": {"node": {"latency_s": 0, "bytes_per_s": 1, "reverse_bytes_per_s": 0}}},

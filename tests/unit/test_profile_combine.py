@@ -56,6 +56,20 @@ def test_equal_ranks_are_combined_without_a_word():
     found = combine([of_rank(1.0, device="x"), of_rank(1.1, device="y")])
     assert found.notes == ("a",)
     assert found.device == "x / y"
+    assert found.rank_speeds == (1.05, 0.9545)
+
+
+def test_a_step_waits_for_the_slowest_of_equal_ranks():
+    """Medians over ranks of 1.0, 1.0 and 1.1, which are 1.0, as much longer as the third took."""
+    (layer,) = combine([of_rank(1.0), of_rank(1.1), of_rank(1.0)]).layers
+    assert layer.forward_s[0] == pytest.approx((1.1, 2.2), rel=1e-4)
+    assert layer.backward_s[0] == pytest.approx((1.1, 4.4), rel=1e-4)
+    assert layer.by_rows.forward_s[0] == pytest.approx((1.1, 2.2), rel=1e-4)
+    assert layer.accumulate_s == pytest.approx(1.1, rel=1e-4)
+    assert layer.forward_spread == ((0.1, 0.1),)
+
+
+def test_one_rank_is_its_own_profile():
     one = of_rank(1.0)
     assert combine([one]) == replace(one, rank_speeds=(1.0,))
 

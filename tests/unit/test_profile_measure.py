@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import ProfileError
-from hybridpar.host import keep_freed_memory, library_bytes
+from hybridpar.host import keep_freed_memory, library_bytes, packed_heap
 from hybridpar.profiling import bench as benching
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling import rounds
@@ -538,6 +538,22 @@ def test_the_resident_mark_sees_what_a_layer_takes_from_a_hole_in_the_heap():
     blocks = neighbours(4, 30 << 20)
     del blocks[-3:-1]
     assert_scratch_is_seen()
+
+
+@pytest.mark.skipif(not ResidentGauge.works(), reason="another C library")
+def test_a_packed_heap_has_no_hole_for_a_large_block():
+    keep_freed_memory()
+    blocks = neighbours(4, 30 << 20)
+    hole = blocks[-3].data_ptr(), blocks[-2].data_ptr()
+    del blocks[-3:-1]
+
+    def in_hole():
+        return min(hole) <= torch.empty(40 << 20, dtype=torch.uint8).data_ptr() < max(hole)
+
+    assert in_hole()
+    with packed_heap():
+        assert not in_hole()
+    assert in_hole()
 
 
 @pytest.mark.gpu

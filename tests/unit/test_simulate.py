@@ -320,7 +320,7 @@ def test_a_prediction_sums_up() -> None:
     assert prediction.source == "estimated"
 
 
-@pytest.mark.parametrize("contention", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("contention", [0.0, 0.5, 1.0, 1.5])
 def test_a_link_takes_its_share_of_the_compute_rate(contention: float) -> None:
     """Labels travel during the forward, metrics and the last layer's gradients during the backward."""
     chain = chain_of(6, 4, 6)
