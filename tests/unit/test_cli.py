@@ -16,17 +16,9 @@ from hybridpar import __version__, cli
 from hybridpar.config import Config, compose
 from hybridpar.planner import load_model
 from hybridpar.planning.plan import Plan
+from tests.support.command import run
 
 SMALL = ("model=small_vgg", "cluster=p100_4x1_40g", "train.global_batch=16")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
-    """Exit code checked: what went to stdout and stderr."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -24,6 +24,7 @@ from hybridpar.planner import load_model, measured
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.record import LayerProfile, Profile
+from tests.support.command import run
 
 NARROW = (
     "model=small_vgg",
@@ -40,14 +41,6 @@ WITHOUT_TORCH = (
     "from hybridpar import cli\n"
     "cli.main(sys.argv[1:])\n"
 )
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
 
 
 def without_torch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

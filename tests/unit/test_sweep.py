@@ -9,21 +9,14 @@ from typing import Any
 
 import pytest
 
-from hybridpar import cli, planner
+from hybridpar import planner
 from hybridpar.config import Config, expand
 from hybridpar.errors import ConfigError
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.record import Profile
+from tests.support.command import run
 
 SMALL = ("model=small_vgg", "train.global_batch=16")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
 
 
 # Expanding overrides
