@@ -1,6 +1,7 @@
 """Measuring on a CPU. Times are those of a clock by hand, or not looked at."""
 
 import contextlib
+import ctypes
 import itertools
 from dataclasses import replace
 
@@ -543,13 +544,14 @@ def test_the_resident_mark_sees_what_a_layer_takes_from_a_hole_in_the_heap():
 @pytest.mark.skipif(not ResidentGauge.works(), reason="another C library")
 def test_a_packed_heap_has_no_hole_for_a_large_block():
     keep_freed_memory()
+    library = ctypes.CDLL(None)
+    library.sbrk.restype, library.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     blocks = neighbours(4, 30 << 20)
-    highest = blocks[-1].data_ptr()
     del blocks[-3:-1]
 
     def in_heap():
         """Blocks that are mapped apart lie far above."""
-        return torch.empty(40 << 20, dtype=torch.uint8).data_ptr() < highest
+        return torch.empty(40 << 20, dtype=torch.uint8).data_ptr() < library.sbrk(0)
 
     assert in_heap()
     with packed_heap():
