@@ -65,7 +65,7 @@ def compare(problem: Instance, tried: Counter[str]) -> None:
     assert len(question.chain.layers) <= MOST_LAYERS
     assert question.cluster.world <= MOST_RANKS
     found = {shape: brute_force(question, STAGES_OF[shape]) for shape in SHAPES}
-    wanted: tuple[Shape, ...] = ("three_stage",) if problem.pins else SHAPES
+    wanted = [shape for shape in SHAPES if problem.pins.keys() <= set(STAGES_OF[shape])]
     possible = [f.best_s for shape, f in found.items() if shape in wanted and f.best_s is not None]
     planned: Planned | None = None
     try:
