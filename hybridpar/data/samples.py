@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from hybridpar.data.keys import Keys, mix
 from hybridpar.data.transforms import ImageTransform
 from hybridpar.errors import DataError
+from hybridpar.generators import all_borrowed, seed_all
 
 Indices = NDArray[np.int64]
 
@@ -172,9 +171,9 @@ class MapSamples:
     def read(self, indices: Indices, keys: Keys) -> Batch:
         """Read samples by their indices (n,), with the global generators seeded by their keys (n,)."""
         inputs, labels = [], []
-        with _kept_generators():
+        with all_borrowed():
             for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
-                _seed_generators(key)
+                seed_all(key)
                 x, label = self._checked(index)
                 inputs.append(x)
                 labels.append(label)
@@ -218,21 +217,3 @@ def _targets(dataset: Any) -> Tensor | None:
     if numbers.shape != (len(dataset),) or numbers.dtype.kind not in "iu":
         return None
     return torch.from_numpy(numbers.astype(np.int64))
-
-
-def _seed_generators(key: int) -> None:
-    torch.default_generator.manual_seed(key)
-    np.random.seed(key % 2**32)
-    random.seed(key)
-
-
-@contextlib.contextmanager
-def _kept_generators() -> Iterator[None]:
-    """Give the global generators of the CPU back as they were."""
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybridpar.generators import borrowed
+
 
 def tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """Every distinct tensor that the module tree holds: parameters, buffers and plain attributes."""
@@ -58,8 +60,7 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
     torch's generators as they were.
     """
     copied = blank(module, "cpu")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(seed)
+    with borrowed(seed), torch.no_grad():
         for old, new in zip(tensors(module), tensors(copied), strict=True):
             if not new.is_floating_point():
                 if not old.is_meta:

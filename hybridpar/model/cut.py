@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from hybridpar.errors import ModelError
+from hybridpar.generators import borrowed
 from hybridpar.model.footprint import BATCHES, META_FAILURES, runnable, set_keys
 from hybridpar.model.graph import module_of
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth, Keys
@@ -139,7 +140,7 @@ def _run(
     if not isinstance(copy, fx.GraphModule):
         raise TypeError("a copy of a graph is a graph")
     small, large = _Shapes(copy), _Shapes(copy)
-    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
+    with borrowed(), torch.device(device), torch.no_grad():
         for samples, shapes in zip(BATCHES, (small, large), strict=True):
             set_keys(copy, Keys(0, 0, torch.arange(samples)))
             shapes.run(torch.zeros(samples, *in_shape, dtype=dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import HybridparError, ModelError
+from hybridpar.generators import borrowed
 from hybridpar.model.copies import blank, named_tensors
 from hybridpar.model.tape import CallRecorder, NotReplayableError, OperationRecorder, Tape
 from hybridpar.names import nearest
@@ -38,7 +39,7 @@ class Deferred:
     def __init__(self, builder: Callable[[], nn.Module]) -> None:
         self._tape = Tape()
         with (
-            torch.random.fork_rng(devices=[]),
+            borrowed(),
             torch.device("meta"),
             CallRecorder(self._tape),
             OperationRecorder(self._tape),
@@ -58,7 +59,7 @@ class Deferred:
     def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Make one parameter or buffer by replaying only what touches it; see ``Source``."""
         _check_name(name, self._views)
-        with torch.random.fork_rng(devices=[]):
+        with borrowed():
             try:
                 value = self._tape.replay(self._views[name], seed)
             except NotReplayableError as e:
@@ -96,8 +97,7 @@ class Rebuilt:
         return _cast(self._values[name].detach().clone(), dtype)
 
     def _build(self, seed: int) -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
+        with borrowed(seed), torch.device("cpu"):
             self._built = self._builder()
         return named_tensors(self._built)
 

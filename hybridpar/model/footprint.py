@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hybridpar.errors import ModelError
+from hybridpar.generators import borrowed
 from hybridpar.model.chain import Saved
 from hybridpar.model.copies import blank, tensors
 from hybridpar.model.keyed import KeyedDropout, Keys
@@ -96,7 +97,7 @@ def measure(
     def attempt(device: str) -> list[_Run]:
         copy = runnable(module, device)
         runs = []
-        with torch.random.fork_rng(devices=[]), torch.device(device), torch.enable_grad():
+        with borrowed(), torch.device(device), torch.enable_grad():
             for samples in BATCHES:
                 set_keys(copy, Keys(0, 0, torch.arange(samples)))
                 x = torch.zeros(samples, *in_shape, dtype=in_dtype, requires_grad=requires_grad)

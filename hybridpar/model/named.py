@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import HybridparError, ModelError
+from hybridpar.generators import borrowed
 from hybridpar.model.copies import named_tensors, randomized
 
 METHOD = "hybridpar_layers"
@@ -82,8 +83,7 @@ def compare(model: nn.Module, chosen: Named, in_shape: tuple[int, ...], dtype: t
         return
     # One copy of both, so that a layer's tensors stay the model's.
     whole, *parts = randomized(nn.ModuleList([model, *(part for _, part in chosen)]), 0).float().eval().children()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(1)
+    with borrowed(1), torch.no_grad():
         shape = (2, *in_shape)
         x = torch.randn(shape) if dtype.is_floating_point else torch.randint(0, 2, shape)
         expected = _checked(whole, x.clone(), f"model {name}")

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hybridpar.errors import ModelError
+from hybridpar.generators import borrowed
 from hybridpar.model.chain import Layer
 from hybridpar.model.copies import blank
 from hybridpar.model.cut import ELEMENTWISE
@@ -70,7 +71,7 @@ def check_samples(
     if layer.flops_per_sample > LARGEST_FLOPS:
         return
     copied = blank(part, "cpu").eval()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with borrowed(), torch.no_grad():
         x = torch.ones(2, *layer.in_shape, dtype=in_dtype)
         x[0] = torch.nan
         spoiled = _second(copied, x)

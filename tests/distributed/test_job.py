@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +28,6 @@ from tests.support.training import assemble, make_case, train_single, whole_mode
 
 CASE = make_case(steps=3, samples=(13, 13, 9))
 OPTIMIZER = OptimizerConfig("SGD", 0.05, {"momentum": 0.9})
-building = threading.Lock()
-"""Initial values are drawn from torch's global generator, which the ranks' threads share."""
 
 
 def make_plan(**changes: object) -> Plan:
@@ -47,8 +44,7 @@ def make_plan(**changes: object) -> Plan:
 
 def make_job(rank: int, groups: ProcessGroups, plan: Plan | None = None) -> Job:
     factory = make_factory(OPTIMIZER)
-    with building:
-        return Job(plan or make_plan(), CASE.traced, CASE.source, factory, groups, rank=rank, seed=7)
+    return Job(plan or make_plan(), CASE.traced, CASE.source, factory, groups, rank=rank, seed=7)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -75,8 +71,7 @@ def test_adamw_in_three_stages_equals_a_single_process() -> None:
     case, factory = make_case(steps=10), make_factory(OptimizerConfig("AdamW", 0.01, {"weight_decay": 0.1}))
 
     def body(rank: int, groups: ProcessGroups) -> tuple[list[float], list[Owned]]:
-        with building:
-            job = Job(make_plan(), case.traced, case.source, factory, groups, rank=rank, seed=7)
+        job = Job(make_plan(), case.traced, case.source, factory, groups, rank=rank, seed=7)
         return [job.step(batch) for batch in case.data], list(job.parameters.values())
 
     model = whole_model(case)
@@ -200,8 +195,7 @@ def test_batch_norm_statistics_become_the_mean_of_the_replicas(plan_replicas: bo
     x, y = torch.randn(16, 2, 6, 6, dtype=torch.float64), torch.randint(7, (16,))
 
     def body(rank: int, groups: ProcessGroups) -> tuple[torch.Tensor, Evaluation, float]:
-        with building:
-            job = Job(plan, traced, source, make_factory(OPTIMIZER), groups, rank=rank)
+        job = Job(plan, traced, source, make_factory(OPTIMIZER), groups, rank=rank)
         conv = job.parameters["0.weight"].tensor.detach().clone(), job.parameters["0.bias"].tensor.detach().clone()
         loss = job.step((x, y))
         contents, reduce = [], groups.all_reduce

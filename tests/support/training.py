@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +24,6 @@ from tests.support.rendezvous import Endpoint
 
 SEED = 7
 RATE, MOMENTUM = 0.05, 0.9
-_building = threading.Lock()
-"""Initial values are drawn from torch's global generator, which the ranks' threads share."""
 
 
 @dataclass
@@ -126,12 +123,11 @@ def make_executor(case: Case, plan: Plan, rank: int, groups: Communicators) -> E
     chain, (replica, rank) = case.traced.chain, plan.locate(rank)
     factory = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
     places = positions(plan)
-    with _building:
-        own = {
-            b.index: factory.make(b, places[b.position], rank)
-            for b in blocks(plan, chain)
-            if rank in places[b.position].ranks
-        }
+    own = {
+        b.index: factory.make(b, places[b.position], rank)
+        for b in blocks(plan, chain)
+        if rank in places[b.position].ranks
+    }
     mine = tuple(p for p in places if rank in p.ranks)
     updater = Updater(
         rank,
