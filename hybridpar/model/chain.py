@@ -143,6 +143,16 @@ class Chain:
         return sum({p.name: p.count for layer in self.layers for p in layer.parameters}.values())
 
     @cached_property
+    def gathered(self) -> tuple[int, ...]:
+        """Per layer, the elements of its weight if its backward adds the gradient where it lies, else 0.
+
+        So do linear layers (``hybridpar.model.linear``) whose weight is theirs alone.
+        """
+        tied = {name for name, _ in self.tied}
+        weights = ((layer.linear, layer.parameters[:1]) for layer in self.layers)
+        return tuple(p[0].count if linear and p[0].name not in tied else 0 for linear, p in weights)
+
+    @cached_property
     def tail_start(self) -> int:
         """The first layer from which on every layer is a linear map or channelwise, and some is linear.
 

@@ -293,7 +293,8 @@ class Own:
         self.makes_gradients = program.mode == "train" and not position.reduced
         self.gradient_bytes = 0
         if self.makes_gradients:
-            self.gradient_bytes = bucket_elements(chain, position, block, rank) * self.itemsize
+            elements = bucket_elements(chain, position, block, rank) - sum(self.kept.gathered)
+            self.gradient_bytes = elements * self.itemsize
         self._inside: dict[int, tuple[int, int]] = {}
 
     def inside(self, samples: int) -> tuple[int, int]:

@@ -104,8 +104,8 @@ class _Passes:
             counts = Counter(size for size in sizes if size)
             each = {size: self._seconds(index, size) for size in counts}
             fresh = 0.0
-            if not self.position.reduced:
-                fresh = sum(self.costs.accumulation(self.chain, block, index) for block in self.own)
+            if counts:
+                fresh = sum(self.costs.fresh(self.chain, self.position, block, index) for block in self.own)
             total = sum(count * each[size] for size, count in counts.items())
             self.known[key] = total - fresh, min(each.values(), default=fresh) - fresh
         return self.known[key]

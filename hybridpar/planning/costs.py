@@ -8,7 +8,8 @@ from itertools import pairwise
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
 from hybridpar.cluster.topology import Cluster, Collective
 from hybridpar.model.chain import Chain
-from hybridpar.planning.blocks import Block, Span
+from hybridpar.planning.blocks import Block, Position, Span
+from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import Interval, length
 from hybridpar.planning.parameters import bucket_elements, parameter_count
 from hybridpar.planning.plan import Plan
@@ -79,7 +80,7 @@ class Costs:
                 if key not in known:
                     known[key] = self._device_time(program, rank, action) / speed + executor
                 own = known[key]
-                if kind == "backward" and action.block in fresh:
+                if kind == "backward" and start < stop and action.block in fresh:
                     own -= fresh.pop(action.block) / speed
             else:
                 own = self._device_time(program, rank, action) / speed + executor * (kind in HOST_ACTIONS)
@@ -87,29 +88,34 @@ class Costs:
         return seconds
 
     def _fresh(self, program: Program, rank: int) -> dict[int, float]:
-        """Per block, the seconds that its first backward of a step saves, as it finds no gradients to add to.
-
-        Gradients that are reduced lie in buckets, to which every backward adds.
-        """
+        """Per block, the seconds that its first backward of a step saves."""
         saved = {}
         for block in program.blocks:
             position = program.positions[block.position]
-            if rank in position.ranks and not position.reduced:
-                saved[block.index] = self.accumulation(program.chain, block, position.ranks.index(rank))
+            if rank in position.ranks:
+                saved[block.index] = self.fresh(program.chain, position, block, position.ranks.index(rank))
         return saved
 
-    def accumulation(self, chain: Chain, block: Block, index: int) -> float:
-        """Return the seconds for adding to the gradients of a block on its rank number ``index``."""
-        layers = range(*block.layers)
+    def fresh(self, chain: Chain, position: Position, block: Block, index: int) -> float:
+        """Return the seconds that a block's first backward of a step saves on its rank number ``index``.
+
+        It finds no gradients to add to. Those that are reduced lie in a bucket of zeros, to which it does add,
+        apart from weights whose gradients gather in place: it overwrites them.
+        """
+        layers = (i for i in range(*block.layers) if chain.gathered[i] or not position.reduced)
         return sum(self.profile.accumulate_time(i, block.fraction(chain, index, i)) for i in layers)
 
     def opening(self, program: Program, rank: int) -> float:
-        """Return the seconds for setting a rank's buckets to zero at the begin of a step."""
-        elements = sum(
-            bucket_elements(program.chain, program.positions[b.position], b, rank)
-            for b in program.blocks
-            if rank in program.positions[b.position].ranks and program.positions[b.position].reduced
-        )
+        """Return the seconds for setting a rank's buckets to zero at the begin of a step.
+
+        Of weights whose gradients gather in place they are overwritten.
+        """
+        elements = 0
+        for block in program.blocks:
+            position = program.positions[block.position]
+            if rank in position.ranks and position.reduced:
+                gathered = kept(block, position.ranks.index(rank), program.chain).gathered
+                elements += bucket_elements(program.chain, position, block, rank) - sum(gathered)
         return elements * program.plan.itemsize * self.profile.zero_s_per_byte / self.speed(program.plan, rank)
 
     def speed(self, plan: Plan, rank: int) -> float:

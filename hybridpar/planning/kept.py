@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block
@@ -23,6 +23,13 @@ class Use:
     """What it keeps beyond input and output: elements per sample, bytes per sample, elements, bytes."""
     parameters: tuple[int, ...]
     """Elements of each parameter on this shard."""
+    gathers: bool
+    """The gradient of the first parameter has its place from step to step, and no backward makes another."""
+
+    @property
+    def made(self) -> tuple[int, ...]:
+        """Elements of the parameters whose gradients a backward makes before it adds them."""
+        return self.parameters[self.gathers :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,11 @@ class Kept:
     def parameters(self) -> tuple[int, ...]:
         """Elements of each parameter of all layers."""
         return tuple(count for use in self.uses for count in use.parameters)
+
+    @cached_property
+    def gathered(self) -> tuple[int, ...]:
+        """Elements of each weight whose gradient has its place from step to step."""
+        return tuple(use.parameters[0] for use in self.uses if use.gathers)
 
     def inside(self, samples: int, itemsize: int) -> list[int]:
         """Return the bytes of every storage kept, apart from the input's and the output's."""
@@ -112,5 +124,6 @@ def _followed(block: Block, shard: int, chain: Chain) -> Kept:
         )
         fraction = block.fraction(chain, shard, block.layers[0] + offset)
         parameters = tuple(round(p.count * fraction) for p in layer.parameters)
-        uses.append(Use(source, current, tuple(saved), extra, parameters))
+        gathers = chain.gathered[block.layers[0] + offset] > 0
+        uses.append(Use(source, current, tuple(saved), extra, parameters, gathers))
     return Kept(tuple(uses), tuple(sizes), frozenset(first_saver) | {0}, first_saver)

@@ -21,7 +21,7 @@ class Memory:
     parameters: int
     """And buffers."""
     gradients: int
-    """In buckets, which stay from step to step."""
+    """In buckets, and those that gather in place; they stay from step to step."""
     optimizer: int
     batch: int
     """The step's own input samples, held all through it."""
@@ -35,7 +35,7 @@ class Memory:
     """After every action: outputs, gradients and arriving inputs between computations and communication, figures
     of the loss, and the norm."""
     accumulated: tuple[int, ...]
-    """After every action: gradients outside of buckets. A block's first backward makes them; they go when the next
+    """After every action: all other gradients. A block's first backward makes them; they go when the next
     step begins."""
     transient: tuple[int, ...]
     """In every action: what is alive beside all that was before it, and gone when it ends.
@@ -79,7 +79,7 @@ def memory_of(books: Books) -> Memory:
             own = bucket_elements(chain, position, block, rank) * plan.itemsize
             parameters += own + sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
             if program.mode == "train":
-                gradients += own * position.reduced
+                gradients += own if position.reduced else sum(books.own[block.index].kept.gathered) * plan.itemsize
                 states = own * plan.recipe.optimizer_states
                 optimizer += -(-states // len(position.ranks)) if is_zero(plan, position) else states
     batch, control = _read(program, rank)

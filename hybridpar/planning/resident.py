@@ -52,7 +52,7 @@ class _Rank:
             most_before = max(most_before, before_small)
             most_large = max(most_large, before_large + within.large)
             if fresh:
-                gradients_large += self.parameters[action.block or 0][0].large
+                gradients_large += self._made_large(action.block or 0)
             before_large = large_now * self.workspaces.host + gradients_large
             before_small = saved + moving + gradients - before_large
             most_small, most_large = max(most_small, before_small), max(most_large, before_large)
@@ -61,6 +61,11 @@ class _Rank:
         most_small = max(most_small, most_before + most_backward)
         library_bytes = self.workspaces.profile.library_bytes * self.workspaces.host
         return round(max(small + large + most_small + most_large, self._building()) + library_bytes)
+
+    def _made_large(self, block: int) -> float:
+        """Return the large ones among the gradients that a block's first backward makes."""
+        own = self.books.own[block]
+        return self.workspaces.split(*(n * self.itemsize for use in own.kept.uses for n in use.made)).large
 
     def _persistent(self) -> Bytes:
         """Return what stays all through the step, in its classes."""
@@ -73,7 +78,8 @@ class _Rank:
             large += of_block.large
             if program.mode == "train":
                 bucket = bucket_elements(self.chain, position, own.block, self.rank) * self.itemsize
-                large += split(bucket).large * position.reduced
+                gathered = [] if position.reduced else [count * self.itemsize for count in own.kept.gathered]
+                large += split(bucket * position.reduced, *gathered).large
                 large += (
                     of_block.large
                     * plan.recipe.optimizer_states

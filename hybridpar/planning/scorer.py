@@ -36,9 +36,14 @@ class Scorer:
         self._bounds = Bounds(chain, self.costs)
         self._plans: dict[Draft, Plan] = {}
         self.reasons: dict[Draft, str] = {}
-        self.tried = 0
+        self._timed: set[Draft] = set()
         self.actions = 0
         """Actions of all programs that were compiled: the search's measure of its own work."""
+
+    @property
+    def tried(self) -> int:
+        """How many drafts were compiled and timed; a draft counts once."""
+        return len(self._timed)
 
     def score(self, draft: Draft, below: Score | None = None) -> Score:
         """Return a draft's score; one that is certain not to be ``below`` may come as its bound."""
@@ -72,7 +77,7 @@ class Scorer:
             self.reasons[draft] = str(e)
             return IMPOSSIBLE, True
         self.actions += len(program.sequence)
-        self.tried += 1
+        self._timed.add(draft)
         if below is not None and self.costs.contended:
             least = step_time_at_least(program, self.costs)
             if (0, least) >= below:

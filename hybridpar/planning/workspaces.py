@@ -32,7 +32,8 @@ class Workspaces:
 
     Args:
         profile: its workspace bytes per layer count where they are known. A backward takes one gradient of the
-            layer's largest parameter besides, which it makes before adding it to what is there.
+            layer's largest parameter besides, which it makes before adding it to what is there; not of weights
+            whose gradients gather in place.
         host: whether the device's memory is the host's.
 
     """
@@ -122,7 +123,7 @@ class _Passes:
             made = use.result != use.source and (i > 0 or self.block.index > 0)
             if made:
                 self._add(self.sizes[use.source])
-            sizes = [count * self.itemsize for count in use.parameters]
+            sizes = [count * self.itemsize for count in use.made]
             workspace = self._beyond(i, "backward")
             if fresh:
                 for size in sizes:
@@ -154,7 +155,7 @@ class _Passes:
         table = profile.layers[layer].forward_workspace_bytes
         if kind == "backward":
             table = profile.layers[layer].backward_workspace_bytes
-            gradients = self.chain.layers[layer].parameter_count * self.itemsize
+            gradients = (self.chain.layers[layer].parameter_count - self.chain.gathered[layer]) * self.itemsize
         if not table or not self.samples:
             return 0.0
         whole = tuple(max(0.0, size - gradients) for size in table[0])

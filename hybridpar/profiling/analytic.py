@@ -19,16 +19,16 @@ MICRO_BATCHES = tuple(2**i for i in range(11))
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-# Bytes moved per byte of parameters in an SGD step with momentum, as torch.optim.SGD's foreach path runs it in
-# three passes: buf *= momentum (read, write), buf += grad and param -= lr * buf (two reads, one write each).
-SGD_MOMENTUM_TRANSFERS = 8
+# Bytes moved per byte of parameters in an SGD step with momentum, as torch.optim.SGD's fused path runs it in one
+# pass: it reads parameter, gradient and momentum, and writes parameter and momentum.
+SGD_MOMENTUM_TRANSFERS = 5
 
 # Bytes moved per byte of logits in softmax cross-entropy: log-softmax reads and writes, and so does its backward.
 CROSS_ENTROPY_TRANSFERS = 4
 
 # Bytes moved per byte of a parameter's gradient: written once, then added onto the gradient of the micro-batches
-# before (two reads, one write).
-GRADIENT_TRANSFERS = 4
+# before (two reads, one write). Where it gathers in place (hybridpar.model.linear), the sum is read and written.
+GRADIENT_TRANSFERS, GATHERED_TRANSFERS = 4, 2
 
 # Bytes moved per element to hash a keyed dropout mask: 23 reads and writes of 4 bytes, counted in model/keyed.py.
 KEYED_MASK_BYTES = 92
@@ -69,14 +69,17 @@ def estimate(
         )
     rate, item_bytes = device.flops_per_s[dtype], ITEM_BYTES[dtype]
     layers = []
-    for i, layer in enumerate(chain.layers):
+    for i, (layer, gathered) in enumerate(zip(chain.layers, chain.gathered, strict=True)):
         shares = tuple(fractions) if layer.linear else (1.0,)
         forward = tuple(
             tuple(_forward(layer, b, share, item_bytes).time(device, rate) for b in micro_batches)
             for share in shares
         )
         backward = tuple(
-            tuple(_backward(layer, b, share, item_bytes, first=i == 0).time(device, rate) for b in micro_batches)
+            tuple(
+                _backward(layer, b, share, item_bytes, gathered, first=i == 0).time(device, rate)
+                for b in micro_batches
+            )
             for share in shares
         )
         layers.append(LayerProfile(layer.name, forward, backward))
@@ -110,11 +113,11 @@ def _forward(layer: Layer, samples: int, share: float, item_bytes: int) -> _Work
     return _Work(flops, moved_bytes, 1)
 
 
-def _backward(layer: Layer, samples: int, share: float, item_bytes: int, *, first: bool) -> _Work:
+def _backward(layer: Layer, samples: int, share: float, item_bytes: int, gathered: int, *, first: bool) -> _Work:
     """Count a backward: as many operations as the forward for each gradient, the input's and the parameters'.
 
     Reads the output's gradient, what the forward kept, and the parameters; writes the input's gradient, which the
-    first layer does not need, and adds onto the parameters'.
+    first layer does not need, and adds onto the parameters', of which ``gathered`` elements lie in place.
     """
     parameters = layer.parameter_count * share
     gradients = int(parameters > 0) + int(not first)
@@ -122,7 +125,7 @@ def _backward(layer: Layer, samples: int, share: float, item_bytes: int, *, firs
         return _Work(0.0, 0.0, 1)
     inputs, outputs = samples * layer.in_elements, samples * layer.out_elements * share
     elements = outputs * (1 + int(layer.saves_output)) + inputs * int(layer.saves_input)
-    elements += parameters * GRADIENT_TRANSFERS
+    elements += (parameters - gathered * share) * GRADIENT_TRANSFERS + gathered * share * GATHERED_TRANSFERS
     if not first:
         elements += inputs + parameters
     moved_bytes = elements * item_bytes + layer.saved.total_bytes(samples, item_bytes)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, starmap
 
 import torch
 from torch import nn
@@ -17,7 +17,17 @@ from hybridpar.host import packed_heap
 from hybridpar.model.chain import Layer
 from hybridpar.profiling.bench import Bench, Mark
 from hybridpar.profiling.record import interpolate
-from hybridpar.profiling.strands import Job, Made, Strand, accumulation_pass, calls, make, make_input, timed_pass
+from hybridpar.profiling.strands import (
+    Job,
+    Made,
+    Strand,
+    accumulation_pass,
+    calls,
+    gather_twice,
+    make,
+    make_input,
+    timed_pass,
+)
 from hybridpar.profiling.workspace import RESOLUTION_BYTES, Bytes, Gauge, watched_pass
 
 # Rounds through all sizes: so many must fit into the time, so many are enough, and further ones get a share of it.
@@ -84,7 +94,7 @@ def run_job(
         accumulate, zero = _rounds(bench, entries, began, share_s)
         yield Timed(entries, accumulate, zero), made
     finally:
-        nn.ModuleList(itertools.chain(*(modules for _, modules in made))).to_empty(device="meta")
+        nn.ModuleList(chain(*(modules for _, modules in made))).to_empty(device="meta")
         torch.cuda.empty_cache()
 
 
@@ -265,7 +275,8 @@ def _rounds(bench: Bench, entries: list[Entry], began: float, share_s: float) ->
         bench.progress(f"round {number + 1} through {len(entries)} sizes: {time.perf_counter() - began:.0f} s")
     if len(added) < LEAST_ROUNDS:
         bench.note(f"every size was timed in {len(added)} rounds instead of {LEAST_ROUNDS}: the time was over")
-    return [statistics.median(column) for column in zip(*added, strict=True)], statistics.median(zeroed)
+    typical = [max(0.0, statistics.median(column)) for column in zip(*added, strict=True)]
+    return typical, statistics.median(zeroed)
 
 
 def _accumulation(bench: Bench, entry: Entry) -> list[float]:
@@ -273,8 +284,14 @@ def _accumulation(bench: Bench, entry: Entry) -> list[float]:
     strand, modules = entry.made[0]
     layers, x = calls(bench, strand, modules, entry.size), make_input(bench, strand, entry.size)
     spans = accumulation_pass(bench, modules, layers, x)
+    doubled = [gather_twice(bench, module, entry.size) for module in modules]
     bench.wait()
-    return [sum(itertools.starmap(bench.seconds, own)) for own in spans]
+    added_s = [sum(starmap(bench.seconds, own)) for own in spans]
+    for own, pair in enumerate(doubled):
+        if pair is not None:
+            adding_s, overwriting_s = starmap(bench.seconds, pair)
+            added_s[own] = adding_s - overwriting_s
+    return added_s
 
 
 def _zeroing(bench: Bench, entry: Entry) -> float:

@@ -15,6 +15,7 @@ from hybridpar.model.chain import Chain, Layer, Parameter
 from hybridpar.model.copies import blank
 from hybridpar.model.footprint import set_keys
 from hybridpar.model.keyed import Keys
+from hybridpar.model.linear import GatheringLinear
 from hybridpar.profiling.bench import Bench, Mark
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -92,12 +93,21 @@ def make(job: Job, bench: Bench) -> Made:
             parameter.uniform_(-bound, bound)
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     assert isinstance(copied, nn.ModuleList)
-    known = dict(zip(job[main], copied, strict=True))
-    made: Made = [(main, list(copied))]
+    modules = [_as_in_training(*pair) for pair in zip(main.layers, copied, strict=True)]
+    known = dict(zip(job[main], modules, strict=True))
+    made: Made = [(main, modules)]
     for strand in others:
-        modules = [known[m] for m in job[strand]]
-        made.append((strand, modules if strand.share == 1.0 else [_narrow(strand, modules[0])]))
+        own = [known[m] for m in job[strand]]
+        made.append((strand, own if strand.share == 1.0 else [_narrow(strand, own[0])]))
     return made
+
+
+def _as_in_training(layer: Layer, module: nn.Module) -> nn.Module:
+    """Return a layer as the executor has it."""
+    if layer.linear is None:
+        return module
+    assert isinstance(module, nn.Linear)
+    return GatheringLinear(module.weight, module.bias)
 
 
 def _narrow(strand: Strand, full: nn.Module) -> nn.Module:
@@ -109,17 +119,17 @@ def _narrow(strand: Strand, full: nn.Module) -> nn.Module:
         outputs = part(outputs, strand.share)
     else:
         inputs = part(inputs, strand.share)
-    narrow = nn.Linear(inputs, outputs, linear.bias, device="meta")
-    for name, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
-        parameter = full.get_parameter(name) if name == "weight" or linear.bias else None
-        if parameter is None:
-            continue
-        count = math.prod(shape)
-        taken = nn.Parameter(parameter.detach().flatten()[:count].view(shape), parameter.requires_grad)
-        if parameter.grad is not None:
-            taken.grad = parameter.grad.flatten()[:count].view(shape)
-        setattr(narrow, name, taken)
-    return narrow
+    bias = _part_of(full.get_parameter("bias"), (outputs,)) if linear.bias else None
+    return GatheringLinear(_part_of(full.get_parameter("weight"), (outputs, inputs)), bias)
+
+
+def _part_of(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
+    """Return a parameter of ``shape`` at the begin of another's memory, with its gradient likewise."""
+    count = math.prod(shape)
+    taken = nn.Parameter(parameter.detach().flatten()[:count].view(shape), parameter.requires_grad)
+    if parameter.grad is not None:
+        taken.grad = parameter.grad.flatten()[:count].view(shape)
+    return taken
 
 
 def calls(bench: Bench, strand: Strand, modules: Sequence[nn.Module], size: int) -> list[Call]:
@@ -182,6 +192,27 @@ def timed_pass(clock: Clock, layers: Sequence[Call], x: torch.Tensor) -> list[tu
         ends.append(reached.get(i, ends[-1]))
     backward = [(begin, end) for end, begin in itertools.pairwise(ends[1:])]
     return list(itertools.chain(*zip(forward, backward, strict=True)))
+
+
+def gather_twice(clock: Clock, layer: nn.Module, size: int) -> list[tuple[Mark, Mark]] | None:
+    """Begin and end of a weight's gradient of ``size`` samples, added to the one there, and then in its place.
+
+    None where the layer does not gather it in place, or has none.
+    """
+    if not isinstance(layer, GatheringLinear) or layer.weight.grad is None:
+        return None
+    weight = layer.weight
+    x, gradient = (torch.rand(size, n, device=weight.device, dtype=weight.dtype) for n in weight.shape[::-1])
+    spans = []
+    with torch.no_grad():
+        for overwriting in (False, True):
+            if overwriting:
+                layer.home, weight.grad = weight.grad, None
+            begin = clock.mark()
+            layer.gather(gradient, x)
+            spans.append((begin, clock.mark()))
+    layer.home = None
+    return spans
 
 
 def accumulation_pass(

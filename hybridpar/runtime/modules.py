@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hybridpar.model.deferred import Source
 from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.linear import GatheringLinear
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Block, Position, Span
 
@@ -27,23 +27,8 @@ class Owned:
     dim: int | None = None
     """The dim along which this is a slice; None: the whole parameter."""
     start: int = 0
-
-
-class ShardedLinear(nn.Module):
-    """A slice of a linear layer.
-
-    By columns it takes all input features and gives a slice of the outputs. By rows it takes a slice of the input
-    features and gives summands of all outputs; the bias belongs to the first shard's summand.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (samples, in) to (samples, out)."""
-        return F.linear(x, self.weight, self.bias)
+    layer: GatheringLinear | None = None
+    """The layer that gathers this weight's gradient by itself."""
 
 
 class BlockModules(nn.Module):
@@ -122,7 +107,12 @@ class ModuleFactory:
             memo[id(parameter)] = self._made[name]
         for local, buffer in module.named_buffers():
             memo[id(buffer)] = self._value(names[local]).to(self._device)
-        return copy.deepcopy(module, memo), owned
+        made = copy.deepcopy(module, memo)
+        if isinstance(made, nn.Linear) and self._traced.chain.layers[index].linear:
+            made = GatheringLinear(made.weight, made.bias)
+            if self._traced.chain.gathered[index]:
+                owned[0] = replace(owned[0], layer=made)
+        return made, owned
 
     def _sharded(self, index: int, span: Span, *, first: bool) -> tuple[nn.Module, list[Owned]]:
         names = self._traced.names[index]
@@ -133,10 +123,11 @@ class ModuleFactory:
             bias = self._value(names["bias"])[start:stop].clone().to(self._device)
         elif "bias" in names and first:
             bias = self._value(names["bias"]).to(self._device)
-        layer = ShardedLinear(weight, bias)
+        layer = GatheringLinear(weight, bias)
         for local, parameter in layer.named_parameters():
             parameter.requires_grad_(self._traced.modules[index].get_parameter(local).requires_grad)
-        owned = [Owned(names["weight"], layer.weight, dim, start)]
+        gathers = layer if self._traced.chain.gathered[index] else None
+        owned = [Owned(names["weight"], layer.weight, dim, start, gathers)]
         if layer.bias is not None:
             owned.append(Owned(names["bias"], layer.bias, *((0, start) if span.mode == "column" else (None, 0))))
         return layer, owned

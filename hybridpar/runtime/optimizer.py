@@ -18,10 +18,14 @@ Rate = Callable[[int], float]
 """Learning rate of a step, counted from 0."""
 
 _PROBE_SIZE = 64
+_FUSED = {"SGD", "Adam", "AdamW"}
+"""They update in one pass through memory on CPU and GPU, if told so; else in up to a dozen."""
+_WAYS = {"fused", "foreach", "differentiable"}
+"""Options that say how to update: of a user who gives one, the others stay torch's."""
 
 
 def make_factory(config: OptimizerConfig) -> OptimizerFactory:
-    """Return a function from parameters to their optimizer.
+    """Return a function from parameters to their optimizer, a fused one if torch has it and the options let it.
 
     Raises ConfigError for a name that is no class of ``torch.optim``, for an option that the class does not have
     or refuses, and for a class that cannot update a plain parameter from its gradient alone (LBFGS, SparseAdam).
@@ -73,10 +77,13 @@ def _factory(config: OptimizerConfig) -> OptimizerFactory:
     kind = _kind(config.name)
     names = [p for p in inspect.signature(kind).parameters if p not in {"params", "lr"}]
     check_options(config.name, config.options, names)
+    options = dict(config.options)
+    if config.name in _FUSED and not _WAYS & options.keys():
+        options["fused"] = True
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         try:
-            return kind(parameters, lr=config.lr, **config.options)
+            return kind(parameters, lr=config.lr, **options)
         except (TypeError, ValueError) as e:
             raise _unusable(config, e) from e
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hybridpar.planning.blocks import Position
-from hybridpar.runtime.modules import BlockModules
+from hybridpar.runtime.modules import BlockModules, Owned
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -38,8 +38,9 @@ class Updater:
     """Gradients and optimizers of one rank.
 
     ``rank`` is its number in plan replica ``replica``, ``positions`` are its own. Positions that are reduced keep
-    their gradients in one flat bucket per block, as views, so that a reduction copies nothing. ``max_norm`` clips
-    by the global norm as ``torch.nn.utils.clip_grad_norm_`` does.
+    their gradients in one flat bucket per block, as views, so that a reduction copies nothing. Gradients that a
+    layer gathers by itself have their place from the start, in a bucket or not. ``max_norm`` clips by the global
+    norm as ``torch.nn.utils.clip_grad_norm_`` does.
     """
 
     def __init__(
@@ -57,28 +58,43 @@ class Updater:
         self._parameters: dict[int, list[nn.Parameter]] = {p.index: [] for p in positions}
         self._buckets: dict[int, torch.Tensor] = {}
         self._views: list[tuple[nn.Parameter, torch.Tensor]] = []
+        """Of buckets: backwards add to them."""
+        self._gathered: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+        """Of a block's bucket: the first backward of a step overwrites them."""
         by_index = {p.index: p for p in positions}
         for index, modules in sorted(blocks.items()):
             position = by_index[modules.block.position]
             parameters = [o.tensor for o in modules.owned if o.tensor.requires_grad]
             self._parameters[position.index] += parameters
-            if position.reduced and position.index not in self._engines:
-                self._buckets[index] = self._flatten([o.tensor for o in modules.owned])
+            if position.index in self._engines:
+                continue
+            if position.reduced:
+                self._buckets[index] = self._flatten(index, modules.owned)
+                continue
+            for o in modules.owned:
+                if o.layer is not None and o.tensor.requires_grad:
+                    o.layer.home = torch.empty_like(o.tensor, requires_grad=False)
         self.optimizers = {
             index: optimizer(parameters)
             for index, parameters in self._parameters.items()
             if parameters and index not in self._engines
         }
 
-    def _flatten(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        total = sum(p.numel() for p in parameters)
-        first = next(iter(parameters), None)
-        flat = torch.zeros(total) if first is None else first.new_zeros(total)
-        at = 0
-        for p in parameters:
-            if p.requires_grad:
-                self._views.append((p, flat[at : at + p.numel()].view_as(p)))
-            at += p.numel()
+    def _flatten(self, block: int, owned: list[Owned]) -> torch.Tensor:
+        total = sum(o.tensor.numel() for o in owned)
+        first = next((o.tensor for o in owned), torch.empty(0))
+        flat, at = first.new_zeros(total), 0
+        gathered = self._gathered[block] = []
+        for o in owned:
+            place = flat[at : at + o.tensor.numel()].view_as(o.tensor)
+            at += o.tensor.numel()
+            if not o.tensor.requires_grad:
+                continue
+            if o.layer is None:
+                self._views.append((o.tensor, place))
+            else:
+                o.layer.home = place
+                gathered.append((o.tensor, place))
         return flat
 
     def zero(self) -> None:
@@ -87,8 +103,8 @@ class Updater:
             optimizer.zero_grad(set_to_none=True)
         for engine in self._engines.values():
             engine.zero()
-        for bucket in self._buckets.values():
-            bucket.zero_()
+        if self._views:
+            torch._foreach_zero_([view for _, view in self._views])
         for parameter, view in self._views:
             parameter.grad = view
 
@@ -101,7 +117,10 @@ class Updater:
             engine.set_rate(rate)
 
     def bucket(self, block: int) -> torch.Tensor:
-        """Return the flat gradients of a block, to be summed over its replicas in place."""
+        """Return a block's flat gradients after its last backward, to be summed over its replicas in place."""
+        for parameter, place in self._gathered[block]:
+            if parameter.grad is None:  # the rank had no samples
+                parameter.grad = place.zero_()
         return self._buckets[block]
 
     def squared_norm(self) -> torch.Tensor:

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.workspaces import MAPPED_BYTES, Workspaces
-from tests.unit.test_simulate import SMALL, front, make_plan, profile_of
+from tests.unit.test_simulate import SMALL, front, linear, make_plan, profile_of
 
 PROFILE = profile_of(SMALL, 1.0, 1.0)
 DEVICE = Workspaces(PROFILE, host=False)
@@ -25,23 +26,31 @@ def program_with(micro_batch: int, *ranks: int) -> Program:
 
 def test_a_single_backward_keeps_the_gradients_that_it_makes() -> None:
     """Of four samples, in the activation: its output (5 numbers each), the gradients of logits (2),
-    output (5) and input (5), and those of the last layer's parameters (12 numbers)."""
+    output (5) and input (5), and that of the last layer's bias (2 numbers): its weight's is there."""
     program = program_with(4, 0)
-    assert peak_per_rank(program, DEVICE)[0] - memory(program, 0).persistent == 8 * (4 * (5 + 2 + 5 + 5) + 12)
+    assert peak_per_rank(program, DEVICE)[0] - memory(program, 0).persistent == 8 * (4 * (5 + 2 + 5 + 5) + 2)
 
 
-def test_a_gradient_is_made_beside_the_one_it_is_added_to() -> None:
-    """Of two samples, in the last layer: all gradients are there, and the weight's (10 numbers) is made again."""
-    program = program_with(2, 0)
+@pytest.mark.parametrize("gathers", [True, False])
+def test_a_gradient_is_made_beside_the_one_it_is_added_to(*, gathers: bool) -> None:
+    """Of two samples, in the last layer: all gradients are there, and the weight's (20 numbers) is made again.
+
+    If it gathers in place, the most there is lives in the activation: as above.
+    """
+    last = linear("b", 5, 4)
+    chain = Chain("wide", (*SMALL.layers[:2], last if gathers else replace(last, linear=None)))
+    plan = make_plan(chain, front(2, 0, layers=(0, 3)), world=1, global_batch=4)
+    program = compile_program(plan, chain, 4, "train")
     all_gradients = memory(program, 0).accumulated[-1]
-    found = peak_per_rank(program, DEVICE)[0] - memory(program, 0).persistent
-    assert found == all_gradients + 8 * (2 * (5 + 2 + 5) + 10)
+    device = Workspaces(profile_of(chain, 1.0, 1.0), host=False)
+    found = peak_per_rank(program, device)[0] - memory(program, 0).persistent
+    assert found == all_gradients + 8 * (2 * (5 + 4 + 5 + 5) if gathers else 2 * (5 + 4 + 5) + 20)
 
 
 @pytest.mark.parametrize("ranks", [(0,), (0, 1)])
 def test_measured_workspace_counts_once(ranks: tuple[int, ...]) -> None:
-    """A profile's backward holds the gradient already; what it has beyond that comes on top."""
-    gradient = SMALL.layers[0].parameter_count * 8
+    """A profile's backward holds the bias's gradient already; what it has beyond that comes on top."""
+    gradient = SMALL.layers[0].parameters[1].count * 8
     layers = list(PROFILE.layers)
 
     def peak(beyond: int) -> int:

@@ -528,8 +528,8 @@ EDITS: list[tuple[str, Any, str]] = [
     ("stages.2.sharding", [], "plan.tail.sharding"),
     ("stages.2.sharding", ["diagonal"], "plan.stages[2].sharding[0]: 'diagonal'"),
     ("stages.0.segments", [], "plan.front.segments"),
-    ("stages.0.segments.0.layers", [0, 8], "plan.middle.segments[0].layers"),
-    ("stages.0.segments.0.layers", [1, 7], "plan.front.segments[0].layers"),
+    ("stages.0.segments.0.layers", [0, 11], "plan.middle.segments[0].layers"),
+    ("stages.0.segments.0.layers", [1, 10], "plan.front.segments[0].layers"),
     ("stages.0.segments.0.layers", [0], "plan.stages[0].segments[0].layers: expected 2 values"),
     ("stages.0.segments.0.layers.1", 0, "plan.front.segments[0].layers"),
     ("stages.2.segments.0.layers.1", 25, "plan.stages: 25 must end at layer 24"),
@@ -567,8 +567,8 @@ def test_an_unedited_plan_is_the_one_that_the_edits_start_from() -> None:
     """The messages above depend on it."""
     plan = planned("three_stage").plan
     assert [(s.kind, s.layers, s.degree) for s in plan.stages] == [
-        ("front", (0, 7), 2),
-        ("middle", (7, 23), 2),
+        ("front", (0, 10), 2),
+        ("middle", (10, 23), 2),
         ("tail", (23, 24), 2),
     ]
     Plan.from_data(to_data(plan), CHAIN)

@@ -490,7 +490,8 @@ def test_a_simulation_is_a_pure_function() -> None:
 # Memory
 
 SMALL = Chain("small", (linear("a", 3, 5), relu("r", 5), linear("b", 5, 2)))
-SMALL_PARAMETER_BYTES = 8 * (3 * 5 + 5 + 5 * 2 + 2)
+SMALL_WEIGHT_BYTES, SMALL_BIAS_BYTES = 8 * (3 * 5 + 5 * 2), 8 * (5 + 2)
+SMALL_PARAMETER_BYTES = SMALL_WEIGHT_BYTES + SMALL_BIAS_BYTES
 
 
 def small_plan(*ranks: int, **fields: object) -> Plan:
@@ -509,11 +510,11 @@ def test_a_peak_by_hand() -> None:
     """
     counted = memory(small_program(0), 0)
     assert (counted.parameters, counted.optimizer) == (SMALL_PARAMETER_BYTES,) * 2
-    assert counted.gradients == 0, "not in buckets"
+    assert counted.gradients == SMALL_WEIGHT_BYTES, "they gather in place, though in no bucket"
     assert counted.batch == 4 * 3 * 8
     assert counted.control == 4 * 8 + 4 * 8 + 4 * 8, "the step's labels, the own ones, and four metrics"
     first = [a.kind for a in small_program(0).actions[0]].index("backward")
-    assert counted.accumulated == (0,) * first + (SMALL_PARAMETER_BYTES,) * (len(counted.saved) - first)
+    assert counted.accumulated == (0,) * first + (SMALL_BIAS_BYTES,) * (len(counted.saved) - first)
     live = 2 * 5 * 8 + 2 * 2 * 8 + 2 * 3 * 8
     """With the second micro-batch's figures for its loss, while the first one's gradients are there."""
     assert counted.peak == 3 * SMALL_PARAMETER_BYTES + counted.batch + counted.control + live
@@ -530,7 +531,8 @@ def test_fill_and_drain_keeps_all_micro_batches() -> None:
 def test_optimizer_states_are_counted(states: int) -> None:
     counted = memory(small_program(0, recipe=Recipe(optimizer_states=states)), 0)
     assert counted.optimizer == states * SMALL_PARAMETER_BYTES
-    assert counted.persistent == (1 + states) * SMALL_PARAMETER_BYTES + counted.batch + counted.control
+    always = SMALL_WEIGHT_BYTES + counted.batch + counted.control
+    assert counted.persistent == (1 + states) * SMALL_PARAMETER_BYTES + always
 
 
 def test_zero1_divides_the_states_of_the_front_s_replicas() -> None:
