@@ -44,6 +44,7 @@ class Costs:
         self.profile, self.cluster = profile, cluster
         self.workspaces = Workspaces(profile, host=cluster.device.kind == "cpu")
         self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool], float] = {}
+        self._saved: dict[tuple[Interval, tuple[Span, ...], bool], float] = {}
         self._held: dict[tuple[Interval, tuple[Span, ...]], float] = {}
         self._operations: dict[tuple[str, tuple[int, ...], int], float] = {}
         fitted = (link for level in cluster.collectives.values() for link in level.values())
@@ -102,8 +103,13 @@ class Costs:
         It finds no gradients to add to. Those that are reduced lie in a bucket of zeros, to which it does add,
         apart from weights whose gradients gather in place: it overwrites them.
         """
-        layers = (i for i in range(*block.layers) if chain.gathered[i] or not position.reduced)
-        return sum(self.profile.accumulate_time(i, block.fraction(chain, index, i)) for i in layers)
+        key = (block.layers, block.spans[index] if block.spans else (), position.reduced)
+        if key not in self._saved:
+            layers = (i for i in range(*block.layers) if chain.gathered[i] or not position.reduced)
+            self._saved[key] = sum(
+                self.profile.accumulate_time(i, block.fraction(chain, index, i)) for i in layers
+            )
+        return self._saved[key]
 
     def opening(self, program: Program, rank: int) -> float:
         """Return the seconds for setting a rank's buckets to zero at the begin of a step.
