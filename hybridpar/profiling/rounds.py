@@ -183,9 +183,14 @@ def _expected_s(entries: list[Entry], strand: Strand, size: int) -> float:
 def need_bytes(job: Job, active: Sequence[Strand], samples: int, item_bytes: int) -> float:
     """Bytes of parameters, gradients, one gradient to be added; activations, saved values, a layer's gradients."""
     main = next(iter(job))
-    counts = [layer.parameter_count for layer in main.layers]
+    counts, made = [layer.parameter_count for layer in main.layers], [_made(layer) for layer in main.layers]
     moving = max(_moving_bytes(strand.layers, samples, item_bytes) for strand in active)
-    return (2 * sum(counts) + max(counts)) * item_bytes + moving
+    return (2 * sum(counts) + max(made)) * item_bytes + moving
+
+
+def _made(layer: Layer) -> int:
+    """Parameter elements whose gradients a backward makes before it adds them: not a linear layer's weight."""
+    return sum(p.count for p in layer.parameters[layer.linear is not None :])
 
 
 def _moving_bytes(layers: Sequence[Layer], samples: int, item_bytes: int) -> float:
@@ -197,9 +202,7 @@ def _moving_bytes(layers: Sequence[Layer], samples: int, item_bytes: int) -> flo
 
 def _beyond_gradient(entry: Entry, strand: Strand, item_bytes: int) -> float:
     pairs = zip(strand.layers, entry.watched.get(strand, ()), strict=False)
-    return max(
-        (max(b.forward, b.backward - layer.parameter_count * item_bytes) for layer, b in pairs), default=0.0
-    )
+    return max((max(b.forward, b.backward - _made(layer) * item_bytes) for layer, b in pairs), default=0.0)
 
 
 def _workspace_bytes(active: Sequence[Strand], entries: list[Entry], size: int, item_bytes: int) -> float:

@@ -277,3 +277,21 @@ def test_a_warm_up_that_never_ends_is_refused() -> None:
 def test_known_options_are_those_of_torch(name: str) -> None:
     arguments = set(inspect.signature(getattr(torch.optim, name)).parameters)
     assert set(OPTIMIZER_OPTIONS[name]) == arguments - {"params", "lr"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fused"),
+    [
+        ("SGD", {"momentum": 0.9}, True),
+        ("Adam", {}, True),
+        ("AdamW", {"weight_decay": 0.1}, True),
+        ("AdamW", {"fused": False}, False),
+        ("SGD", {"foreach": True}, None),
+        ("RMSprop", {}, None),
+    ],
+)
+def test_an_optimizer_is_fused_where_the_options_leave_it_open(
+    name: str, options: dict[str, object], fused: bool | None
+) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert make_factory(OptimizerConfig(name, 0.1, options))([parameter]).defaults.get("fused") is fused

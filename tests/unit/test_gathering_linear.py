@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from hybridpar.model.deferred import defer
 from hybridpar.model.linear import GatheringLinear
+from hybridpar.model.trace import trace
+from hybridpar.planning.blocks import blocks, positions
+from hybridpar.planning.plan import Plan, Segment, Stage
+from hybridpar.runtime.modules import ModuleFactory
+from hybridpar.runtime.update import Updater
 
 SIZES = (1, 3, 2)
 
@@ -88,3 +94,27 @@ def test_a_frozen_weight_keeps_no_input_and_gets_no_gradient() -> None:
     assert gathering.weight.grad is None
     assert gathering.bias is not None
     assert gathering.bias.grad is not None
+
+
+def test_a_weight_that_other_layers_share_has_no_home() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(4, 3))
+    assert trace(model, (4,), "tied").chain.gathered == (0, 0, 0, 0, 12)
+
+
+def test_a_rank_without_samples_adds_nothing_to_the_sum() -> None:
+    """What the bucket holds of the step before must not be summed again."""
+    traced = trace(nn.Sequential(nn.Linear(3, 2)), (3,), "one")
+    plan = Plan("one", traced.chain.fingerprint, 2, 2, "float64", (Stage("front", 1, (Segment((0, 1), (0, 1)),)),))
+    factory = ModuleFactory(
+        traced, defer(lambda: nn.Sequential(nn.Linear(3, 2))), 0, torch.float64, torch.device("cpu")
+    )
+    (position,), (block,) = positions(plan), blocks(plan, traced.chain)
+    modules = factory.make(block, position, 0)
+    updater = Updater(0, (position,), {0: modules}, lambda p: torch.optim.SGD(p, lr=0.1), None)
+    for samples in (1, 0):
+        updater.zero()
+        if samples:
+            modules(torch.rand(samples, 3, dtype=torch.float64), None).sum().backward()
+        assert bool(updater.bucket(0).any()) == bool(samples)
+        assert all(o.tensor.grad is not None for o in modules.owned)
