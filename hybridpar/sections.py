@@ -99,7 +99,8 @@ class PlanConfig:
     middle: Pin = field(default_factory=Pin)
     tail: Pin = field(default_factory=Pin)
     order: OrderRule | None = None
-    bucket_bytes: int = 8 * 2**20
+    bucket_bytes: int | None = None
+    """Least bytes of a gradient bucket; None: the planner's choice."""
     distinct: bool = False
     """Only plans whose stages all have different micro-batch sizes."""
     least_micro_batch: int = 1
@@ -112,8 +113,8 @@ class PlanConfig:
     """Least and greatest global batch of a front of throughput against memory; None: one plan."""
 
     def __post_init__(self) -> None:
-        if self.bucket_bytes < 1:
-            raise PlanError(f"bucket_bytes: {self.bucket_bytes} is below 1; give a number of bytes")
+        if self.bucket_bytes is not None and self.bucket_bytes < 1:
+            raise PlanError(f"bucket_bytes: {self.bucket_bytes} is below 1; give a number of bytes, or null")
         if self.replicas is not None and self.replicas < 1:
             raise PlanError(f"replicas: {self.replicas} is below 1; give a number of plan replicas, or null")
         if (

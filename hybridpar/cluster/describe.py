@@ -116,6 +116,7 @@ def from_mapping(data: Mapping[str, Any], where: str = "cluster") -> Cluster:
       ``cores`` (null: each rank has its own), ``rack``, ``site``, ``speed`` (1, or one number per device) and
       ``memory_bytes`` (null: the device's)
     - ``links``: level (node, rack, site, wan) to ``latency_s``, ``bytes_per_s``, ``contention`` (0),
+      ``latency_contention`` (null: as that),
       ``reverse_latency_s`` and ``reverse_bytes_per_s`` (null: as forward)
     - ``collectives``: level and operation to fitted ``latency_s`` and ``bytes_per_s``; may be left out
     - ``all_reduce``: the library's algorithm (ring)

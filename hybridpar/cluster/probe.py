@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hybridpar.cluster.fit import Fit, fit
-from hybridpar.cluster.probed import Direction, Overlap, Probed, Series, rounded
+from hybridpar.cluster.probed import Direction, Overlap, Probed, Series, limited, rounded
 from hybridpar.cluster.survey import groups_of, levels_of, line, pair_rounds
 from hybridpar.cluster.topology import COLLECTIVES, Cluster, Collective, Level, Link
 from hybridpar.cluster.transport import ACK_BYTES, Pending, Transport, What
@@ -27,7 +27,12 @@ MESSAGE_BYTES = tuple(2**i for i in range(10, 26, 3))
 """1 KiB to 32 MiB."""
 COLLECTIVE_BYTES = tuple(2**i for i in (10, 14, 18, 21, 24, 26))
 """Of the whole vector; the largest does not fit into the caches of a CPU, as gradients do not."""
-OVERLAP_BYTES = 2**20
+OVERLAP_BYTES = (2**16, 2**24)
+"""Of communication during which a computation goes on: mostly latency, and mostly transfer."""
+LEAST_OVERLAP_BYTES = 2**20
+"""The second one shrinks to this where the link is slow."""
+APART = 0.2
+"""The shares of latency at both sizes must differ by this, or latency and transfer are not told apart."""
 
 LEAST_SIZES, ENOUGH_SIZES = 2, 3
 """Measured of every series, however slow the link is, and while there is time left."""
@@ -38,7 +43,7 @@ BLOCKS = 9
 MOST_IN_BLOCK = 256
 _TICK_S = 1e-9
 """No time is shorter to a clock."""
-OVERLAP_ROUNDS = 5
+OVERLAP_ROUNDS = 3
 OVERLAP_S = 0.2
 """Communication lasts at most so long while a computation goes on for twice as long."""
 UNEQUAL = 0.05
@@ -231,26 +236,40 @@ class _Probe:
         self.series.append(Series(level, what, direction, n, sizes, times, fit(samples)))
 
     def _overlap(self, level: Level, what: What, groups: Sequence[tuple[int, ...]]) -> None:
-        """Time a computation by itself and during communication that takes half as long."""
-        shares = len(self.levels) * (1 + len(COLLECTIVES)) * OVERLAP_ROUNDS
+        """Time a computation by itself and during communication that takes half as long, at both sizes."""
+        shares = len(self.levels) * (1 + len(COLLECTIVES)) * OVERLAP_ROUNDS * len(OVERLAP_BYTES)
         length_s = min(OVERLAP_S, OVERLAP_SHARE * self.budget_s / shares / 6)
+        self.report(f"computing during {what}, level {level}")
+        for size in OVERLAP_BYTES:
+            payload_bytes = size
+            while payload_bytes > LEAST_OVERLAP_BYTES and self._predicted_s(level, what, payload_bytes) > length_s:
+                payload_bytes //= 2
+            if not self._overlap_at(level, what, groups, payload_bytes, length_s):
+                self.unmeasured.append(f"contention of {what} on level {level}: the budget is spent")
+                return
+
+    def _overlap_at(
+        self, level: Level, what: What, groups: Sequence[tuple[int, ...]], payload_bytes: int, length_s: float
+    ) -> bool:
+        """Measure an overlap at one size; returns whether there was time for it."""
         own = next((group for group in groups if self.transport.rank in group), None)
-        one_s = self._predicted_s(level, what)
+        one_s = self._predicted_s(level, what, payload_bytes)
         count = max(1, min(MOST_IN_BLOCK, round(length_s / one_s)))
         if self._left_s() < 6 * OVERLAP_ROUNDS * count * one_s:
-            self.unmeasured.append(f"contention of {what} on level {level}: the budget is spent")
-            return
-        self.report(f"computing during {what}, level {level}")
+            return False
         iterations = max(1, round(2 * count * one_s / self.unit_s))
-        figures = [self._lost_s(what, own, count, iterations) for _ in range(OVERLAP_ROUNDS)]
+        figures = [self._lost_s(what, own, payload_bytes, count, iterations) for _ in range(OVERLAP_ROUNDS)]
         everyone = self.transport.gather(
             None if own is None else tuple(statistics.median(column) for column in zip(*figures, strict=True))
         )
         parts = [part for part in everyone if part is not None]
         lost_s, communication_s = (statistics.fmean(part[i] for part in parts) for i in (0, 1))
-        self.overlaps.append(Overlap(level, what, lost_s * self._rate(groups), communication_s))
+        self.overlaps.append(Overlap(level, what, payload_bytes, lost_s * self._rate(groups), communication_s))
+        return True
 
-    def _lost_s(self, what: What, own: tuple[int, ...] | None, count: int, iterations: int) -> tuple[float, float]:
+    def _lost_s(
+        self, what: What, own: tuple[int, ...] | None, payload_bytes: int, count: int, iterations: int
+    ) -> tuple[float, float]:
         """Return the seconds that a computation lost to communication, and how long that took by itself.
 
         Both count for the part of the communication that went on during the computation.
@@ -258,7 +277,7 @@ class _Probe:
         transport = self.transport
 
         def start() -> Pending:
-            return transport.start(what, own or (), OVERLAP_BYTES, count)
+            return transport.start(what, own or (), payload_bytes, count)
 
         transport.gather(None)
         if own is None:
@@ -283,12 +302,12 @@ class _Probe:
 
     # The result
 
-    def _predicted_s(self, level: Level, what: What) -> float:
-        """Return the greatest fitted time of one communication of the size that overlaps."""
+    def _predicted_s(self, level: Level, what: What, payload_bytes: int) -> float:
+        """Return the greatest fitted time of one communication of a size."""
         times = []
         for s in self.series:
             if (s.level, s.what) == (level, what):
-                sample = line(what, s.ranks, OVERLAP_BYTES, 1.0)
+                sample = line(what, s.ranks, payload_bytes, 1.0)
                 times.append(s.fit.seconds(sample.messages, sample.payload_bytes))
         return max(times)
 
@@ -301,7 +320,7 @@ class _Probe:
             fitted = {}
             for s in self.series:
                 if s.level == level and s.what != "message":
-                    fitted[str(s.what)] = _link(s.fit, self._contention(level, s.what))
+                    fitted[str(s.what)] = replace(_link(s.fit), **self._contention(level, s.what))
             collectives[str(level)] = fitted
         nodes, first = [], 0
         for node in self.cluster.nodes:
@@ -310,11 +329,29 @@ class _Probe:
             first += node.devices
         return replace(self.cluster, nodes=tuple(nodes), links=links, collectives=collectives)
 
-    def _contention(self, level: Level, what: What) -> float:
-        """Return the measured share; where there was no time for it, the all-reduce's, the messages' or 0."""
-        found = {o.what: o.contention for o in self.overlaps if o.level == level}
+    def _contention(self, level: Level, what: What) -> dict[str, float]:
+        """Return the link's fields of contention, of latency and of transfer where both were measured.
+
+        Where there was no time for any, the all-reduce's, the messages' or none. A communication of which the
+        share a is latency has contention ``a latency_contention + (1 - a) contention``; two sizes tell both.
+        """
         known: tuple[What, ...] = (what, "all_reduce", "message")
-        return rounded(next((found[w] for w in known if w in found), 0.0))
+        own = next((w for w in known if any((o.level, o.what) == (level, w) for o in self.overlaps)), what)
+        found = [(o, self._waiting(o)) for o in self.overlaps if (o.level, o.what) == (level, own)]
+        if not found:
+            return {}
+        (small, waiting), (large, less) = found[0], found[-1]
+        if waiting - less < APART:
+            return {"contention": rounded(large.contention)}
+        slope = (small.contention - large.contention) / (waiting - less)
+        transfer = limited(large.contention - less * slope)
+        return {"contention": rounded(transfer), "latency_contention": rounded(limited(transfer + slope))}
+
+    def _waiting(self, overlap: Overlap) -> float:
+        """Return the share of latency in a communication that a computation overlapped."""
+        level, what = overlap.level, overlap.what
+        whole_s = self._predicted_s(level, what, overlap.payload_bytes)
+        return self._predicted_s(level, what, 0) / whole_s if whole_s else 0.0
 
     def _link(self, level: Level) -> Link:
         """Fit one line to both directions, or one to each where large messages differ by more than noise."""
@@ -327,7 +364,8 @@ class _Probe:
         if max(ratio, 1 / ratio) - 1 > 2 * UNEQUAL + forward.fit.median_error + reverse.fit.median_error:
             back = _link(reverse.fit)
             return replace(
-                _link(forward.fit, contention),
+                _link(forward.fit),
+                **contention,
                 reverse_latency_s=back.latency_s,
                 reverse_bytes_per_s=back.bytes_per_s,
             )
@@ -336,11 +374,11 @@ class _Probe:
             for s in (forward, reverse)
             for size, seconds in zip(s.payload_bytes, s.seconds, strict=True)
         ]
-        return _link(fit(samples), contention)
+        return replace(_link(fit(samples)), **contention)
 
 
-def _link(line: Fit, contention: float = 0.0) -> Link:
-    return Link(rounded(line.latency_s), rounded(line.bytes_per_s), contention)
+def _link(line: Fit) -> Link:
+    return Link(rounded(line.latency_s), rounded(line.bytes_per_s))
 
 
 def _spread(values: Sequence[float]) -> float:

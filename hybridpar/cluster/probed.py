@@ -33,6 +33,7 @@ class Overlap:
 
     level: Level
     what: What
+    payload_bytes: int
     lost_s: float
     """Of computation, in seconds of a core of its own where ranks share cores."""
     communication_s: float
@@ -41,7 +42,7 @@ class Overlap:
     @property
     def contention(self) -> float:
         """Lost seconds of computation per second of communication."""
-        return min(MOST_CONTENTION, max(0.0, self.lost_s / self.communication_s))
+        return limited(self.lost_s / self.communication_s)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Probed:
                     {
                         "level": o.level,
                         "what": o.what,
+                        "payload_bytes": o.payload_bytes,
                         "lost_s": rounded(o.lost_s),
                         "communication_s": rounded(o.communication_s),
                     }
@@ -97,3 +99,8 @@ class Probed:
 def rounded(value: float) -> float:
     """Round to the four digits that a measurement deserves."""
     return float(f"{value:.4g}")
+
+
+def limited(contention: float) -> float:
+    """Return a measured contention within what a cluster takes."""
+    return min(MOST_CONTENTION, max(0.0, contention))

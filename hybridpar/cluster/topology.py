@@ -84,6 +84,9 @@ class Link:
     is free, with 1 computing stands still meanwhile, above 1 both at once take longer than one after the other."""
     reverse_latency_s: float | None = None
     reverse_bytes_per_s: float | None = None
+    latency_contention: float | None = None
+    """Likewise per second of latency: waking threads up costs other computation than copying bytes; None: as
+    ``contention``."""
 
     def __post_init__(self) -> None:
         for latency_s, bytes_per_s in ((self.latency_s, self.bytes_per_s), self._reverse):
@@ -92,11 +95,12 @@ class Link:
                     f"a link of latency_s={latency_s} and bytes_per_s={bytes_per_s} "
                     "cannot be; latency is at least 0 and bandwidth above 0"
                 )
-        if not 0 <= self.contention <= MOST_CONTENTION:
-            raise ClusterError(
-                f"contention: {self.contention} is not in 0..{MOST_CONTENTION:g}; it is the seconds of computing "
-                "that are lost per second of communication"
-            )
+        for name, value in (("contention", self.contention), ("latency_contention", self._waiting)):
+            if not 0 <= value <= MOST_CONTENTION:
+                raise ClusterError(
+                    f"{name}: {value} is not in 0..{MOST_CONTENTION:g}; it is the seconds of computing "
+                    "that are lost per second of communication"
+                )
 
     @property
     def _reverse(self) -> tuple[float, float]:
@@ -104,6 +108,19 @@ class Link:
             self.latency_s if self.reverse_latency_s is None else self.reverse_latency_s,
             self.bytes_per_s if self.reverse_bytes_per_s is None else self.reverse_bytes_per_s,
         )
+
+    @property
+    def _waiting(self) -> float:
+        return self.contention if self.latency_contention is None else self.latency_contention
+
+    @property
+    def contends(self) -> bool:
+        """Whether computation loses anything to communication."""
+        return max(self.contention, self._waiting) > 0
+
+    def lost(self, latency_s: float, transfer_s: float) -> float:
+        """Seconds of computation that a rank loses during so many seconds of latency and of transfer."""
+        return self._waiting * latency_s + self.contention * transfer_s
 
     def time(self, payload_bytes: float, reverse: bool = False) -> float:
         """Seconds to move ``payload_bytes``; ``reverse``: from a higher to a lower rank."""

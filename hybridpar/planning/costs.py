@@ -47,8 +47,9 @@ class Costs:
         self._saved: dict[tuple[Interval, tuple[Span, ...], bool], float] = {}
         self._held: dict[tuple[Interval, tuple[Span, ...]], float] = {}
         self._operations: dict[tuple[str, tuple[int, ...], int], float] = {}
+        self._contentions: dict[tuple[str, tuple[int, ...], int], float] = {}
         fitted = (link for level in cluster.collectives.values() for link in level.values())
-        self._contention = any(link.contention for link in (*cluster.links.values(), *fitted))
+        self._contention = any(link.contends for link in (*cluster.links.values(), *fitted))
         self._cards: dict[tuple[str, tuple[int, ...]], list[Card]] = {}
 
     @property
@@ -146,13 +147,22 @@ class Costs:
         return self._cards[key]
 
     def contention(self, program: Program, operation: Operation) -> float:
-        """Return the seconds of computation that a rank loses per second in which the operation is in flight."""
+        """Return the seconds of computation that a rank loses per second in which the operation is in flight.
+
+        On average over its latency and its transfer.
+        """
         if not self._contention:
             return 0.0
         ranks = self._participants(program, operation)
-        levels = {self.cluster.level(a, b) for a, b in pairwise(ranks)}
-        collective = _COLLECTIVES.get(operation.kind)
-        return max((self.cluster.link(level, collective).contention for level in levels), default=0.0)
+        key = (operation.kind, ranks, operation.bytes)
+        if key not in self._contentions:
+            levels = {self.cluster.level(a, b) for a, b in pairwise(ranks)}
+            links = [self.cluster.link(level, _COLLECTIVES.get(operation.kind)) for level in levels]
+            whole_s = self.wire(*key)
+            latency_s = min(self.wire(operation.kind, ranks, 0), whole_s)
+            lost_s = max((link.lost(latency_s, whole_s - latency_s) for link in links), default=0.0)
+            self._contentions[key] = lost_s / whole_s if whole_s else 0.0
+        return self._contentions[key]
 
     def _participants(self, program: Program, operation: Operation) -> tuple[int, ...]:
         """Return the ranks of an operation in the cluster."""
@@ -185,20 +195,22 @@ class Costs:
         ranks, size = self._participants(program, operation), operation.bytes
         if len(ranks) == 1:
             return 0.0
+        seconds = self.wire(operation.kind, ranks, size)
         if operation.kind == "sharded_update":
-            update = self._update_time(program, operation.ranks[0], operation.block or 0) / len(ranks)
-            gather = all_gather(self.cluster, ranks, size / len(ranks))
-            return reduce_scatter(self.cluster, ranks, size) + update + gather
-        return self.wire(operation.kind, ranks, size)
+            seconds += self._update_time(program, operation.ranks[0], operation.block or 0) / len(ranks)
+        return seconds
 
     def wire(self, kind: str, ranks: tuple[int, ...], size: int) -> float:
-        """Return the seconds of a message or collective between ranks of the cluster; computed once."""
+        """Return the seconds of a message or of collectives between ranks of the cluster; computed once."""
         key = (kind, ranks, size)
         if key not in self._operations:
             if kind == "send":
                 seconds = point_to_point(self.cluster, ranks[0], ranks[1], size)
             elif kind == "all_reduce":
                 seconds = all_reduce(self.cluster, ranks, size)
+            elif kind == "sharded_update":
+                seconds = reduce_scatter(self.cluster, ranks, size)
+                seconds += all_gather(self.cluster, ranks, size / len(ranks))
             else:
                 seconds = all_gather(self.cluster, ranks, size)
             self._operations[key] = seconds

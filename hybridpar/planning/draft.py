@@ -28,12 +28,14 @@ class Draft:
     bounds: tuple[int, ...]
     """Layer indices where positions (segments, counted over all stages) meet, ascending."""
     micro_batches: tuple[int, ...]
-    """One per stage, as all fields below but the last three."""
+    """One per stage, as all fields below but the last four."""
     in_flight: tuple[int | None, ...]
     recompute: tuple[bool, ...]
     sharding: Sharding
     order: OrderRule
     optimizer_sharding: Literal["none", "zero1"] = "none"
+    bucket_bytes: int | None = None
+    """Least bytes of a gradient bucket; None: the size to begin with."""
 
     def stage_bounds(self, layers: int) -> tuple[tuple[int, ...], ...]:
         """Return the bounds of every stage's segments, its first and last layer included."""
@@ -81,7 +83,7 @@ class Drafting:
             precision=self.request.precision,
             stages=tuple(stages),
             order=draft.order,
-            bucket_bytes=self.request.bucket_bytes,
+            bucket_bytes=draft.bucket_bytes or self.request.usual_bucket,
             recipe=replace(self.request.recipe, sharding=draft.optimizer_sharding),
             replicas=draft.placement.replicas,
         )
@@ -155,6 +157,17 @@ class Drafting:
         fits = fits and not self.request.recipe.clipping
         choices = self.request.optimizer_shardings
         return tuple(c for c in choices if c == "none" or fits or len(choices) == 1)
+
+    def buckets(self, placement: Placement) -> tuple[int | None, ...]:
+        """Return the sizes of gradient buckets to try, ascending; one where no gradient is reduced."""
+        if placement.replicas == 1 and not any(
+            len(ranks) > 1
+            for kind, groups in zip(placement.kinds, placement.groups, strict=True)
+            for ranks in groups
+            if kind != "tail"
+        ):
+            return (None,)
+        return self.request.buckets
 
     def modes(self, draft: Draft) -> int:
         """Return the number of linears of a draft's tail that are sharded."""

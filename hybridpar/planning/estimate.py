@@ -70,7 +70,7 @@ class Estimator:
             Wiring(cluster),
             min(cluster.memory_bytes(r) for r in range(cluster.world)),
             self.request.recipe.optimizer_states,
-            self.request.bucket_bytes,
+            self.request.usual_bucket,
             drafting.sharded,
         )
         self._choices: dict[tuple[object, ...], Choices] = {}

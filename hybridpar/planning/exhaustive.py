@@ -27,10 +27,10 @@ def drafts(drafting: Drafting, placement: Placement) -> Iterator[Draft]:
             modes = [request.space.sharding] * drafting.modes(base)
             shardings = iter((pinned,)) if pinned is not None and modes else product(*modes)
             keeping = list(product(product(*caps), product(*recompute)))
-            rules = list(product(request.orders, drafting.shardings(placement)))
+            rules = list(product(request.orders, drafting.shardings(placement), drafting.buckets(placement)))
             for sharding in shardings:  # two to the power of the linears: never a list
-                for (cap, again), (order, state) in product(keeping, rules):
-                    yield Draft(placement, bounds, chosen, cap, again, sharding, order, state)
+                for (cap, again), (order, state, bucket) in product(keeping, rules):
+                    yield Draft(placement, bounds, chosen, cap, again, sharding, order, state, bucket)
 
 
 def _bounds(drafting: Drafting, placement: Placement) -> Iterator[tuple[int, ...]]:

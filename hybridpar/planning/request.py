@@ -19,6 +19,10 @@ STAGES_OF: dict[Shape, tuple[Kind, ...]] = {
     "front_tail": ("front", "tail"),
     "three_stage": ("front", "middle", "tail"),
 }
+BUCKET_BYTES = tuple(2**k * 2**20 for k in range(9))
+"""Sizes of gradient buckets to choose from: 1 to 256 MiB."""
+USUAL_BUCKET_BYTES = 8 * 2**20
+"""The size that a search begins with."""
 Mode = Literal["column", "row"]
 Effort = Literal["quick", "normal", "long", "exact"]
 
@@ -71,6 +75,8 @@ class Space:
     """Rank sets: those that are usual, or all of them up to the order of equal ranks."""
     segments: tuple[int, ...] | None = None
     """Numbers of middle segments."""
+    buckets: tuple[int, ...] = BUCKET_BYTES
+    """Least bytes of a gradient bucket, ascending."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class Request:
     order: OrderRule | None = None
     replicas: int | None = None
     """Number of plan replicas."""
-    bucket_bytes: int = 8 * 2**20
+    bucket_bytes: int | None = None
+    """Least bytes of a gradient bucket; None leaves it to the planner."""
     distinct: bool = False
     """Only plans whose stages all have different micro-batch sizes."""
     least_micro_batch: int = 1
@@ -99,6 +106,8 @@ class Request:
             raise PlanError(f"train.global_batch: {self.global_batch} is below 1; give a number of samples")
         if self.least_micro_batch < 1:
             raise PlanError(f"plan.least_micro_batch: {self.least_micro_batch} is below 1; give a size")
+        if self.bucket_bytes is not None and self.bucket_bytes < 1:
+            raise PlanError(f"plan.bucket_bytes: {self.bucket_bytes} is below 1; give a number of bytes, or null")
         if self.replicas is not None and self.replicas < 1:
             raise PlanError(f"plan.replicas: {self.replicas} is below 1; give a number of plan replicas")
 
@@ -115,3 +124,13 @@ class Request:
     def optimizer_shardings(self) -> tuple[Literal["none", "zero1"], ...]:
         """The optimizer shardings to choose from."""
         return self.space.optimizer_sharding or (self.recipe.sharding,)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The sizes of gradient buckets to choose from, in bytes, ascending."""
+        return self.space.buckets if self.bucket_bytes is None else (self.bucket_bytes,)
+
+    @property
+    def usual_bucket(self) -> int:
+        """The size to begin with: of those to choose from, the one nearest to the usual."""
+        return min(self.buckets, key=lambda size: abs(size - USUAL_BUCKET_BYTES))

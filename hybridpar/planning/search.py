@@ -3,9 +3,9 @@
 A space of few drafts is searched whole: in the order of a lower bound, until no bound is below the best. Otherwise
 the best few estimates of every placement are simulated, and the best of those improved by changing one choice at a
 time (a micro-batch size, a cut, the sharding of a linear, the order rule; and what is kept for the backward, where
-memory lacks) for as long as the step gets faster, or the effort is spent. That is a heuristic:
-``scripts/bench/planner`` measures how far it is from a far longer search. The effort is counted in simulated
-actions, never in seconds, so that a plan does not depend on the machine that plans.
+memory lacks) for as long as the step gets faster, or the effort is spent. The size of the gradient buckets comes
+last. That is a heuristic: ``scripts/bench/planner`` measures how far it is from a far longer search. The effort is
+counted in simulated actions, never in seconds, so that a plan does not depend on the machine that plans.
 """
 
 from __future__ import annotations
@@ -321,10 +321,33 @@ def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effo
         improved = _improve(start, scorer, until)
         if best is None or scorer.score(improved) < scorer.score(best):
             best = improved
-    if best is None or scorer.score(best)[0] == 0:
-        return best
+    if best is None:
+        return None
+    if scorer.score(best)[0] == 0:
+        return _rebucketed(best, scorer)
     lean = (scorer.drafting.lean(start) for start in starts)
     return next((_improve(draft, scorer, until) for draft in lean if scorer.fits(draft)), best)
+
+
+def _rebucketed(draft: Draft, scorer: Scorer) -> Draft:
+    """Try the next larger and smaller gradient buckets for as long as the step gets faster.
+
+    Only of the best draft: what buckets cost hardly depends on the other choices.
+    """
+    buckets = scorer.drafting.buckets(draft.placement)
+    if len(buckets) == 1:
+        return draft
+    first = buckets.index(scorer.request.usual_bucket)
+    for way in (1, -1):
+        at = first + way
+        while 0 <= at < len(buckets):
+            other = replace(draft, bucket_bytes=buckets[at])
+            if scorer.score(other, scorer.score(draft)) >= scorer.score(draft):
+                break
+            draft, at = other, at + way
+        if draft.bucket_bytes is not None:
+            break
+    return draft
 
 
 def _improve(draft: Draft, scorer: Scorer, until: int) -> Draft:

@@ -38,9 +38,8 @@ def _lines(probed: Probed) -> Table:
     table.add_column("direction")
     for name in ("ranks", "latency", "bandwidth", "error", "worst at", "contention"):
         table.add_column(name, justify="right")
-    found = {(o.level, o.what): o.contention for o in probed.overlaps}
     for s in probed.series:
-        contention = found.get((s.level, s.what))
+        contention = [f"{o.contention:.2f}" for o in probed.overlaps if (o.level, o.what) == (s.level, s.what)]
         table.add_row(
             s.level,
             s.what,
@@ -50,7 +49,7 @@ def _lines(probed: Probed) -> Table:
             f"{s.fit.bytes_per_s / 1e9:.3g} GB/s",
             f"{s.fit.median_error:.0%}",
             f"{s.fit.worst_error:.0%} {_size(_payload(s))}",
-            "" if contention is None else f"{contention:.2f}",
+            " ".join(contention),
         )
     return table
 

@@ -55,7 +55,8 @@ class Question:
     optimizer_sharding: tuple[str, ...] = ("none",)
     ranks: dict[Kind, Groups] = field(default_factory=dict)
     """Pinned ones, by segment."""
-    bucket_bytes: int = 8 * 2**20
+    buckets: tuple[int, ...] = (8 * 2**20,)
+    """Of plans that reduce gradients; others have the one nearest to 8 MiB."""
     clipping: bool = False
 
 
@@ -198,17 +199,22 @@ def _plans_on(question: Question, kinds: tuple[Kind, ...], replicas: int, ranks:
         sizes.append(sorted({min(size, share) for size in question.micro_batches}))
     states = [s for s in question.optimizer_sharding if s == "none" or ("front" in kinds and len(ranks[0][0]) > 1)]
     states = [s for s in states if s == "none" or (replicas == 1 and not question.clipping)]
+    reduced = replicas > 1 or any(
+        len(g) > 1 for k, own in zip(kinds, ranks, strict=True) if k != "tail" for g in own
+    )
+    buckets = question.buckets if reduced else (min(question.buckets, key=lambda size: abs(size - 8 * 2**20)),)
     for bounds in _bounds(question, kinds, ranks):
         linears = sum(1 for layer in question.chain.layers[bounds[-2] :] if layer.linear)
         modes = [question.sharding] * (linears if kinds[-1] == "tail" and len(ranks[-1][0]) > 1 else 0)
         per_stage = len(kinds)
-        for chosen, caps, again, mode, order, state in product(
+        for chosen, caps, again, mode, order, state, bucket in product(
             product(*sizes),
             product(question.in_flight, repeat=per_stage),
             product(question.recompute, repeat=per_stage),
             product(*modes),
             question.orders,
             states,
+            buckets,
         ):
             stages, at = [], 0
             for i, kind in enumerate(kinds):
@@ -225,7 +231,7 @@ def _plans_on(question: Question, kinds: tuple[Kind, ...], replicas: int, ranks:
                 "float32",
                 tuple(stages),
                 order,
-                question.bucket_bytes,
+                bucket,
                 Recipe(question.clipping, state),  # type: ignore[arg-type]
                 replicas,
             )

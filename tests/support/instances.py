@@ -25,6 +25,7 @@ DIMENSIONS = (
     "sharding",
     "recompute",
     "optimizer_sharding",
+    "buckets",
 )
 PAIRS = tuple(combinations(DIMENSIONS, 2))
 MOST_DIMENSIONS = 4
@@ -51,8 +52,7 @@ class Instance:
     def request(self, effort: Effort = "exact") -> Request:
         """The request for the planner."""
         recipe = Recipe(clipping=self.question.clipping)
-        batch, bucket = self.question.global_batch, self.question.bucket_bytes
-        return Request(batch, recipe=recipe, pins=self.pins, bucket_bytes=bucket, space=self.space, effort=effort)
+        return Request(self.question.global_batch, recipe=recipe, pins=self.pins, space=self.space, effort=effort)
 
 
 def dimensions(seed: int) -> frozenset[str]:
@@ -111,6 +111,7 @@ def _values(every: list[Plan], dimension: str) -> set[object]:
         "replicas": lambda p: p.replicas,
         "orders": lambda p: p.order,
         "optimizer_sharding": lambda p: p.recipe.sharding,
+        "buckets": lambda p: p.bucket_bytes,
     }
     if dimension in of_plan:
         return {of_plan[dimension](plan) for plan in every}
@@ -153,7 +154,7 @@ def _draw(seed: int, free: frozenset[str], dice: Dice) -> Instance:
         (False, True) if "recompute" in free else (dice.random() < 0.2,),
         states,
         ranks,
-        dice.choice((1, 700, 8 * 2**20)),
+        (1, 700, 8 * 2**20) if "buckets" in free else (dice.choice((1, 700, 8 * 2**20)),),
         "zero1" not in states and dice.random() < 0.2,
     )
     pins = {kind: Pin(ranks=tuple(r for g in own for r in g), degree=len(own)) for kind, own in ranks.items()}
@@ -173,6 +174,7 @@ def _space(question: Question, free: frozenset[str]) -> Space:
         replicas=question.replicas,
         placements="every" if free & {"placements", "segments"} else "families",
         segments=question.segments,
+        buckets=question.buckets,
     )
 
 

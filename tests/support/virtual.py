@@ -72,7 +72,9 @@ class VirtualTransport:
     def start(self, what: What, ranks: tuple[int, ...], payload_bytes: int, count: int) -> VirtualTransport:
         level = self.truth.level(ranks[0], ranks[-1])
         link = self.truth.link(level, None if what == "message" else what)
-        self.flying = (self.clock_s + count * self._seconds(what, ranks, payload_bytes), link.contention)
+        whole_s, latency_s = (self._seconds(what, ranks, size) for size in (payload_bytes, 0))
+        contention = link.lost(latency_s, whole_s - latency_s) / whole_s
+        self.flying = (self.clock_s + count * whole_s, contention)
         return self
 
     def wait(self) -> None:

@@ -159,7 +159,10 @@ TRUTH = Cluster(
         "rack": Link(5e-5, 1e9, contention=0.1, reverse_latency_s=5e-5, reverse_bytes_per_s=5e8),
     },
     {
-        "node": {"all_reduce": Link(3e-5, 2e9, contention=0.5), "broadcast": Link(2e-5, 3e9, contention=0.4)},
+        "node": {
+            "all_reduce": Link(3e-5, 2e9, 0.3, latency_contention=0.8),
+            "broadcast": Link(2e-5, 3e9, contention=0.4),
+        },
         "rack": {"all_reduce": Link(8e-5, 4e8, contention=0.2), "broadcast": Link(6e-5, 9e8, contention=0.3)},
     },
 )
@@ -206,8 +209,10 @@ def test_contention_is_found_by_level_and_operation(exact):
     for level in ("node", "rack"):
         assert exact.cluster.links[level].contention == pytest.approx(TRUTH.links[level].contention, rel=0.1)
         for operation in ("all_reduce", "broadcast"):
-            expected = TRUTH.collectives[level][operation].contention
-            assert exact.cluster.collectives[level][operation].contention == pytest.approx(expected, rel=0.1)
+            own, found = TRUTH.collectives[level][operation], exact.cluster.collectives[level][operation]
+            assert found.contention == pytest.approx(own.contention, rel=0.1)
+            waiting = own.contention if own.latency_contention is None else own.latency_contention
+            assert found.latency_contention == pytest.approx(waiting, rel=0.1)
 
 
 def test_speeds_are_relative_to_rank_0(exact):

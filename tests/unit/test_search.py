@@ -24,9 +24,11 @@ from hybridpar.planning.bound import Bounds
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
+from hybridpar.planning.draft import Drafting
 from hybridpar.planning.explain import reason, verdicts
+from hybridpar.planning.placement import placements
 from hybridpar.planning.plan import Kind, Plan, Recipe, Stage, validate
-from hybridpar.planning.request import SHAPES, STAGES_OF, Pin, Request, Shape
+from hybridpar.planning.request import BUCKET_BYTES, SHAPES, STAGES_OF, USUAL_BUCKET_BYTES, Pin, Request, Shape
 from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.search import Planned, assess, search
 from hybridpar.planning.simulate import predict, simulate
@@ -215,6 +217,38 @@ def test_the_rest_of_the_request_is_respected() -> None:
     plan = plan_for("front_tail", recipe=recipe, **fields).plan
     assert (plan.recipe, plan.order, plan.bucket_bytes, plan.precision) == (recipe, *fields.values())
     assert plan.global_batch == BATCH
+
+
+def test_buckets_grow_where_every_message_is_dear_and_shrink_where_the_last_one_shows() -> None:
+    """A pinned size stays; a free one is no slower than the usual one."""
+
+    def chosen(latency_s: float, **fields: Any) -> Plan:
+        link = replace(FOUR.links["rack"], latency_s=latency_s)
+        dear = replace(FOUR, links={"node": link, "rack": link})
+        return plan_for("data_parallel", model="vgg16", cluster=dear, **fields).plan
+
+    for latency_s, larger in ((0.05, True), (0.0, False)):
+        free, usual = chosen(latency_s), chosen(latency_s, bucket_bytes=USUAL_BUCKET_BYTES)
+        assert usual.bucket_bytes == USUAL_BUCKET_BYTES
+        assert (free.bucket_bytes > USUAL_BUCKET_BYTES) is larger
+        assert free.prediction is not None
+        assert usual.prediction is not None
+        assert free.prediction.step_s < usual.prediction.step_s
+
+
+def test_without_gradients_to_reduce_no_bucket_is_tried() -> None:
+    request = Request(BATCH)
+    drafting = Drafting(CHAIN, estimate(CHAIN, FOUR.device), FOUR, request)
+    for shape in SHAPES:
+        for placement in placements(STAGES_OF[shape], FOUR, request):
+            reduced = any(
+                len(ranks) > 1
+                for kind, groups in zip(placement.kinds, placement.groups, strict=True)
+                for ranks in groups
+                if kind != "tail"
+            )
+            several = reduced or placement.replicas > 1
+            assert drafting.buckets(placement) == (BUCKET_BYTES if several else (None,))
 
 
 @pytest.mark.parametrize("batch", [12, 48, 96])

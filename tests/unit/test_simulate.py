@@ -337,6 +337,19 @@ def test_a_link_takes_its_share_of_the_compute_rate(contention: float) -> None:
     assert timeline.ends_s[0] == pytest.approx(2 * 5.0 + contention * overlapped_s + 8 * 28 / 120)
 
 
+def test_latency_has_a_contention_of_its_own() -> None:
+    link = Link(2.0, 120.0, contention=0.5, latency_contention=1.5)
+    chain = chain_of(6, 4, 6)
+    costs = Costs(profile_of(chain, [0.5, 0.5], [2.0, 2.0]), replace(cluster_of(Node(2)), links={"node": link}))
+    program = program_of(chain, front(2, 0, 1), batch=4)
+    for operation in program.operations:
+        assert operation.kind == "all_reduce"
+        whole_s = costs.operation(program, operation)
+        latency_s = 2 * 2.0  # a ring of two: one message there, one back
+        expected = (1.5 * latency_s + 0.5 * (whole_s - latency_s)) / whole_s
+        assert costs.contention(program, operation) == pytest.approx(expected)
+
+
 def test_a_collective_s_own_contention_counts() -> None:
     """Of all that travels here, only reductions have one: labels, metrics and gradients."""
     chain = chain_of(6, 4, 6)

@@ -14,7 +14,7 @@ from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.plan import Kind, OrderRule, Plan, Segment, Stage, validate
-from hybridpar.planning.request import SHAPES, STAGES_OF, Shape
+from hybridpar.planning.request import BUCKET_BYTES, SHAPES, STAGES_OF, USUAL_BUCKET_BYTES, Shape
 
 CLOSE = 0.15
 """Share above the best predicted step time within which a plan counts as close to it."""
@@ -27,8 +27,6 @@ PARTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """A micro-batch is a rank's share in so many parts."""
 
 ORDERS: tuple[OrderRule, ...] = ("fill_drain", "one_forward_one_backward")
-BUCKETS = tuple(2**k * 2**20 for k in range(7))
-"""Gradient buckets, 1 to 64 MiB."""
 REPLICATED = 0.2
 """Share of the free draws with several plan replicas."""
 RECOMPUTING = 0.1
@@ -174,10 +172,15 @@ class Drawing:
             known.precision,
             tuple(stages),
             order,
-            known.bucket_bytes,
+            self._bucket(tuple(stages), replicas),
             known.recipe,
             replicas,
         )
+
+    def _bucket(self, stages: tuple[Stage, ...], replicas: int) -> int:
+        """Draw a bucket size where gradients are reduced."""
+        reduced = any(len(s.ranks) > 1 for stage in stages if stage.kind != "tail" for s in stage.segments)
+        return self.dice.choice(BUCKET_BYTES) if reduced or replicas > 1 else USUAL_BUCKET_BYTES
 
     def _stage(self, kind: Kind, segments: tuple[Segment, ...], batch: int) -> Stage:
         sharded = kind == "tail" and len(segments[0].ranks) > 1
@@ -231,7 +234,7 @@ class Drawing:
         yield lambda: self._resized(plan)
         yield lambda: replace(plan, order=ORDERS[plan.order == ORDERS[0]])
         if any(len(s.ranks) > 1 for stage in plan.stages if stage.kind != "tail" for s in stage.segments):
-            yield lambda: replace(plan, bucket_bytes=self.dice.choice(BUCKETS))
+            yield lambda: replace(plan, bucket_bytes=self.dice.choice(BUCKET_BYTES))
         if sum(len(s.segments) for s in plan.stages) > 1:
             yield lambda: self._moved(plan)
             yield lambda: self._moved(plan)
