@@ -21,6 +21,13 @@ _GIVEN_BACK = (64 * 2**10, 0)
 """Values of the two: bytes from which on a block is mapped apart, and free bytes that the heap's end may keep."""
 
 
+_MALLINFO = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+"""Fields of mallinfo2(3), in their order."""
+
+
 @contextmanager
 def paused_collection() -> Iterator[None]:
     """Leave cyclic garbage alone for a while.
@@ -43,6 +50,24 @@ def library_bytes() -> int:
     Linux reads code from disk when it first runs; 0 where the system does not tell.
     """
     return int(getattr(psutil.Process().memory_info(), "shared", 0))
+
+
+class _Mallinfo(ctypes.Structure):
+    """Figures of the C library's main heap: mallinfo2(3)."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO)
+
+
+def free_heap_bytes() -> int | None:
+    """Return the bytes of the C library's heap that are free at the moment; None where it does not tell.
+
+    Blocks that are mapped apart are no part of it. glibc from 2.33 on.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        return None
+    library.mallinfo2.restype = _Mallinfo
+    return int(library.mallinfo2().fordblks)
 
 
 def keep_freed_memory() -> bool:

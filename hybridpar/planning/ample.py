@@ -11,7 +11,7 @@ from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import length
 from hybridpar.planning.parameters import bucket_elements
 from hybridpar.planning.program import METRICS, STATISTICS, Program
-from hybridpar.planning.resident import NORM_ITEMSIZE
+from hybridpar.planning.resident import NORM_ITEMSIZE, heap_of
 from hybridpar.planning.workspaces import Bytes, Workspaces
 
 Key = tuple[object, ...]
@@ -53,7 +53,11 @@ class _Most:
                 before = within[rank]
                 within[rank] = Bytes(max(before.small, most.small), max(before.large, most.large))
         self._add_messages(total)
-        return [total[rank] + sum(within[rank]) + self._fixed(rank) for rank in range(program.plan.replica_world)]
+        holes = heap_of(self.workspaces, self.chain).most
+        return [
+            holes * (total[rank] + sum(within[rank]) + self._fixed(rank))
+            for rank in range(program.plan.replica_world)
+        ]
 
     def _add_messages(self, total: dict[int, float]) -> None:
         """Add a buffer at both ends of every message."""

@@ -2,25 +2,54 @@
 
 Of a GPU it is the peak of the tensors alive, workspace included. Of a host it is the peak of the resident set
 above what the process had before: small blocks come from a heap that never shrinks, large ones from the system one
-by one (:mod:`hybridpar.planning.workspaces`), so it is the peak of the former plus the peak of the latter.
+by one (:mod:`hybridpar.planning.workspaces`), so it is the peak of the former plus the peak of the latter. For the
+former the heap takes more than is in use at once (:mod:`hybridpar.planning.heap`), but for what lives through the
+step.
 """
 
 from __future__ import annotations
 
+from hybridpar.model.chain import Chain
 from hybridpar.planning.books import Books, Own
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.heap import Heap
 from hybridpar.planning.memory import memory_of
 from hybridpar.planning.parameters import bucket_elements, is_zero
+from hybridpar.planning.plan import Plan, Precision, Segment, Stage
 from hybridpar.planning.program import Action, Program
 from hybridpar.planning.workspaces import Bytes, Workspaces
 
 NORM_ITEMSIZE = 8 + 8
 """The norm of a gradient takes it in float64, and its squares."""
 NOTHING = Bytes(0.0, 0.0)
+_PASSES = 2
+"""One that finds no gradients, and one that does."""
 
 
 def peak_per_rank(program: Program, workspaces: Workspaces) -> tuple[int, ...]:
     """Return the peak bytes that every rank of the program's plan replica needs above an idle process."""
     return tuple(_Rank(program, rank, workspaces).peak() for rank in range(program.plan.replica_world))
+
+
+def heap_of(workspaces: Workspaces, chain: Chain) -> Heap:
+    """Return the heap of a host as the profile measured it; of a device, or unmeasured, one without holes.
+
+    The measured passes were those of the whole chain on one rank, with gradients that have their place.
+    """
+    if workspaces.heap is None:
+        profile = workspaces.profile
+        sizes = zip(profile.micro_batches, profile.heap_bytes, strict=False) if workspaces.host else ()
+        workspaces.heap = Heap((_passing(workspaces, chain, size), taken) for size, taken in sizes)
+    return workspaces.heap
+
+
+def _passing(workspaces: Workspaces, chain: Chain, micro_batch: int) -> float:
+    """Return the small bytes that passes through the whole chain make and free."""
+    front = Stage("front", micro_batch, (Segment((0, len(chain.layers)), (0, 1)),))
+    precision: Precision = "float64" if workspaces.profile.dtype == "float64" else "float32"
+    batch = 2 * _PASSES * micro_batch
+    plan = Plan(chain.model, chain.fingerprint, 2, batch, precision, (front,))
+    return _Rank(compile_program(plan, chain, batch, "train"), 0, workspaces).step()[0].small
 
 
 class _Rank:
@@ -37,8 +66,19 @@ class _Rank:
     def peak(self) -> int:
         """Return the peak of making the parameters or of a step, whichever is higher."""
         small, large = self._persistent()
+        passing, gradients_small = self.step()
+        taken = heap_of(self.workspaces, self.chain).bytes(passing.small)
+        library_bytes = self.workspaces.profile.library_bytes * self.workspaces.host
+        most = small + large + gradients_small + taken + passing.large
+        return round(max(most, self._building()) + library_bytes)
+
+    def step(self) -> tuple[Bytes, float]:
+        """Return the peaks of what a step makes, and the small gradients that it leaves, which the peaks lack.
+
+        Gradients that are reduced are no part of either: they have their buckets.
+        """
         most_small = most_large = most_before = most_backward = 0.0
-        before_small = before_large = gradients_large = 0.0
+        before_small = before_large = gradients_large = gradients = 0.0
         books = self.books
         after = zip(books.saved, books.moving, books.accumulated, books.large, books.fresh, strict=True)
         for action, (saved, moving, gradients, large_now, fresh) in zip(
@@ -59,8 +99,8 @@ class _Rank:
         # Of a heap, a backward's temporaries come on top of all that there ever was: they grow towards the first
         # layers, and the holes that later layers leave are too small for them.
         most_small = max(most_small, most_before + most_backward)
-        library_bytes = self.workspaces.profile.library_bytes * self.workspaces.host
-        return round(max(small + large + most_small + most_large, self._building()) + library_bytes)
+        left = max(0.0, gradients - gradients_large)
+        return Bytes(most_small - left, most_large), left
 
     def _made_large(self, block: int) -> float:
         """Return the large ones among the gradients that a block's first backward makes."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Span
+from hybridpar.planning.heap import Heap
 from hybridpar.planning.kept import Use, extra_bytes, kept
 from hybridpar.planning.layout import Interval
 from hybridpar.profiling.record import Profile, interpolate
@@ -41,6 +42,8 @@ class Workspaces:
     def __init__(self, profile: Profile, *, host: bool) -> None:
         self.profile = profile
         self.host = host
+        self.heap: Heap | None = None
+        """Of a host; :mod:`hybridpar.planning.resident` makes it once."""
         self.mapped_bytes = float(MAPPED_BYTES) if host else float("inf")
         self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool, bool, bool], Bytes] = {}
         self._parameters: dict[tuple[Interval, tuple[Span, ...], int], tuple[Bytes, int]] = {}

@@ -16,7 +16,7 @@ from hybridpar.errors import ProfileError
 from hybridpar.model.chain import Chain
 from hybridpar.profiling.record import SCHEMA_VERSION, Profile
 
-_METHOD = 4
+_METHOD = 5
 """Counts the ways in which profiles were measured: those of an earlier one are not used again."""
 
 

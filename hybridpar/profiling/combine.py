@@ -55,6 +55,7 @@ def combine(profiles: Sequence[Profile]) -> Profile:
         quota=median("quota"),
         core_share=None if first.core_share is None else median("core_share"),
         rank_speeds=speeds,
+        heap_bytes=tuple(max(sizes) for sizes in zip(*(p.heap_bytes for p in profiles), strict=False)),
         library_bytes=max(p.library_bytes for p in profiles),
         notes=tuple(notes),
     )

@@ -171,12 +171,19 @@ class _Measurement:
             memory_source=self.gauge.source if self.gauge else None,
             device_kind="cuda" if bench.on_gpu else "cpu",
             library_bytes=0 if bench.on_gpu else self.library_bytes,
+            heap_bytes=self.heap_bytes(),
             quota=bench.quota,
             core_share=None if bench.on_gpu else rounded(bench.busy_s / bench.passed_s),
             made_with=f"torch {torch.__version__}, Python {platform.python_version()}"
             + (f", CUDA {torch.version.cuda}" if bench.on_gpu else ", 1 thread"),
             notes=tuple(bench.notes),
         )
+
+    def heap_bytes(self) -> tuple[float, ...]:
+        """Return what the heap keeps for passes of the whole chain, as far as that was watched."""
+        entries = self.timed[self.main].entries if self.main in self.timed else []
+        known = itertools.takewhile(lambda found: found is not None, (entry.heap_bytes for entry in entries))
+        return tuple(float(found) for found in known if found is not None)
 
     def layers(self) -> tuple[LayerProfile, ...]:
         """Put every layer's entry together, as :func:`measure` says."""

@@ -94,6 +94,9 @@ class Profile:
     """Per rank that measured: how much faster than the median rank it was (2.0: twice as fast)."""
     library_bytes: int = 0
     """Resident memory that the libraries' code takes once the passes have run, beyond what it took before."""
+    heap_bytes: tuple[float, ...] = ()
+    """By micro-batch size, as far as known: what the C library's heap keeps for passes of the whole chain, without
+    parameters and their gradients. More than was ever in use at once, as not every hole can be used again."""
     made_with: str | None = None
     """Versions and threads."""
     notes: tuple[str, ...] = ()
@@ -125,6 +128,9 @@ class Profile:
             "library_bytes",
         ):
             _check_figures(name, [getattr(self, name) or 0.0])
+        _check_figures("heap_bytes", self.heap_bytes)
+        if len(self.heap_bytes) > len(self.micro_batches):
+            raise ProfileError(f"heap_bytes: {len(self.heap_bytes)} for {len(self.micro_batches)} micro_batches")
         if not 0 < self.quota <= 1:
             raise ProfileError(f"quota: {self.quota} is not above 0 and at most 1")
         for layer in self.layers:

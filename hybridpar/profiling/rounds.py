@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import ProfileError
-from hybridpar.host import packed_heap
+from hybridpar.host import free_heap_bytes, packed_heap
 from hybridpar.model.chain import Layer
 from hybridpar.profiling.bench import Bench, Mark
 from hybridpar.profiling.record import interpolate
@@ -36,6 +36,8 @@ LEAST_ROUNDS, MOST_ROUNDS, REFINE_SHARE = 3, 9, 0.6
 _VISIT_S, _VISIT_PASSES = 0.1, 5
 # Memory is watched at sizes whose pass takes up to this share of the time; it grows along a line from there.
 _WATCH_SHARE = 0.1
+# After so many passes of a size the heap hardly grows any more.
+_SETTLING_PASSES = 3
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Entry:
     """Per pass: forward and backward seconds of the first strand's first layer, of its second, ..., of the next
     strand's first layer, ... The first pass, which warms up, is left out once there are others."""
     watched: dict[Strand, list[Bytes]] = field(default_factory=dict)
+    heap_bytes: int | None = None
+    """What the heap keeps for the first strand's passes, between them; None: unknown."""
 
     def columns(self, strand: Strand) -> list[list[float]]:
         """Forward and backward seconds of each layer of a strand, over all passes; none if it is not timed."""
@@ -233,8 +237,17 @@ def _first_visit(bench: Bench, made: Made, size: int, gauge: Gauge | None) -> En
         layers, x = calls(bench, strand, modules, size), make_input(bench, strand, size)
         resolution = 0 if bench.on_gpu else RESOLUTION_BYTES
         entry.watched[strand] = watched_pass(gauge, modules, layers, x, resolution)
+    if gauge and not bench.on_gpu and len(made[0][0].layers) > 1:
+        entry.heap_bytes = _heap_bytes(bench, *made[0], size)
     entry.passes += visit(bench, entry, 0.0)
     return entry
+
+
+def _heap_bytes(bench: Bench, strand: Strand, modules: Sequence[nn.Module], size: int) -> int | None:
+    """Return the free bytes of the heap after passes of a chain: what they need, and what they cannot reuse."""
+    for _ in range(_SETTLING_PASSES):
+        timed_pass(bench, calls(bench, strand, modules, size), make_input(bench, strand, size))
+    return free_heap_bytes()
 
 
 def visit(bench: Bench, entry: Entry, pass_s: float) -> list[list[float]]:

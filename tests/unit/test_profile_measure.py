@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import ProfileError
-from hybridpar.host import keep_freed_memory, library_bytes, packed_heap
+from hybridpar.host import free_heap_bytes, keep_freed_memory, library_bytes, packed_heap
 from hybridpar.profiling import bench as benching
 from hybridpar.profiling import measure as measuring
 from hybridpar.profiling import rounds
@@ -212,6 +212,18 @@ def test_code_that_the_passes_load_is_counted(monkeypatch):
     modules, chain = chain_of(Timed(1.0, 3.0))
     assert measure(modules, chain, micro_batches=(1,), budget_s=1e6).library_bytes == 30
     assert library_bytes() > 0
+
+
+def test_what_the_heap_keeps_for_passes_of_the_chain_is_measured():
+    """Between two passes, what they need is free: at least the hidden layer's output and its gradient."""
+    hidden = 2**16
+    model = traced(nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 4)), (4,))
+    profile = measure(model.modules, model.chain, micro_batches=(2, 8), budget_s=20.0)
+    if free_heap_bytes() is None:
+        assert profile.heap_bytes == ()
+    else:
+        assert len(profile.heap_bytes) == 2
+        assert profile.heap_bytes[1] >= 2 * 8 * hidden * 4
 
 
 def test_a_busy_machine_changes_no_time_and_is_noticed(laboratory):

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from hybridpar.model.chain import Chain
+from hybridpar.planning import resident
 from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.heap import Heap
 from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Segment, Stage
 from hybridpar.planning.program import Program
@@ -71,6 +73,32 @@ def test_the_code_of_libraries_takes_a_host_s_memory() -> None:
     for host, more in ((True, 17), (False, 0)):
         plain = peak_per_rank(program, Workspaces(PROFILE, host=host))
         assert peak_per_rank(program, Workspaces(measured, host=host)) == tuple(p + more for p in plain)
+
+
+def test_what_the_heap_took_for_the_whole_chain_tells_what_it_takes_for_any_program() -> None:
+    """The profile's own passes come out as measured; a device has no such heap."""
+    program, sizes = program_with(2, 0, 1), PROFILE.micro_batches
+    plain = Workspaces(PROFILE, host=True)
+    taken = 10_000.0
+    measured = replace(PROFILE, heap_bytes=(taken,) * len(sizes))
+    host = Workspaces(measured, host=True)
+    of_profile = resident._passing(host, SMALL, sizes[0])
+    assert resident.heap_of(host, SMALL).bytes(of_profile) == taken
+    assert resident.heap_of(host, SMALL).bytes(of_profile / 2) == taken / 2
+    more = peak_per_rank(program, host)[0] - peak_per_rank(program, plain)[0]
+    (passing, _) = resident._Rank(program, 0, host).step()
+    assert more == pytest.approx(resident.heap_of(host, SMALL).bytes(passing.small) - passing.small, abs=1)
+    assert more > 0
+    assert peak_per_rank(program, Workspaces(measured, host=False)) == peak_per_rank(program, DEVICE)
+
+
+def test_a_heap_is_a_line_through_its_points() -> None:
+    heap = Heap([(20.0, 30.0), (10.0, 40.0), (40.0, 60.0)])
+    assert [heap.bytes(n) for n in (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 80.0)] == [
+        *(0.0, 20.0, 40.0, 40.0, 40.0),
+        *(50.0, 60.0, 120.0),
+    ]
+    assert (heap.most, Heap().most, Heap().bytes(7.0)) == (4.0, 1.0, 7.0)
 
 
 def test_a_host_needs_at_least_what_a_device_needs() -> None:
