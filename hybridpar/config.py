@@ -20,6 +20,7 @@ from hybridpar.planning.plan import Recipe, validate_recipe
 from hybridpar.planning.request import Request, Space
 from hybridpar.schema import from_data
 from hybridpar.sections import (
+    CheckpointConfig,
     ModelConfig,
     MonitorConfig,
     OptimizerConfig,
@@ -32,6 +33,7 @@ from hybridpar.sections import (
 )
 
 __all__ = [
+    "CheckpointConfig",
     "Config",
     "ModelConfig",
     "MonitorConfig",
@@ -73,6 +75,9 @@ class Config:
     monitor: MonitorConfig
     run: RunConfig
     probe: ProbeConfig
+    checkpoint: CheckpointConfig
+    resume: str | None
+    """``auto``: the latest checkpoint of ``run.dir``, if it has one; a path; None."""
     format: Literal["text", "json"]
     out: str | None
     explain: bool
@@ -88,6 +93,8 @@ class Config:
                 f"diff={self.diff}: of no effect with format=json, which is the plan alone; drop one"
             )
         validate_recipe(Recipe(self.optimizer.clip is not None, self._sharding), self.train.precision)
+        if self.resume == "auto" and self.run.dir is None:
+            raise ConfigError("resume=auto: continues the run in run.dir, which is missing; give run.dir=...")
         self._check_front()
         path = self.cluster.get("path")
         if path is not None and self.cluster.get("kind") != "from_file":
@@ -170,7 +177,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     unknown.
     """
     data, text = _load([_open(o) for o in overrides])
-    rest = {key: data[key] for key in ("format", "out", "explain", "diff", "pictures") if key in data}
+    rest = {key: data[key] for key in ("format", "out", "explain", "diff", "pictures", "resume") if key in data}
     output = from_data(_Output, rest, "config", _FieldError)
     return Config(
         model=from_data(ModelConfig, data.get("model"), "model", _FieldError),
@@ -183,6 +190,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         monitor=from_data(MonitorConfig, data.get("monitor"), "monitor", _FieldError),
         run=from_data(RunConfig, data.get("run"), "run", _FieldError),
         probe=from_data(ProbeConfig, data.get("probe"), "probe", _FieldError),
+        checkpoint=from_data(CheckpointConfig, data.get("checkpoint"), "checkpoint", _FieldError),
+        resume=output.resume,
         format=output.format,
         out=output.out,
         explain=output.explain,
@@ -201,6 +210,7 @@ class _Output:
     explain: bool = False
     diff: str | None = None
     pictures: str | None = None
+    resume: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@
     |   `-- MemoryLimitError    a plan needs more memory than a device has
     |-- ProgramError            a program would hang, or its actions do not fit together
     |-- DataError               a data set is missing or malformed
+    |-- CheckpointError         a checkpoint is missing, damaged, foreign, or cannot be written
     |-- DivergenceError         the training left the finite numbers
     `-- LaunchError             the job was started in a way that cannot work (world size, backend)
 
@@ -52,6 +53,10 @@ class ProgramError(HybridparError):
 
 class DataError(HybridparError):
     """A data set is missing or malformed."""
+
+
+class CheckpointError(HybridparError):
+    """A checkpoint is missing, damaged, foreign, or cannot be written."""
 
 
 class DivergenceError(HybridparError):

@@ -21,7 +21,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.pareto import Front, batches_between, front
-from hybridpar.planning.plan import Plan
+from hybridpar.planning.plan import Plan, validate
 from hybridpar.planning.search import Candidate, Planned, assess, search
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.record import Profile
@@ -265,12 +265,15 @@ def _loader_rate(config: Config, chain: Chain, report: Report) -> float | None:
         return None
 
 
-def make_plan(config: Config, subject: Subject) -> Planned:
-    """Return the plan: searched for, or read from a file and assessed on this cluster.
+def make_plan(config: Config, subject: Subject, kept: Plan | None = None) -> Planned:
+    """Return the plan: ``kept`` if there is one, searched for, or read from a file and assessed on this cluster.
 
     Its program has passed the deadlock check. Raises HybridparError.
     """
-    if config.plan.shape != "from_file":
+    if kept is not None:
+        validate(kept, subject.chain)
+        planned = Planned(kept, "from_file", (Candidate("from_file", kept),), 1)
+    elif config.plan.shape != "from_file":
         with paused_collection():
             planned = search(subject.chain, subject.profile, subject.cluster, config.request())
     else:

@@ -254,6 +254,28 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What a training saves, and how long it stays."""
+
+    every: int | None = None
+    """Steps between checkpoints; None: no checkpoints."""
+    keep: int = 2
+    """Latest ones that stay."""
+    best: Literal["accuracy", "loss"] | None = None
+    """Of an evaluation: a checkpoint is also made after the best one so far, and the best one stays."""
+    asynchronous: bool = True
+    """Write while the training goes on; needs the memory for a copy on the CPU."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.every is None or self.every >= 1, "checkpoint.every", self.every, "must be at least 1, or null"
+        )
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        idle = self.every is None and self.best is not None
+        _require(not idle, "checkpoint.best", self.best, "is of no effect without checkpoint.every; set that too")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where a training job writes."""
 

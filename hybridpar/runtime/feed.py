@@ -51,24 +51,25 @@ class Feed:
 
     def __init__(self, loader: StepLoader, order: EpochOrder) -> None:
         self._loader, self._order = loader, order
-        self._epoch = 0
+        self._epoch = self._start = 0
 
     @property
     def order(self) -> EpochOrder:
         """Which sample stands where."""
         return self._order
 
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be over ``epoch``."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Let the next iteration be over ``epoch``, from ``start_step`` on."""
+        self._epoch, self._start = epoch, start_step
 
     def __len__(self) -> int:
         return self._order.steps
 
     def __iter__(self) -> Iterator[StepBatch]:
-        self._loader.set_epoch(self._epoch)
+        self._loader.set_epoch(self._epoch, self._start)
+        first, self._start = self._start, 0
         self._epoch += 1
-        for step, batch in enumerate(self._loader):
+        for step, batch in enumerate(self._loader, first):
             inputs, labels = batch if batch is not None else (None, None)
             yield StepBatch(inputs, labels, self._order.count(step), self._order.start(step))
 

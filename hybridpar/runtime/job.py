@@ -27,6 +27,7 @@ from hybridpar.runtime.executor import Executor, Metrics, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
+from hybridpar.runtime.state import State
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -119,6 +120,17 @@ class Job:
         self._updater = Updater(
             self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica
         )
+        self.state = State(
+            traced,
+            self._positions,
+            self._blocks,
+            self._updater.optimizers,
+            rank,
+            self.place,
+            self.replica,
+            self.device,
+        )
+        """What a checkpoint of this rank holds."""
         self._executor = Executor(
             self.place,
             self._blocks,
@@ -170,6 +182,10 @@ class Job:
     def learning_rate(self) -> float | None:
         """Of the next step; None where the optimizer keeps its own."""
         return self.rate(self.steps) if self.rate else None
+
+    def go_on(self, step: int, sample: int) -> None:
+        """Let the next step be ``step``, counted from 0, and its first sample have the id ``sample``."""
+        self.steps, self._next_sample = step, sample
 
     def memory_bytes(self) -> int:
         """Return the peak memory of this rank's part so far."""

@@ -19,6 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 from hybridpar.config import Config
 from hybridpar.errors import ConfigError
 from hybridpar.runtime.job import Evaluation
+from hybridpar.runtime.manifest import Position
+from hybridpar.schema import from_data
 
 Mode = Literal["auto", "progress", "plain", "quiet"]
 
@@ -44,22 +46,34 @@ class StepRecord:
 class Journal:
     """Writes ``metrics.jsonl``, ``evaluations.jsonl`` and TensorBoard files, and shows progress.
 
-    ``steps`` is the length of the whole training. Close it, or use it as a context manager.
+    ``steps`` is the length of the whole training. A run that goes on from ``position`` keeps what was written
+    before it, and loses what came after. Close it, or use it as a context manager.
     """
 
-    def __init__(self, folder: Path, steps: int, mode: Mode = "auto", log_every: int = 10) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        mode: Mode = "auto",
+        log_every: int = 10,
+        position: Position | None = None,
+    ) -> None:
         self.console = Console()
         if mode == "auto":
             mode = "progress" if self.console.is_terminal else "plain"
         self._mode, self._steps, self._log_every = mode, steps, log_every
-        self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
-        self._evaluations = (folder / "evaluations.jsonl").open("w", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        kept = _records(folder / "metrics.jsonl", position, "step")
+        self.earlier = [_step_record(line) for line in kept]
+        """The steps before this process began."""
+        evaluated = _records(folder / "evaluations.jsonl", position, "evaluation")
+        self._metrics = _rewritten(folder / "metrics.jsonl", kept)
+        self._evaluations = _rewritten(folder / "evaluations.jsonl", evaluated)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=position.step if position else None)
         self._progress: Progress | None = None
         if mode == "progress":
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self.console)
-            self._task = self._progress.add_task("", total=steps)
+            self._task = self._progress.add_task("", total=steps, completed=position.step if position else 0)
             self._progress.start()
 
     def step(self, record: StepRecord) -> None:
@@ -112,8 +126,12 @@ class Journal:
 def check_run_dir(config: Config, *, restarted: bool = False) -> None:
     """Raise ConfigError where ``make_run_dir`` would, as far as a glance tells; makes nothing."""
     path = Path(config.run.dir or "runs").expanduser().absolute()
-    if config.run.dir is not None and (path / "metrics.jsonl").exists() and not restarted:
-        raise ConfigError(f"run.dir: {path} holds a run already; give another folder, or remove this one")
+    continued = restarted or config.resume == "auto"
+    if config.run.dir is not None and (path / "metrics.jsonl").exists() and not continued:
+        raise ConfigError(
+            f"run.dir: {path} holds a run already; give another folder, remove this one, or continue it with "
+            "resume=auto"
+        )
     there = next(p for p in (path, *path.parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ConfigError(f"run.dir: {path} cannot be made in {there}; give another one by run.dir=...")
@@ -122,8 +140,8 @@ def check_run_dir(config: Config, *, restarted: bool = False) -> None:
 def make_run_dir(config: Config, *, restarted: bool = False) -> Path:
     """Make the folder of a run and return its absolute path.
 
-    Raises ConfigError where ``run.dir`` holds another run already (unless the job was ``restarted``), or cannot be
-    made.
+    Raises ConfigError where ``run.dir`` holds a run already (unless the job was ``restarted``, or ``resume=auto``
+    continues it), or cannot be made.
     """
     check_run_dir(config, restarted=restarted)
     try:
@@ -143,6 +161,35 @@ def make_run_dir(config: Config, *, restarted: bool = False) -> Path:
                 return path
     except OSError as e:
         raise ConfigError(f"run.dir: the run's folder cannot be made: {e}; give another one by run.dir=...") from e
+
+
+def _records(path: Path, position: Position | None, kind: Literal["step", "evaluation"]) -> list[dict[str, Any]]:
+    """Return the lines of a file that were written before ``position``; a kill may have cut the last one."""
+    if position is None or not path.exists():
+        return []
+    result: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            data = json.loads(line)
+        except ValueError:
+            break
+        before = data["step"] < position.step
+        if before or (kind == "evaluation" and data["step"] == position.step):
+            result.append(data)
+    return result
+
+
+def _step_record(data: dict[str, Any]) -> StepRecord:
+    """Read a line of ``metrics.jsonl``."""
+    return from_data(StepRecord, {**data, "loss": math.nan} if data["loss"] is None else data, "step", ConfigError)
+
+
+def _rewritten(path: Path, lines: list[dict[str, Any]]) -> IO[str]:
+    """Return a file that holds some lines, to be written on; the old one is there until the new one is whole."""
+    new = path.with_name(f".{path.name}.partial")
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    new.replace(path)
+    return path.open("a", encoding="utf-8", buffering=1)
 
 
 def _write(file: IO[str], data: dict[str, Any]) -> None:

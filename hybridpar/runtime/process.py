@@ -30,6 +30,8 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 PLANNING_TIMEOUT = timedelta(hours=2)
 """For rank 0 to measure a profile and to plan, while the others wait."""
+_SAVING_TIMEOUT = timedelta(minutes=30)
+"""Ranks may take longer to write a checkpoint than to communicate."""
 _FAREWELL_S = 5.0
 """A rank 0 that ends with an error waits so long for the others to hear of it, since it may host the store."""
 
@@ -139,9 +141,10 @@ class Process:
             while self._store.add(f"{key}/heard", 0) < self.world - 1 and time.monotonic() < deadline_s:
                 time.sleep(0.02)
 
-    def connect(self, plan: Plan) -> ProcessGroups:
+    def connect(self, plan: Plan, *, checkpoints: bool = False) -> ProcessGroups:
         """Make the process groups of a plan and one connection per pair of ranks that exchange anything.
 
+        ``checkpoints`` makes one more group of all ranks on the CPU, ``checkpoint``, after the plan's.
         A default group that exists already, of an earlier job or the user's own, is used. Raises LaunchError,
         before any process group exists, where the plan is for another number of processes.
         """
@@ -150,6 +153,10 @@ class Process:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         result, self.groups = create_communicators(plan, self.rank, backend, self.timeout)
         _warm_up(plan, self.rank, self.groups, self.device)
+        if checkpoints and self.world > 1:
+            everyone: Any = dist.new_group(timeout=_SAVING_TIMEOUT, backend="gloo")
+            everyone.allreduce([torch.zeros(1)]).wait()
+            self.groups["checkpoint"] = everyone
         return result
 
     def join(self) -> None:

@@ -27,13 +27,17 @@ from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode
 from hybridpar.report.summary import GpuUse, StageSummary, Summary
-from hybridpar.runtime import zero
+from hybridpar.runtime import manifest as folders
+from hybridpar.runtime import resume, zero
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.job import Evaluation, Job, checked_program
 from hybridpar.runtime.journal import Journal, StepRecord, check_run_dir, make_run_dir
+from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Place, Process
+from hybridpar.runtime.resume import Resume
+from hybridpar.runtime.saver import Saver
 from hybridpar.schema import from_data, to_data
 
 WARM_UP_STEPS = 5
@@ -65,6 +69,7 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
         datasets.check(config.data, chain.out_shape[0])
     if plan.recipe.sharding == "zero1":
         zero.require_deepspeed()
+    resume.refuse_sharded(config, plan, [config.resume])
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
     for name, given, planned, remedy in (
@@ -83,7 +88,8 @@ def train(config: Config, plan: Plan, traced: Traced, source: Source, process: P
     """Train, evaluate and sum up; every rank calls this once, and every rank gets the summary.
 
     Writes ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``evaluations.jsonl``, ``tensorboard/``,
-    ``monitor*.jsonl`` and ``summary.json`` into the run directory. Nothing is selected on the test split.
+    ``monitor*.jsonl``, ``checkpoints/`` and ``summary.json`` into the run directory. Nothing is selected on the
+    test split, unless ``checkpoint.best`` asks for the checkpoint that does best there.
 
     Whatever fails ends this process by ``process.fail``, so that no rank waits for one that is gone. Only a
     process that is alone raises: HybridparError where the job cannot start or its data cannot be read.
@@ -140,6 +146,9 @@ class _Training:
         self.steps = settings.steps or order.steps * settings.epochs
         self.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, self.steps)
         restarted = process.place.restarts > 0
+        self.resumed = self._resumed(order, restarted=restarted)
+        self.best = self.resumed.manifest.best if self.resumed else None
+        """The best metric of the evaluations so far, if checkpoint.best names one."""
         self.folder = Path(process.share(lambda: str(make_run_dir(config, restarted=restarted))))
         if process.rank == 0:
             (self.folder / "config.yaml").write_text(config.resolved)
@@ -162,6 +171,30 @@ class _Training:
             load()
         return splits[0].train, splits[0].test
 
+    @property
+    def _subject(self) -> Subject:
+        config = self.config
+        return Subject(
+            config.model.name,
+            self.chain.fingerprint,
+            self.plan.precision,
+            config.optimizer.name,
+            config.train.seed,
+            config.data.name,
+            _size(self.data[0]),
+        )
+
+    def _resumed(self, order: EpochOrder, *, restarted: bool) -> Resume | None:
+        """Return the checkpoint to begin with; rank 0 looks for it."""
+        config, plan = self.config, self.plan
+
+        def find() -> Any:
+            found = resume.opened(config, plan, self._subject, order, self.steps, restarted=restarted)
+            return found and [str(found.folder), to_data(found.manifest), found.same_run]
+
+        found = self.process.share(find)
+        return resume.reopened(Path(found[0]), found[1], plan, same_run=found[2]) if found else None
+
     def _check_programs(self) -> None:
         """Compile and check, before any process group exists, every program that the job will run."""
         batch, replica = self.plan.global_batch, self.plan.locate(self.process.rank)[0]
@@ -176,15 +209,20 @@ class _Training:
         config, process = self.config, self.process
         with contextlib.ExitStack() as stack:
             monitor = self._start_monitor(stack)
-            communicators = process.connect(self.plan)
+            saving = config.checkpoint.every is not None
+            communicators = process.connect(self.plan, checkpoints=saving)
             job = self._make_job(traced, source, communicators)
+            if self.resumed is not None:
+                self.resumed.restore(job)
+            saver = self._make_saver()
             workers = config.data.workers
             feed = job.loader(self.data[0], drop_last=config.train.drop_last, workers=workers)
             test_feed = job.loader(self.data[1], train=False, workers=workers)
             stack.enter_context(feed)
             stack.enter_context(test_feed)
             journal = self._open_journal(stack, monitor)
-            log = self._loop(job, feed, test_feed, journal)
+            log = self._loop(job, feed, test_feed, journal, saver)
+            saver.wait()
             monitor.close()
             memory = process.gather(job.memory_bytes())
         summary = process.share(lambda: to_data(self._summarise(job, log, monitor, memory)))
@@ -208,6 +246,19 @@ class _Training:
             engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
         )
 
+    def _make_saver(self) -> Saver:
+        process, home = self.process, self.folder / folders.FOLDER
+        if process.rank == 0:
+            folders.clean(home)
+        return Saver(home, self.config.checkpoint, process.rank, process.groups.get("checkpoint"))
+
+    def _save(self, job: Job, saver: Saver, position: Position, metric: float | None = None) -> None:
+        """Begin to save the job as it stands."""
+        manifest = Manifest(
+            position, self._subject, self.process.world, to_data(self.plan), metric=metric, best=self.best
+        )
+        saver.save(job.state.pieces(), manifest)
+
     def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
         """Start the sampler of this node's GPUs in one of its processes."""
         place, settings = self.process.place, self.config.monitor
@@ -226,32 +277,64 @@ class _Training:
         if self.process.rank:
             return None
         settings = self.config.train
-        journal = stack.enter_context(Journal(self.folder, self.steps, settings.mode, settings.log_every))
+        position = self.resumed.position if self.resumed else None
+        journal = stack.enter_context(
+            Journal(self.folder, self.steps, settings.mode, settings.log_every, position)
+        )
+        if self.resumed is not None:
+            journal.say(f"continuing after step {self.resumed.position.step} from {self.resumed.folder}")
         if monitor.reason is not None:
             journal.say(f"no GPU data: {monitor.reason}")
         return journal
 
-    def _loop(self, job: Job, feed: Feed, test_feed: Feed, journal: Journal | None) -> _Log:
+    def _loop(self, job: Job, feed: Feed, test_feed: Feed, journal: Journal | None, saver: Saver) -> _Log:
         every, log = self.config.train.eval_every, _Log()
+        if journal is not None:
+            log.steps = [(r.samples, r.step_s) for r in journal.earlier]
+            log.loss = journal.earlier[-1].loss if journal.earlier else 0.0
+        begin = self.resumed.position if self.resumed else Position(0, 0, 0)
         started_s = time.perf_counter()
-        for epoch in itertools.count():
-            self._epoch(job, feed, epoch, log, journal)
+        if job.steps == self.steps:  # all was done but the summary
+            log.evaluation, log.epochs = job.evaluate(test_feed), begin.epoch + bool(begin.samples)
+            return log
+        for epoch in itertools.count(begin.epoch):
+            start = self.resumed.start_step(feed.order) if self.resumed and epoch == begin.epoch else 0
+            at = self._epoch(job, feed, epoch, start, log, journal, saver)
             log.epochs = epoch + 1
-            ended = job.steps == self.steps
+            ended, metric = job.steps == self.steps, None
             if ended or (every is not None and (epoch + 1) % every == 0):
                 log.evaluation = job.evaluate(test_feed)
                 test_feed.close()  # else its workers would wait, and hold what they read, until the next one
                 if journal is not None:
                     journal.evaluation(job.steps, epoch, log.evaluation)
                 _require_finite(log.evaluation.loss, f"in the evaluation after step {job.steps - 1}")
+                metric = self._metric(log.evaluation)
+            improved = metric is not None and self._improve(metric)
+            if saver.due(job.steps) or improved or (ended and saver.active):
+                self._save(job, saver, at, metric)
             if ended:
                 break
         log.total_s = time.perf_counter() - started_s
         return log
 
-    def _epoch(self, job: Job, feed: Feed, epoch: int, log: _Log, journal: Journal | None) -> None:
-        """Run the steps of an epoch, or as many of them as are left."""
-        feed.set_epoch(epoch)
+    def _metric(self, evaluation: Evaluation) -> float | None:
+        """Return what ``checkpoint.best`` goes by."""
+        best = self.config.checkpoint.best
+        return None if best is None else evaluation.top1 if best == "accuracy" else evaluation.loss
+
+    def _improve(self, metric: float) -> bool:
+        """Note a metric; return whether it is the best so far."""
+        sign = 1 if self.config.checkpoint.best == "accuracy" else -1
+        if self.best is not None and sign * metric <= sign * self.best:
+            return False
+        self.best = metric
+        return True
+
+    def _epoch(
+        self, job: Job, feed: Feed, epoch: int, start: int, log: _Log, journal: Journal | None, saver: Saver
+    ) -> Position:
+        """Run the steps of an epoch, or as many of them as are left, and return where the next one begins."""
+        feed.set_epoch(epoch, start)
         before_s = time.perf_counter()
         for batch in feed:
             step, rate = job.steps, job.learning_rate
@@ -265,8 +348,14 @@ class _Training:
                 per_s = batch.samples / step_s
                 journal.step(StepRecord(step, epoch, log.loss, rate, batch.samples, step_s, per_s, time.time()))
             _require_finite(log.loss, f"at step {step}")
-            if job.steps == self.steps:
-                return
+            start += 1
+            at = Position(job.steps, epoch, batch.first_sample + batch.samples)
+            within = start < feed.order.steps
+            if within and job.steps == self.steps:
+                return at
+            if within and saver.due(job.steps):
+                self._save(job, saver, at)
+        return Position(job.steps, epoch + 1, 0)
 
     def _summarise(self, job: Job, log: _Log, monitor: Monitor, memory: list[int]) -> Summary:
         """Make the summary and write it; on rank 0."""

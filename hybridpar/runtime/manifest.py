@@ -1,0 +1,167 @@
+"""The folders of checkpoints: what each one says of itself, which is the latest, and which ones stay.
+
+A checkpoint is a folder ``step-N``. It is written as ``.step-N.partial`` and renamed when all of it is on the
+disk, so that a folder of the final name is always complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hybridpar.errors import CheckpointError
+from hybridpar.schema import read_json, to_data
+
+VERSION = 1
+FOLDER = "checkpoints"
+MANIFEST = "checkpoint.json"
+_NAME = re.compile(r"step-(\d+)")
+_PARTIAL = re.compile(r"\.step-\d+\.partial")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a training has come."""
+
+    step: int
+    """Steps that were run."""
+    epoch: int
+    """The epoch that is going on, from 0."""
+    samples: int
+    """Samples of this epoch that were used: the offset in the sampler's order."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a training is about; two trainings with equal ones can continue each other."""
+
+    model: str
+    chain: str
+    """Fingerprint of the chain of layers."""
+    precision: str
+    optimizer: str
+    seed: int
+    data: str
+    data_size: int
+    """Samples to train on."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    position: Position
+    subject: Subject
+    ranks: int
+    """Files of tensors."""
+    plan: dict[str, Any]
+    """As ``plan.json``."""
+    metric: float | None = None
+    """Of the evaluation just before; None where there was none."""
+    best: float | None = None
+    """The best metric so far."""
+    version: int = VERSION
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Read a checkpoint's manifest. Raises CheckpointError for what is missing, malformed or too new."""
+        if not (folder / MANIFEST).is_file():
+            raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}; give the folder of one")
+        manifest = read_json(Manifest, folder / MANIFEST, CheckpointError)
+        if manifest.version != VERSION:
+            raise CheckpointError(
+                f"{folder} has version {manifest.version}, but this hybridpar reads {VERSION}; use the hybridpar "
+                "that wrote it"
+            )
+        at = manifest.position
+        if manifest.ranks < 1 or min(at.step, at.epoch, at.samples) < 0:
+            raise CheckpointError(f"{folder}: {MANIFEST} holds impossible numbers; use another checkpoint")
+        return manifest
+
+
+def partial(home: Path, step: int) -> Path:
+    """Return the folder in which the checkpoint of a step is written."""
+    return home / f".step-{step:08d}.partial"
+
+
+def commit(home: Path, manifest: Manifest) -> Path:
+    """Complete a checkpoint whose tensors are written, and return its final folder.
+
+    Raises CheckpointError where the files of some ranks are not visible here, OSError as the file system does.
+    """
+    step = manifest.position.step
+    folder, final = partial(home, step), home / f"step-{step:08d}"
+    missing = [r for r in range(manifest.ranks) if not (folder / f"rank-{r}.json").is_file()]
+    if missing:
+        raise CheckpointError(
+            f"the files of ranks {missing} are not in {folder}; checkpoints need a run.dir that all nodes share"
+        )
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(to_data(manifest), indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    folder.rename(final)
+    sync(home)
+    return final
+
+
+def sync(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def complete(home: Path) -> list[Path]:
+    """Return the complete checkpoints below a run's ``checkpoints`` folder, the earliest first."""
+    if not home.is_dir():
+        return []
+    return sorted((p for p in home.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def find(path: Path) -> Path:
+    """Return a checkpoint's folder: ``path``, or the latest of the run in ``path``. Raises CheckpointError."""
+    if (path / MANIFEST).is_file():
+        return path
+    known = complete(path / FOLDER) or complete(path)
+    if not known:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give the folder of a checkpoint, or of a run with some"
+        )
+    return known[-1]
+
+
+def clean(home: Path) -> None:
+    """Remove what interrupted saves have left."""
+    if home.is_dir():
+        for path in home.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path)
+
+
+def retain(home: Path, keep: int, best: Literal["accuracy", "loss"] | None) -> None:
+    """Remove all checkpoints but the ``keep`` latest, and the one with the best metric if ``best`` names one.
+
+    A folder that is removed loses its final name first, so that no half of it is ever taken for a checkpoint.
+    """
+    known = complete(home)
+    stay = set(known[-keep:])
+    if best is not None:
+        metrics = {p: m for p in known if (m := Manifest.load(p).metric) is not None}
+        if metrics:
+            stay.add((max if best == "accuracy" else min)(metrics, key=lambda p: metrics[p]))
+    for path in known:
+        if path not in stay:
+            gone = home / f".{path.name}.partial"
+            path.rename(gone)
+            shutil.rmtree(gone)

@@ -1,0 +1,146 @@
+"""Going on from a checkpoint: which one is meant, whether it fits, and what it restores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hybridpar.config import Config
+from hybridpar.data.sampler import EpochOrder
+from hybridpar.errors import CheckpointError
+from hybridpar.planning.plan import Plan
+from hybridpar.runtime import manifest as folders
+from hybridpar.runtime.job import Job
+from hybridpar.runtime.manifest import Manifest, Position, Subject
+from hybridpar.runtime.pieces import Stored
+from hybridpar.schema import from_data, to_data
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from."""
+
+    folder: Path
+    manifest: Manifest
+    same_run: bool
+    """Whether it lies in the run's own folder: the run's records are then continued."""
+    same_plan: bool
+
+    @property
+    def position(self) -> Position:
+        """How far the training had come."""
+        return self.manifest.position
+
+    def restore(self, job: Job) -> None:
+        """Bring a job to where the checkpoint was made. Raises CheckpointError for what is damaged or foreign."""
+        job.state.restore(Stored(self.folder, self.manifest.ranks), same_plan=self.same_plan)
+        job.go_on(self.position.step, self.position.samples)
+
+    def start_step(self, order: EpochOrder) -> int:
+        """Return the first step of the epoch that is still to be run."""
+        return self.position.samples // order.global_batch
+
+
+def chosen(config: Config, *, restarted: bool = False) -> Path | None:
+    """Return the checkpoint that a training begins with; None: with its initial weights.
+
+    ``resume=auto``, and a job that torchrun restarted, take the latest one of the run. Raises CheckpointError
+    where ``resume`` names no checkpoint.
+    """
+    if config.run.dir is not None and (config.resume == "auto" or restarted):
+        own = folders.complete(_home(config))
+        if own:
+            return own[-1]
+    if config.resume in {None, "auto"}:
+        return None
+    return folders.find(Path(config.resume).expanduser())
+
+
+def kept_plan(config: Config, world: int, chain: str, *, restarted: bool = False) -> Plan | None:
+    """Return the plan that a continued run had; None where it has none, or none for ``world`` ranks.
+
+    A checkpoint that is given by its path may be continued under any plan, and has no say here.
+    """
+    folder = chosen(config, restarted=restarted)
+    if folder is None or not (config.resume == "auto" or restarted):
+        return None
+    manifest = Manifest.load(folder)
+    plan = _plan(manifest, folder)
+    return plan if plan.world == world and plan.chain == chain else None
+
+
+def opened(
+    config: Config, plan: Plan, subject: Subject, order: EpochOrder, steps: int, *, restarted: bool = False
+) -> Resume | None:
+    """Return the checkpoint that the training begins with, compared with what is to be trained, ``steps`` steps.
+
+    Raises CheckpointError where it is damaged, belongs to another training, is complete already, or was made
+    where no step of this plan begins.
+    """
+    folder = chosen(config, restarted=restarted)
+    if folder is None:
+        return None
+    manifest = Manifest.load(folder)
+    Stored(folder, manifest.ranks)
+    for name, key in _KEYS.items():
+        ours, theirs = getattr(subject, name), getattr(manifest.subject, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{folder} is of a training with {key} {theirs}, but here it is {ours}; set it as it was, or give "
+                "another checkpoint"
+            )
+    at, batch = manifest.position, order.global_batch
+    if at.samples % batch:
+        raise CheckpointError(
+            f"{folder} was made {at.samples} samples into an epoch, where no step of train.global_batch={batch} "
+            f"begins; set a global batch that divides it, or {_plan(manifest, folder).global_batch} as it was"
+        )
+    same_run = config.run.dir is not None and folder.parent == _home(config)
+    unfinished = same_run and at.step == steps and not (_home(config).parent / "summary.json").exists()
+    if at.step >= steps and not unfinished:
+        raise CheckpointError(
+            f"{folder} was made after {at.step} steps, and the training has {steps}: it is complete; set "
+            "train.steps or train.epochs higher to train on"
+        )
+    return Resume(folder, manifest, same_run, alike(_plan(manifest, folder), plan))
+
+
+def reopened(folder: Path, data: Any, plan: Plan, *, same_run: bool) -> Resume:
+    """Return on any rank what ``opened`` gave on the first, from its manifest as plain data."""
+    manifest = from_data(Manifest, data, folders.MANIFEST, CheckpointError)
+    return Resume(folder, manifest, same_run, alike(_plan(manifest, folder), plan))
+
+
+def alike(one: Plan, other: Plan) -> bool:
+    """Whether two plans put the same work on the same ranks, whatever is predicted of them."""
+    return bool(to_data(replace(one, prediction=None)) == to_data(replace(other, prediction=None)))
+
+
+def refuse_sharded(config: Config, plan: Plan, paths: Sequence[str | None]) -> None:
+    """Raise CheckpointError where checkpoints are asked for but DeepSpeed holds the optimizer state."""
+    if plan.recipe.sharding == "zero1" and (config.checkpoint.every is not None or any(paths)):
+        raise CheckpointError(
+            "checkpoints do not hold the sharded optimizer state of optimizer.sharding=zero1; set "
+            "optimizer.sharding=none, or checkpoint.every=null and resume=null"
+        )
+
+
+_KEYS = {
+    "model": "model.name",
+    "chain": "a chain of layers (model.options, model.in_shape, model.classes)",
+    "precision": "train.precision",
+    "optimizer": "optimizer.name",
+    "seed": "train.seed",
+    "data": "data.name",
+    "data_size": "a number of training samples (data.*)",
+}
+
+
+def _home(config: Config) -> Path:
+    return Path(str(config.run.dir)).expanduser().absolute() / folders.FOLDER
+
+
+def _plan(manifest: Manifest, folder: Path) -> Plan:
+    return from_data(Plan, manifest.plan, f"{folder.name}/{folders.MANIFEST}: plan", CheckpointError)

@@ -1,0 +1,106 @@
+"""The saver: writes checkpoints beside the training, so that a kill at any instant leaves the last one intact."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hybridpar.errors import CheckpointError
+from hybridpar.runtime import manifest as folders
+from hybridpar.runtime.manifest import Manifest
+from hybridpar.runtime.pieces import Piece, write
+from hybridpar.sections import CheckpointConfig
+
+
+class Saver:
+    """Saves a job's tensors on one rank; all ranks call ``save`` and ``wait`` equally often.
+
+    ``save`` copies the tensors and returns; a thread writes them. Every rank writes its own file into a folder
+    with a temporary name. The ranks then agree over ``group``, a communicator that nobody else uses, that all
+    have written, and rank 0 gives the folder its name. ``home`` is the run's folder of checkpoints, which all
+    nodes share; ``group`` is None for a rank that is alone.
+    """
+
+    def __init__(self, home: Path, settings: CheckpointConfig, rank: int, group: dist.ProcessGroup | None) -> None:
+        self._home, self._settings, self._rank, self._group = home, settings, rank, group
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether there are checkpoints at all."""
+        return self._settings.every is not None
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be made after ``step`` steps."""
+        return self._settings.every is not None and step % self._settings.every == 0
+
+    def save(self, pieces: Mapping[str, Piece], manifest: Manifest) -> None:
+        """Begin to save, after the save before has ended. Raises CheckpointError where that one failed.
+
+        ``pieces`` may change as soon as this returns.
+        """
+        self.wait()
+        copies = {name: piece.copied() for name, piece in pieces.items()}
+        self._thread = threading.Thread(target=self._run, args=(copies, manifest), name="checkpoint")
+        self._thread.start()
+        if not self._settings.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save that is going on. Raises CheckpointError where it failed, on every rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _run(self, pieces: Mapping[str, Piece], manifest: Manifest) -> None:
+        try:
+            self._write_all(pieces, manifest)
+        except BaseException as e:  # noqa: BLE001 - it is raised again by whoever waits
+            self._failure = e
+
+    def _write_all(self, pieces: Mapping[str, Piece], manifest: Manifest) -> None:
+        folder, failure = folders.partial(self._home, manifest.position.step), None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder, self._rank, pieces)
+        except (OSError, CheckpointError) as e:
+            failure = e
+        if not self._agree(failed=failure is not None):
+            raise self._error(failure, folder)
+        try:
+            if self._rank == 0:
+                folders.commit(self._home, manifest)
+                folders.retain(self._home, self._settings.keep, self._settings.best)
+        except (OSError, CheckpointError) as e:
+            failure = e
+        if not self._agree(failed=failure is not None):
+            raise self._error(failure, folder)
+
+    def _agree(self, *, failed: bool) -> bool:
+        """Return, once all ranks have come here, whether none has failed."""
+        flag = torch.tensor([int(failed)])
+        if self._group is not None:
+            self._group.allreduce([flag]).wait()
+        return not flag.item()
+
+    def _error(self, failure: OSError | CheckpointError | None, folder: Path) -> CheckpointError:
+        """Return what is raised for a failed save, and give back its space."""
+        if self._rank == 0:
+            folders.clean(self._home)
+        if isinstance(failure, CheckpointError):
+            return failure
+        known = folders.complete(self._home)
+        last = f"the last good one is {known[-1]}" if known else "there is none before it"
+        what = f"cannot be written: {failure.strerror}" if failure is not None else "failed on another rank"
+        return CheckpointError(
+            f"the checkpoint {folder} {what}; {last}: free space, or set checkpoint.keep lower, and continue with "
+            "resume=auto"
+        )

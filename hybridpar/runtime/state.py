@@ -1,0 +1,199 @@
+"""What a job would need to go on: its tensors by names that no plan changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from hybridpar.errors import CheckpointError
+from hybridpar.model.trace import Traced
+from hybridpar.planning.blocks import Position
+from hybridpar.runtime.modules import BlockModules, Owned
+from hybridpar.runtime.pieces import Piece, Stored
+
+PARAMETER, BUFFER, OPTIMIZER, GENERATOR = "parameter/", "buffer/", "optimizer/", "generator/"
+
+
+class State:
+    """One rank's parameters, buffers, optimizer state and random generators.
+
+    Names: ``parameter/NAME``; ``optimizer/KEY/NAME`` for the optimizer's tensor KEY of a parameter;
+    ``buffer/I/NAME`` for the buffer of the I-th of the ranks that hold it (batch norms differ between them);
+    ``generator/RANK/cpu`` and ``/cuda``. A parameter that several ranks hold is written by the first of them. Of a
+    tied parameter there is one, by its first name.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        positions: tuple[Position, ...],
+        blocks: Mapping[int, BlockModules],
+        optimizers: Mapping[int, torch.optim.Optimizer],
+        rank: int,
+        place: int,
+        replica: int,
+        device: torch.device,
+    ) -> None:
+        self._traced, self._positions, self._blocks, self._optimizers = traced, positions, blocks, optimizers
+        self._rank, self._place, self._replica, self._device = rank, place, replica, device
+        self._shapes = {
+            names[local]: tuple(parameter.shape)
+            for module, names in zip(traced.modules, traced.names, strict=True)
+            for local, parameter in module.named_parameters()
+        }
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return what this rank writes. Raises CheckpointError for optimizer state that cannot be cut."""
+        result: dict[str, Piece] = {}
+        for position in self._positions:
+            optimizer, first = self._optimizers.get(position.index), position.ranks[0] == self._place
+            for owned in self._owned(position):
+                if not self._writes(position, owned):
+                    continue
+                result[PARAMETER + owned.name] = self._piece(owned, owned.tensor)
+                state = optimizer.state.get(owned.tensor, {}) if optimizer is not None else {}
+                for key, value in state.items():
+                    if value is not None and (first or value.shape == owned.tensor.shape):
+                        result[f"{OPTIMIZER}{key}/{owned.name}"] = self._state_piece(owned, key, value)
+        for name, (buffer, *_) in self._buffers().items():
+            if self._first_of_copy(name):
+                result[f"{BUFFER}{self._copy(name)}/{name}"] = Piece.whole(buffer)
+        for kind, generator in self._generators().items():
+            result[f"{GENERATOR}{self._rank}/{kind}"] = Piece.whole(generator)
+        return result
+
+    def restore(self, stored: Stored, *, same_plan: bool) -> None:
+        """Take over a checkpoint's tensors.
+
+        Under the plan that saved them (``same_plan``) every rank gets its own buffers and generators again; under
+        another one the buffers are the mean over those who held them, and the generators stay as they are. Raises
+        CheckpointError for what does not fit.
+        """
+        for position in self._positions:
+            owned = self._owned(position)
+            stored.load({PARAMETER + o.name: self._piece(o, o.tensor) for o in owned})
+            if position.index in self._optimizers:
+                self._restore_optimizer(stored, self._optimizers[position.index], owned)
+        for name, buffers in self._buffers().items():
+            value = self._saved_buffer(stored, name, same_plan=same_plan)
+            for buffer in buffers:
+                buffer.data.copy_(value.view_as(buffer))
+        if same_plan:
+            self._restore_generators(stored)
+
+    def _restore_optimizer(self, stored: Stored, optimizer: torch.optim.Optimizer, owned: list[Owned]) -> None:
+        keys = {name.split("/")[1] for name in stored.tensors if name.startswith(OPTIMIZER)}
+        data = optimizer.state_dict()
+        numbers = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        for o in owned:
+            saved = {key: stored.tensors.get(f"{OPTIMIZER}{key}/{o.name}") for key in sorted(keys)}
+            state: dict[str, torch.Tensor] = {}
+            for key, found in saved.items():
+                if found is None:
+                    continue
+                name, dtype = f"{OPTIMIZER}{key}/{o.name}", found.properties.dtype
+                if tuple(found.size) == self._shapes[o.name]:
+                    state[key] = torch.empty_like(o.tensor, dtype=dtype, requires_grad=False)
+                    stored.load({name: self._piece(o, state[key])})
+                else:
+                    state[key] = stored.read(name)
+                    state[key] = state[key].reshape(()) if state[key].numel() == 1 else state[key]
+            if state and id(o.tensor) in numbers:
+                data["state"][numbers[id(o.tensor)]] = state
+        optimizer.load_state_dict(data)
+
+    def _saved_buffer(self, stored: Stored, name: str, *, same_plan: bool) -> torch.Tensor:
+        if same_plan:
+            return stored.read(f"{BUFFER}{self._copy(name)}/{name}")
+        return mean_buffer(stored, name)
+
+    def _owned(self, position: Position) -> list[Owned]:
+        return [o for b in self._blocks.values() if b.block.position == position.index for o in b.owned]
+
+    def _writes(self, position: Position, owned: Owned) -> bool:
+        """Whether this rank is the first of those who hold a slice."""
+        first = position.ranks[0] == self._place
+        return self._replica == 0 and (first or (position.sharded and owned.dim is not None))
+
+    def _piece(self, owned: Owned, tensor: torch.Tensor) -> Piece:
+        if owned.dim is None:
+            return Piece.whole(tensor)
+        offsets = tuple(owned.start if dim == owned.dim else 0 for dim in range(tensor.ndim))
+        return Piece(tensor.detach(), self._shapes[owned.name], offsets)
+
+    def _state_piece(self, owned: Owned, key: str, value: object) -> Piece:
+        if isinstance(value, torch.Tensor) and value.shape == owned.tensor.shape:
+            return self._piece(owned, value)
+        if isinstance(value, torch.Tensor) and (value.numel() == 1 or owned.dim is None):
+            return Piece.whole(value)
+        what = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise CheckpointError(
+            f"the optimizer's {key} of {owned.name} is {what}, which a checkpoint cannot cut as it cuts the "
+            f"parameter {list(owned.tensor.shape)}; set checkpoint.every=null, or use another optimizer"
+        )
+
+    def _holders(self) -> Iterator[tuple[Position, int, torch.nn.Module]]:
+        for position in self._positions:
+            for modules in self._blocks.values():
+                if modules.block.position == position.index:
+                    for index, layer in zip(range(*modules.block.layers), modules.layers, strict=False):
+                        yield position, index, layer
+
+    def _buffers(self) -> dict[str, list[torch.Tensor]]:
+        """Return this rank's buffers by their full names; a shared one may have several tensors here."""
+        result: dict[str, list[torch.Tensor]] = {}
+        for _, index, layer in self._holders():
+            names = self._traced.names[index]
+            for local, buffer in layer.named_buffers():
+                result.setdefault(names[local], []).append(buffer)
+        return result
+
+    def _position_of(self, buffer: str) -> Position:
+        return next(
+            position
+            for position, index, layer in self._holders()
+            if buffer in {self._traced.names[index][local] for local, _ in layer.named_buffers()}
+        )
+
+    def _copy(self, buffer: str) -> int:
+        """Return which of those who hold a buffer this rank is."""
+        position = self._position_of(buffer)
+        if position.sharded:
+            return self._replica
+        return self._replica * len(position.ranks) + position.ranks.index(self._place)
+
+    def _first_of_copy(self, buffer: str) -> bool:
+        """Whether this rank writes a buffer: the shards of a tail all hold the same one."""
+        position = self._position_of(buffer)
+        return not position.sharded or position.ranks[0] == self._place
+
+    def _generators(self) -> dict[str, torch.Tensor]:
+        states = {"cpu": torch.default_generator.get_state()}
+        if self._device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        return states
+
+    def _restore_generators(self, stored: Stored) -> None:
+        for kind in self._generators():
+            state = stored.read(f"{GENERATOR}{self._rank}/{kind}")
+            if kind == "cpu":
+                torch.default_generator.set_state(state)
+            else:
+                torch.cuda.set_rng_state(state, self._device)
+
+
+def mean_buffer(stored: Stored, name: str) -> torch.Tensor:
+    """Return a buffer as the mean over those who held it; one of integers as the first of them has it.
+
+    Raises CheckpointError where the checkpoint has none.
+    """
+    names = [n for n in stored.tensors if n.startswith(BUFFER) and n.split("/", maxsplit=2)[2] == name]
+    first = stored.read(names[0] if names else f"{BUFFER}0/{name}")
+    if not first.is_floating_point():
+        return first
+    others = [stored.read(n) for n in names[1:]]
+    total = first.clone()
+    for other in others:
+        total += other
+    return total / (1 + len(others))

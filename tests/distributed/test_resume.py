@@ -1,0 +1,381 @@
+"""Checkpoints of jobs: what a job was, another one becomes: under the same plan bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hybridpar.errors import CheckpointError
+from hybridpar.model.deferred import defer
+from hybridpar.model.trace import trace
+from hybridpar.planning.plan import Plan, Segment, Stage, validate
+from hybridpar.runtime import manifest as folders
+from hybridpar.runtime import pieces
+from hybridpar.runtime.communicators import ProcessGroups
+from hybridpar.runtime.job import Job
+from hybridpar.runtime.manifest import Manifest
+from hybridpar.runtime.modules import Owned
+from hybridpar.runtime.optimizer import make_factory
+from hybridpar.runtime.pieces import Piece, Stored, write
+from hybridpar.sections import OptimizerConfig
+from tests.distributed.test_trainer import WORKER, run, train_here
+from tests.support.threads import run_ranks
+from tests.support.training import Case, assemble, make_case
+
+OPTIMIZERS = {
+    "sgd": OptimizerConfig("SGD", 0.05, {"momentum": 0.9}),
+    "adamw": OptimizerConfig("AdamW", 0.01, {"weight_decay": 0.1}),
+}
+
+
+def batch_normed() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 12),
+        nn.ReLU(),
+        nn.Linear(12, 7),
+    )
+
+
+def normed_case() -> Case:
+    source = defer(batch_normed)
+    return Case(source, trace(source.module, (2, 6, 6), "normed"), 4, (13, 13, 13, 9))
+
+
+def plan_of(case: Case, kind: str) -> Plan:
+    """Plans on one to four ranks."""
+    chain = case.traced.chain
+    last, cut = len(chain.layers), chain.tail_start
+    linears = sum(layer.linear is not None for layer in chain.layers)
+    ways = ("column", "row", "column")[:linears]
+    fields: dict[str, Any] = {}
+    if kind == "alone":
+        world, stages = 1, (Stage("front", 4, (Segment((0, last), (0,)),)),)
+    elif kind == "data_parallel":
+        world, stages = 3, (Stage("front", 3, (Segment((0, last), (0, 1, 2)),)),)
+    elif kind == "front_tail":
+        tail = Stage("tail", 5, (Segment((cut, last), (1, 2)),), ways)  # type: ignore[arg-type]
+        world, stages = 3, (Stage("front", 3, (Segment((0, cut), (0, 1)),)), tail)
+    elif kind == "pipeline":
+        world, stages = 2, (Stage("middle", 4, (Segment((0, 2), (1,)), Segment((2, last), (0,)))),)
+    else:
+        tail = Stage("tail", 5, (Segment((cut, last), (1, 0)),), ways[::-1])  # type: ignore[arg-type]
+        world, stages = 4, (Stage("front", 3, (Segment((0, cut), (0, 1)),)), tail)
+        fields = {"replicas": 2}
+    plan = Plan(chain.model, chain.fingerprint, world, 13, "float64", stages, **fields)
+    validate(plan, chain)
+    return plan
+
+
+def make_job(case: Case, plan: Plan, rank: int, groups: ProcessGroups, optimizer: str = "sgd") -> Job:
+    return Job(plan, case.traced, case.source, make_factory(OPTIMIZERS[optimizer]), groups, rank=rank, seed=7)
+
+
+def go_on(case: Case, job: Job) -> list[float]:
+    """The steps that are left."""
+    return [job.step(case.data[n], samples=len(case.data[n][1])) for n in range(job.steps, case.steps)]
+
+
+def trained(case: Case, plan: Plan, folder: Path, optimizer: str) -> list[tuple[list[float], dict[str, Any]]]:
+    """Train, save after two steps, go on; the losses after that, and all that the job holds at the end."""
+
+    def body(rank: int, groups: ProcessGroups) -> tuple[list[float], dict[str, Any]]:
+        job = make_job(case, plan, rank, groups, optimizer)
+        for x, y in case.data[:2]:
+            job.step((x, y), samples=len(y))
+        write(folder, rank, job.state.pieces())
+        return go_on(case, job), {n: p.copied().tensor for n, p in job.state.pieces().items()}
+
+    return run_ranks(plan, body)
+
+
+def resumed(
+    case: Case, plan: Plan, folder: Path, ranks: int, optimizer: str, *, same_plan: bool
+) -> list[tuple[list[float], dict[str, Any], list[Owned]]]:
+    def body(rank: int, groups: ProcessGroups) -> tuple[list[float], dict[str, Any], list[Owned]]:
+        job = make_job(case, plan, rank, groups, optimizer)
+        job.state.restore(Stored(folder, ranks), same_plan=same_plan)
+        job.go_on(2, 26)
+        losses = go_on(case, job)
+        held = {n: p.copied().tensor for n, p in job.state.pieces().items()}
+        return losses, held, list(job.parameters.values())
+
+    return run_ranks(plan, body)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["alone", "data_parallel", "front_tail", "pipeline", "replicas"])
+def test_the_same_plan_goes_on_bit_for_bit(tmp_path: Path, kind: str, optimizer: str) -> None:
+    case = normed_case()
+    plan = plan_of(case, kind)
+    expected = trained(case, plan, tmp_path, optimizer)
+    got = resumed(case, plan, tmp_path, plan.world, optimizer, same_plan=True)
+    for (losses, held), (again, found, _) in zip(expected, got, strict=True):
+        assert losses == again
+        assert held.keys() == found.keys()
+        for name, value in held.items():
+            assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("front_tail", "alone"),
+        ("alone", "front_tail"),
+        ("data_parallel", "replicas"),
+        ("replicas", "pipeline"),
+        ("pipeline", "data_parallel"),
+        ("front_tail", "replicas"),
+    ],
+)
+def test_another_plan_goes_on_with_the_same_training(
+    tmp_path: Path, before: str, after: str, optimizer: str
+) -> None:
+    """Without batch norm, whose statistics depend on micro-batches; with dropout, which does not."""
+    case = make_case(steps=4, samples=(13, 13, 13, 9), dropout=0.3)
+    plan, other = plan_of(case, before), plan_of(case, after)
+    (expected, _), *_ = trained(case, plan, tmp_path / "", optimizer)
+    got = resumed(case, other, tmp_path, plan.world, optimizer, same_plan=False)
+    for losses, _, _ in got:
+        assert losses == pytest.approx(expected, rel=1e-10)
+    whole = trained(case, plan_of(case, "alone"), _new(tmp_path / "single"), optimizer)[0][1]
+    for name, value in assemble([owned for _, _, owned in got]).items():
+        reference = whole[f"parameter/{name}"]
+        assert (value - reference).norm() <= 1e-10 * reference.norm(), name
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_statistics_of_batch_norms_become_their_mean_under_another_plan(tmp_path: Path) -> None:
+    case = normed_case()
+    plan = plan_of(case, "data_parallel")
+    trained(case, plan, tmp_path, "sgd")
+    stored = Stored(tmp_path, 3)
+    name = next(n for n in stored.tensors if n.startswith("buffer/0/") and n.endswith("running_mean")).split("/")[
+        2
+    ]
+    values = [stored.read(f"buffer/{copy}/{name}") for copy in range(3)]
+    assert not torch.equal(values[0], values[1])
+
+    def body(rank: int, groups: ProcessGroups) -> torch.Tensor:
+        job = make_job(case, plan_of(case, "alone"), rank, groups)
+        job.state.restore(stored, same_plan=False)
+        return job.state.pieces()[f"buffer/0/{name}"].tensor
+
+    (found,) = run_ranks(plan_of(case, "alone"), body)
+    torch.testing.assert_close(found, torch.stack(values).mean(0))
+
+
+class Tied(nn.Module):
+    """Two linears of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x.flatten(1)))
+        return self.head(torch.relu(self.second(x)))  # type: ignore[no-any-return]
+
+
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
+    source = defer(Tied)
+    case = Case(source, trace(source.module, (6,), "tied"), 4, (13, 13, 13, 9))
+    plan = replace(plan_of(case, "data_parallel"))
+    expected = trained(case, plan, tmp_path, "adamw")
+    names = [n for n in Stored(tmp_path, 3).tensors if n.startswith("parameter/") and n.endswith("weight")]
+    assert len(names) == 2
+    ((single, _, _),) = resumed(case, plan_of(case, "alone"), tmp_path, 3, "adamw", same_plan=False)
+    assert single == pytest.approx(expected[0][0], rel=1e-10)
+
+
+# Whole trainings, in this process
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    timing = {"step_s", "samples_per_s", "time_s"}
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timing} for line in path.read_text().splitlines()
+    ]
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    last = folders.complete(folder / "checkpoints")[-1]
+    stored = Stored(last, Manifest.load(last).ranks)
+    return {name: stored.read(name) for name in stored.tensors if not name.startswith("generator/")}
+
+
+SAVING = (
+    "checkpoint.every=1",
+    "checkpoint.keep=9",
+    "data.size=40",
+    "train.epochs=2",
+    "optimizer.schedule.name=cosine",
+)
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path: Path, step: int) -> None:
+    """In the middle of an epoch, at its end, and with a half-written line and a half-written checkpoint."""
+    train_here(tmp_path / "whole", *SAVING)
+    train_here(tmp_path / "cut", *SAVING)
+    home = tmp_path / "cut" / "checkpoints"
+    for path in folders.complete(home):
+        if int(path.name[5:]) > step:
+            path.rename(home / f".{path.name}.partial")
+    (tmp_path / "cut" / "summary.json").unlink()
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-9])
+    train_here(tmp_path / "cut", *SAVING, "resume=auto")
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert lines(tmp_path / "cut" / name) == lines(tmp_path / "whole" / name)
+    assert not list(home.glob(".*"))
+    expected, got = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_auto_begins_anew_without_a_checkpoint_and_refuses_a_complete_run(tmp_path: Path) -> None:
+    assert train_here(tmp_path, *SAVING, "resume=auto").steps == 10
+    with pytest.raises(
+        CheckpointError, match=r"the training has 10: it is complete; set train.steps or train.epochs higher"
+    ):
+        train_here(tmp_path, *SAVING, "resume=auto")
+    assert train_here(tmp_path, *SAVING, "resume=auto", "train.steps=12").steps == 12
+
+
+def test_a_checkpoint_by_its_path_begins_a_run_of_its_own(tmp_path: Path) -> None:
+    train_here(tmp_path / "first", *SAVING)
+    train_here(tmp_path / "second", *SAVING, "train.steps=12", f"resume={tmp_path / 'first'}")
+    assert [line["step"] for line in lines(tmp_path / "second" / "metrics.jsonl")] == [10, 11]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.seed=1", "with train.seed 0, but here it is 1"),
+        ("data.size=48", "with a number of training samples .* 40, but here it is 48"),
+        ("optimizer=adamw", "with optimizer.name SGD, but here it is AdamW"),
+        ("model.options.width=5", "a chain of layers"),
+        ("train.global_batch=12", "made 16 samples into an epoch, where no step of train.global_batch=12 begins"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, override: str, said: str) -> None:
+    saving = [s for s in SAVING if not override.startswith(s.split("=")[0])]
+    train_here(tmp_path / "first", *SAVING)
+    origin = tmp_path / "first" / "checkpoints" / "step-00000002"
+    with pytest.raises(CheckpointError, match=said):
+        train_here(tmp_path / "second", *saving, override, f"resume={origin}")
+    assert not (tmp_path / "second").exists()
+
+
+def test_the_latest_and_the_best_stay(tmp_path: Path) -> None:
+    train_here(
+        tmp_path,
+        "checkpoint.every=2",
+        "checkpoint.keep=1",
+        "checkpoint.best=loss",
+        "data.size=40",
+        "train.epochs=3",
+    )
+    losses = {line["step"]: line["loss"] for line in lines(tmp_path / "evaluations.jsonl")}
+    best = min(losses, key=lambda step: losses[step])
+    stay = {int(p.name[5:]) for p in folders.complete(tmp_path / "checkpoints")}
+    assert stay == {best, 15}
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, seen = pieces._append, []
+
+    def full(file: Any, name: str, piece: Piece) -> Any:
+        seen.append(name)
+        if "step-00000003" in str(file.name) and name.startswith("optimizer"):
+            raise OSError(28, "No space left on device")
+        return append(file, name, piece)
+
+    monkeypatch.setattr(pieces, "_append", full)
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device; the last good one is .*step-00000002: free"
+    ):
+        train_here(tmp_path, *SAVING)
+    home = tmp_path / "checkpoints"
+    assert sorted(p.name for p in home.iterdir()) == ["step-00000001", "step-00000002"]
+    monkeypatch.undo()
+    assert train_here(tmp_path, *SAVING, "resume=auto").steps == 10
+
+
+# Kills
+
+
+def start(ranks: int, *arguments: str) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(WORKER), *arguments],
+        env={**os.environ, "PYTHONPATH": str(WORKER.parents[2]), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(int(pid) for pid in found)
+
+
+def kill_and_continue(folder: Path, kills: list[int], *arguments: str) -> None:
+    """SIGKILL a rank when so many lines of metrics are there, then continue with ``resume=auto``."""
+    for lines_before in kills:
+        process = start(2, *arguments, f"run.dir={folder}", "resume=auto")
+        deadline_s = time.monotonic() + 90
+        metrics = folder / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < deadline_s:
+            if metrics.exists() and metrics.read_text().count("\n") >= lines_before:
+                os.kill(ranks_of(process)[lines_before % 2], signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        assert process.wait(60) != 0
+    done = run(2, *arguments, f"run.dir={folder}", "resume=auto")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [[13], pytest.param([3, 7, 8, 20, 21, 33, 40, 47], marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=["one", "many"],
+)
+def test_a_killed_rank_changes_nothing_of_the_result(tmp_path: Path, kills: list[int]) -> None:
+    arguments = (
+        "data_parallel",
+        "train.global_batch=24",
+        "checkpoint.every=2",
+        "train.steps=60",
+        "train.mode=quiet",
+    )
+    kill_and_continue(tmp_path / "cut", kills, *arguments)
+    done = run(2, *arguments, f"run.dir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path / "cut" / "metrics.jsonl") == lines(tmp_path / "whole" / "metrics.jsonl")
+    expected, got = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
