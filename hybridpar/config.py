@@ -29,6 +29,7 @@ from hybridpar.sections import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
+    VerifyConfig,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "ScheduleConfig",
     "Sweep",
     "TrainConfig",
+    "VerifyConfig",
     "compose",
     "conf_dir",
     "expand",
@@ -73,6 +75,7 @@ class Config:
     monitor: MonitorConfig
     run: RunConfig
     probe: ProbeConfig
+    verify: VerifyConfig
     format: Literal["text", "json"]
     out: str | None
     explain: bool
@@ -123,8 +126,8 @@ class Config:
         idle = [f"{key}={value}" for key, value in given.items() if value != without.get(key)]
         if idle:
             raise ConfigError(
-                f"{' '.join(idle)}: of no effect on a training, which writes to run.dir; leave it out, or see the "
-                "plan with `hybridpar plan`"
+                f"{' '.join(idle)}: of no effect on a training, which writes to run.dir, nor on its verification; "
+                "leave it out, or see the plan with `hybridpar plan`"
             )
 
     def request(self) -> Request:
@@ -183,6 +186,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         monitor=from_data(MonitorConfig, data.get("monitor"), "monitor", _FieldError),
         run=from_data(RunConfig, data.get("run"), "run", _FieldError),
         probe=from_data(ProbeConfig, data.get("probe"), "probe", _FieldError),
+        verify=from_data(VerifyConfig, data.get("verify"), "verify", _FieldError),
         format=output.format,
         out=output.out,
         explain=output.explain,

@@ -253,6 +253,23 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class VerifyConfig:
+    """How a plan is compared with a single process."""
+
+    precision: Literal["float32", "float64"] = "float64"
+    """In which both compute, whatever ``train.precision`` is."""
+    steps: int = 2
+    tolerance: float | None = None
+    """Largest difference, as a share of a layer's largest value; None: 1e-10 in float64, 1e-4 in float32."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "verify.steps", self.steps, "must be at least 1")
+        _require(
+            self.tolerance is None or self.tolerance > 0, "verify.tolerance", self.tolerance, "must be above 0"
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where a training job writes."""
 

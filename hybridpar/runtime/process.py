@@ -169,6 +169,12 @@ class Process:
         dist.all_gather_object(values, value)
         return values
 
+    def collect(self, value: Any) -> list[Any] | None:
+        """Return every rank's picklable ``value`` in rank order on rank 0, None elsewhere; needs ``connect``."""
+        values: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values
+
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an error, so that the whole job ends; alone, raise the error.
 
