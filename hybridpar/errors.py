@@ -12,6 +12,7 @@
     |-- ProgramError            a program would hang, or its actions do not fit together
     |-- DataError               a data set is missing or malformed
     |-- DivergenceError         the training left the finite numbers
+    |-- StuckError              a rank did not come to a communication in time
     `-- LaunchError             the job was started in a way that cannot work (world size, backend)
 
 Everything else that is raised is a bug of ours or a fault of the machine: exit code 1, with its traceback.
@@ -56,6 +57,10 @@ class DataError(HybridparError):
 
 class DivergenceError(HybridparError):
     """The training left the finite numbers."""
+
+
+class StuckError(HybridparError):
+    """A rank did not come to a communication in time."""
 
 
 class LaunchError(HybridparError):

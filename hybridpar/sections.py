@@ -209,8 +209,8 @@ class TrainConfig:
     """Epochs between evaluations; None: only at the end."""
     log_every: int = 10
     mode: Literal["auto", "progress", "plain", "quiet"] = "auto"
-    timeout_s: float = 300.0
-    """Of one communication."""
+    timeout_s: float = 120.0
+    """Of one communication: longer than any rank computes or reads between two of them."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "epochs", "steps", "eval_every", "log_every"):
