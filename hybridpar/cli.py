@@ -30,6 +30,8 @@ commands
   plan      print what would run where, how fast, in how much memory, and why; needs no GPU
   plan -m   the same for every combination of KEY=A,B ..., as one table
   train     train; under torchrun, one process per rank: torchrun --nproc-per-node 4 -m hybridpar train ...
+  verify    compare two steps of train, layer by layer, with a single process; overrides and launch as of train;
+            exit code 1 where they differ
   profile   measure time and memory of every layer on this machine and write them to out=FILE; under torchrun on
             all ranks at once
   probe     measure the links between the processes of a job and write the cluster to probe.out;
@@ -70,7 +72,7 @@ def _run(command: str, overrides: Sequence[str]) -> int:
             plan_sweep([o for o in overrides if o not in MULTIRUN])
         else:
             measuring = command == "profile" and not any(o.startswith("profile=") for o in overrides)
-            function(compose(["profile=measured", *overrides] if measuring else overrides))
+            return function(compose(["profile=measured", *overrides] if measuring else overrides)) or 0
     except HybridparError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"hybridpar: {e}\n")
@@ -91,7 +93,7 @@ def _check_sweep(command: str) -> None:
         raise ConfigError("plan -m: a sweep needs one process; start it without torchrun")
 
 
-def _command(name: str) -> Callable[[Config], None]:
+def _command(name: str) -> Callable[[Config], int | None]:
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name}{hint}")
@@ -215,6 +217,29 @@ def train(config: Config) -> None:
         summary.show(outcome, _console())
 
 
+def verify(config: Config) -> int:
+    """Plan as for a training, compare some of its steps with a single process, and return 1 where they differ."""
+    from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
+    from hybridpar.report import verification  # noqa: PLC0415
+    from hybridpar.runtime import verify as verifying  # noqa: PLC0415
+    from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415
+
+    config.refuse_for_training()
+    process = Process(config.train.device, config.train.timeout_s)
+    traced, source = load_model(config)
+
+    def planned() -> Plan:
+        result = make_plan(config, prepare(config, traced, process.world, _note)).plan
+        check_world(result, process.world)
+        verifying.check(config, result, traced)
+        return result
+
+    found = verifying.verify(config, process.agree(planned), traced, source, process)
+    if process.rank == 0:
+        verification.show(found, _console())
+    return 0 if found.first is None else 1
+
+
 def profile(config: Config) -> None:
     """Measure the layers on this machine, all ranks at once, and write the profile with its chain to ``out``."""
     from hybridpar.planner import load_model, measured  # noqa: PLC0415
@@ -260,9 +285,10 @@ def show_config(config: Config) -> None:
     sys.stdout.write(config.resolved)
 
 
-COMMANDS: dict[str, Callable[[Config], None]] = {
+COMMANDS: dict[str, Callable[[Config], int | None]] = {
     "plan": plan,
     "train": train,
+    "verify": verify,
     "profile": profile,
     "probe": probe,
     "config": show_config,

@@ -30,6 +30,7 @@ from hybridpar.sections import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
+    VerifyConfig,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ScheduleConfig",
     "Sweep",
     "TrainConfig",
+    "VerifyConfig",
     "compose",
     "conf_dir",
     "expand",
@@ -78,6 +80,7 @@ class Config:
     checkpoint: CheckpointConfig
     resume: str | None
     """``auto``: the latest checkpoint of ``run.dir``, if it has one; a path; None."""
+    verify: VerifyConfig
     format: Literal["text", "json"]
     out: str | None
     explain: bool
@@ -130,8 +133,8 @@ class Config:
         idle = [f"{key}={value}" for key, value in given.items() if value != without.get(key)]
         if idle:
             raise ConfigError(
-                f"{' '.join(idle)}: of no effect on a training, which writes to run.dir; leave it out, or see the "
-                "plan with `hybridpar plan`"
+                f"{' '.join(idle)}: of no effect on a training, which writes to run.dir, nor on its verification; "
+                "leave it out, or see the plan with `hybridpar plan`"
             )
 
     def request(self) -> Request:
@@ -192,6 +195,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         probe=from_data(ProbeConfig, data.get("probe"), "probe", _FieldError),
         checkpoint=from_data(CheckpointConfig, data.get("checkpoint"), "checkpoint", _FieldError),
         resume=output.resume,
+        verify=from_data(VerifyConfig, data.get("verify"), "verify", _FieldError),
         format=output.format,
         out=output.out,
         explain=output.explain,

@@ -13,6 +13,7 @@
     |-- DataError               a data set is missing or malformed
     |-- CheckpointError         a checkpoint is missing, damaged, foreign, or cannot be written
     |-- DivergenceError         the training left the finite numbers
+    |-- StuckError              a rank did not come to a communication in time
     `-- LaunchError             the job was started in a way that cannot work (world size, backend)
 
 Everything else that is raised is a bug of ours or a fault of the machine: exit code 1, with its traceback.
@@ -61,6 +62,10 @@ class CheckpointError(HybridparError):
 
 class DivergenceError(HybridparError):
     """The training left the finite numbers."""
+
+
+class StuckError(HybridparError):
+    """A rank did not come to a communication in time."""
 
 
 class LaunchError(HybridparError):

@@ -210,8 +210,8 @@ class TrainConfig:
     """Epochs between evaluations; None: only at the end."""
     log_every: int = 10
     mode: Literal["auto", "progress", "plain", "quiet"] = "auto"
-    timeout_s: float = 300.0
-    """Of one communication."""
+    timeout_s: float = 120.0
+    """Of one communication: longer than any rank computes or reads between two of them."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "epochs", "steps", "eval_every", "log_every"):
@@ -273,6 +273,23 @@ class CheckpointConfig:
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
         idle = self.every is None and self.best is not None
         _require(not idle, "checkpoint.best", self.best, "is of no effect without checkpoint.every; set that too")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """How a plan is compared with a single process."""
+
+    precision: Literal["float32", "float64"] = "float64"
+    """In which both compute, whatever ``train.precision`` is."""
+    steps: int = 2
+    tolerance: float | None = None
+    """Largest difference, as a share of a layer's largest value; None: 1e-10 in float64, 1e-4 in float32."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "verify.steps", self.steps, "must be at least 1")
+        _require(
+            self.tolerance is None or self.tolerance > 0, "verify.tolerance", self.tolerance, "must be above 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from hybridpar.runtime.communicators import Communicators, Pending
 from hybridpar.runtime.lookup import Key, Lookup, Lookups
 from hybridpar.runtime.loss import CrossEntropy, Outcome
 from hybridpar.runtime.modules import BlockModules
+from hybridpar.runtime.origin import Watch
 from hybridpar.runtime.update import Updater
 
 Observer = Callable[[Program, Action, float, float], None]
@@ -96,11 +97,14 @@ class Executor:
         dtype: torch.dtype,
         device: torch.device,
         name: str | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.rank, self.name = rank, name or f"rank {rank}"
         self.blocks, self.communicators, self.updater = blocks, communicators, updater
         self.seed, self.dtype, self.device = seed, dtype, device
         self.observer: Observer | None = None
+        self.watch = watch or Watch(rank)
+        """Where values left the finite numbers in the last step."""
         self._lookups = Lookups(rank)
 
     def run(
@@ -144,6 +148,7 @@ class Executor:
             raise DataError(
                 f"labels from {int(labels.min())} to {int(labels.max())} do not fit the model's {classes} classes"
             )
+        self.watch.begin()
         if program.mode == "train":
             self.updater.zero()
         metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=self.device)
@@ -201,7 +206,8 @@ class Executor:
             x = x.detach().requires_grad_()
         modules = self.blocks[block]
         with torch.set_grad_enabled(graph := train and not modules.block.recompute):
-            y = modules(x, self._keys(state, key) if train and modules.draws else None)
+            y = modules(x, keys := self._keys(state, key) if train and modules.draws else None)
+        self.watch.see(state.program, modules, micro_batch, state.program.numbers(*key, self.rank), (x, y), keys)
         if train:
             state.saved[key] = x, get_gradient_edge(y) if graph and y.requires_grad else None
         state.outputs[key] = y.detach()

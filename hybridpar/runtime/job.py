@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,7 @@ from hybridpar.runtime.executor import Executor, Metrics, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
+from hybridpar.runtime.origin import Origin, Watch
 from hybridpar.runtime.state import State
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
 
@@ -140,6 +142,7 @@ class Job:
             dtype=dtype,
             device=self.device,
             name=f"rank {rank}",
+            watch=Watch(rank),
         )
 
     def _check(self, max_norm: float | None, engines: EngineFactory | None) -> None:
@@ -169,6 +172,11 @@ class Job:
         return [b for b in self._blocks.values() if b.block.position == position.index]
 
     @property
+    def blocks(self) -> Mapping[int, BlockModules]:
+        """The rank's own blocks by their index in the plan."""
+        return self._blocks
+
+    @property
     def parameters(self) -> dict[str, Owned]:
         """Parameters of this rank by their full names in the model; a shard says which slice it is."""
         return {o.name: o for o in owned_parameters(list(self._blocks.values()))}
@@ -186,6 +194,11 @@ class Job:
     def go_on(self, step: int, sample: int) -> None:
         """Let the next step be ``step``, counted from 0, and its first sample have the id ``sample``."""
         self.steps, self._next_sample = step, sample
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where values left the finite numbers on this rank in the last step, if they did."""
+        return self._executor.watch.origin
 
     def memory_bytes(self) -> int:
         """Return the peak memory of this rank's part so far."""
@@ -251,6 +264,8 @@ class Job:
     def evaluate(self, batches: Iterable[StepBatch | tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
         """Return loss and accuracy over ``batches``: of ``loader(..., train=False)``, or whole batches.
 
+        Ends with the first batch whose loss is not finite.
+
         Before, the running statistics of batch norms become the mean over the replicas. Raises as ``step`` does.
         """
         self._average_statistics()
@@ -259,6 +274,8 @@ class Job:
             whole = None if isinstance(batch, StepBatch) else len(batch[1])
             m = self._run(self._own(batch, "evaluate", whole), "evaluate")
             sums = [a + b for a, b in zip(sums, (m.loss_sum, m.weight, m.top1, m.top5), strict=True)]
+            if not math.isfinite(m.loss_sum):
+                break  # on all ranks; ``origin`` is that of the last batch
         loss_sum, weight, top1, top5 = sums
         if not weight:
             raise DataError("there are no samples to evaluate on")

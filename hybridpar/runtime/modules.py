@@ -65,6 +65,15 @@ class BlockModules(nn.Module):
             buffer.data.copy_(value)
         return cast("torch.Tensor", y)
 
+    def each(self, x: torch.Tensor, keys: Keys | None) -> list[torch.Tensor]:
+        """Run the layers as ``again`` and return the output of every one."""
+        outputs: list[torch.Tensor] = []
+        hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in self.layers]
+        self.again(x, keys)
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
 
 class ModuleFactory:
     """Makes a rank's blocks from a traced model, one parameter at a time: no rank ever holds the whole model."""

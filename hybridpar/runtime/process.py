@@ -6,10 +6,11 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NoReturn
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from hybridpar.errors import HybridparError, LaunchError, PlanError
+from hybridpar.errors import HybridparError, LaunchError, PlanError, StuckError
 from hybridpar.host import keep_freed_memory
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.communicators import groups as groups_of
@@ -34,6 +35,11 @@ _SAVING_TIMEOUT = timedelta(minutes=30)
 """Ranks may take longer to write a checkpoint than to communicate."""
 _FAREWELL_S = 5.0
 """A rank 0 that ends with an error waits so long for the others to hear of it, since it may host the store."""
+
+_REPORT_S = 5.0
+"""Ranks whose communication timed out wait so long for each other to say so; who says nothing is stuck."""
+_CLOSING_S = 1.0
+"""A rank whose connection was closed looks so long for one that closed it because of a timeout."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Process:
     ``cuda``, and where the other processes cannot be reached.
     """
 
-    def __init__(self, device: DeviceChoice = "auto", timeout_s: float = 300.0) -> None:
+    def __init__(self, device: DeviceChoice = "auto", timeout_s: float = 120.0) -> None:
         self.place = Place.read(os.environ)
         self.rank, self.world = self.place.rank, self.place.world
         self.device = _device(device, self.place)
@@ -161,6 +167,7 @@ class Process:
 
     def join(self) -> None:
         """Make the default process group of all ranks, unless there is one."""
+        self._meet()
         if not dist.is_initialized():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
@@ -176,6 +183,12 @@ class Process:
         dist.all_gather_object(values, value)
         return values
 
+    def collect(self, value: Any) -> list[Any] | None:
+        """Return every rank's picklable ``value`` in rank order on rank 0, None elsewhere; needs ``connect``."""
+        values: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values
+
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an error, so that the whole job ends; alone, raise the error.
 
@@ -186,6 +199,7 @@ class Process:
         if self.world == 1:
             self.close()
             raise error
+        error = self._explained(error)
         own = isinstance(error, HybridparError)
         first = str(self.rank)
         with contextlib.suppress(RuntimeError):
@@ -201,11 +215,69 @@ class Process:
         sys.stderr.flush()
         os._exit(2 if own else 1)
 
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return a StuckError for the timeout of a communication, other errors as they are.
+
+        A backend closes the connections of what timed out. A rank that sees only this lets the other one tell.
+        """
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"reported/{self.rank}", "")
+            if _is_timeout(error):
+                self._store.set("timed out", "")
+                missing = self._missing()
+                names = [f"rank {r} ({self._store.get(f'at/{r}').decode()})" for r in missing]
+                return StuckError(_stuck(error, names, self.timeout.total_seconds()))
+            closed = isinstance(error, RuntimeError) and "connection" in str(error).lower()
+            if closed and self._appears("timed out", _CLOSING_S):
+                self._appears("failed", 2 * _REPORT_S)
+        return error
+
+    def _appears(self, key: str, within_s: float) -> bool:
+        """Wait for a key of the store; returns whether it came in time."""
+        deadline_s = time.monotonic() + within_s
+        while not (there := bool(self._store.check([key]))) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return there
+
+    def _missing(self) -> list[int]:
+        """Return the ranks that report no failure; those that wait as this one does get some time for it."""
+        deadline_s = time.monotonic() + _REPORT_S
+        missing = list(range(self.world))
+        while missing and time.monotonic() < deadline_s:
+            missing = [r for r in missing if not self._store.check([f"reported/{r}"])]
+            time.sleep(0.05)
+        return missing
+
+    def _meet(self) -> None:
+        """Wait for all ranks, which may still read data for long; tells them where this one runs."""
+        self._store.set(f"at/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        self._store.wait([f"at/{r}" for r in range(self.world)], PLANNING_TIMEOUT)
+
     def close(self) -> None:
         """Leave the process groups; may be called twice."""
         self.groups = {}
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_timeout(error: BaseException) -> bool:
+    """Whether a communication took too long; backends tell by their text only."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
+
+
+def _stuck(error: BaseException, missing: Sequence[str], timeout_s: float) -> str:
+    """Say what waited, for whom (the missing ranks and where they run), and what to do."""
+    what = f"{str(error).splitlines()[0]}; "
+    if not missing:
+        return (
+            f"{what}every rank waited for another for {timeout_s:g} s: look at the network between the hosts "
+            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or raise train.timeout_s"
+        )
+    return (
+        f"{what}{', '.join(missing)} did not arrive at any communication within {timeout_s:g} s: see what it does "
+        "there (py-spy dump --pid, its host's load and memory), or raise train.timeout_s if it is only slow"
+    )
 
 
 def check_world(plan: Plan, world: int) -> None:

@@ -35,6 +35,7 @@ from hybridpar.runtime.job import Evaluation, Job, checked_program
 from hybridpar.runtime.journal import Journal, StepRecord, check_run_dir, make_run_dir
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.optimizer import make_factory, make_rate
+from hybridpar.runtime.origin import Origin
 from hybridpar.runtime.process import Place, Process
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
@@ -67,6 +68,11 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     check_config(config, place)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.out_shape[0])
+    check_fits(config, plan)
+
+
+def check_fits(config: Config, plan: Plan) -> None:
+    """Raise ConfigError unless a plan, maybe from a file, fits the configuration."""
     if plan.recipe.sharding == "zero1":
         zero.require_deepspeed()
     resume.refuse_sharded(config, plan, [config.resume])
@@ -106,12 +112,22 @@ def _size(split: Any) -> int:
     return split if isinstance(split, int) else len(split)
 
 
-def _require_finite(loss: float, where: str) -> None:
-    """Raise DivergenceError for a loss that no training comes back from; it is the same on every rank."""
-    if not math.isfinite(loss):
-        raise DivergenceError(
-            f"the loss is not finite ({loss}) {where}; lower optimizer.lr, or set optimizer.clip"
-        )
+def _require_finite(loss: float, where: str, job: Job, process: Process) -> None:
+    """Raise DivergenceError, which says where it arose, for a loss that no training comes back from.
+
+    The loss is the same on every rank, so that all ranks raise, with one text.
+    """
+    if math.isfinite(loss):
+        return
+    found: list[Origin | None] = process.gather(job.origin)
+    origin = min((o for o in found if o is not None), default=None)
+    if origin is None:
+        cause, remedy = "it arose in the loss, from finite logits", "lower optimizer.lr, or set optimizer.clip"
+    elif origin.layer < 0:
+        cause, remedy = str(origin), "look at these samples and their normalisation"
+    else:
+        cause, remedy = str(origin), "lower optimizer.lr, or set optimizer.clip"
+    raise DivergenceError(f"the loss is not finite ({loss}) {where}: {cause}; {remedy}")
 
 
 @dataclass
@@ -307,7 +323,8 @@ class _Training:
                 test_feed.close()  # else its workers would wait, and hold what they read, until the next one
                 if journal is not None:
                     journal.evaluation(job.steps, epoch, log.evaluation)
-                _require_finite(log.evaluation.loss, f"in the evaluation after step {job.steps - 1}")
+                where = f"in the evaluation after step {job.steps - 1}"
+                _require_finite(log.evaluation.loss, where, job, self.process)
                 metric = self._metric(log.evaluation)
             improved = metric is not None and self._improve(metric)
             if saver.due(job.steps) or improved or (ended and saver.active):
@@ -347,7 +364,7 @@ class _Training:
             if journal is not None:
                 per_s = batch.samples / step_s
                 journal.step(StepRecord(step, epoch, log.loss, rate, batch.samples, step_s, per_s, time.time()))
-            _require_finite(log.loss, f"at step {step}")
+            _require_finite(log.loss, f"at step {step}", job, self.process)
             start += 1
             at = Position(job.steps, epoch, batch.first_sample + batch.samples)
             within = start < feed.order.steps

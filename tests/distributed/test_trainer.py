@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -191,7 +192,8 @@ def test_a_loss_that_is_not_finite_ends_the_job_once(tmp_path: Path) -> None:
     lines = strict((tmp_path / "metrics.jsonl").read_text())
     assert lines[-1]["loss"] is None
     assert all(isinstance(line["loss"], float) for line in lines[:-1])
-    assert f"at step {lines[-1]['step']};" in line
+    assert f"at step {lines[-1]['step']}: it arose in layer " in line
+    assert re.search(r"of front, micro-batch 0 \(samples \d+\.\.\d+\) on rank [01]", line)
 
 
 def strict(text: str) -> list[dict[str, Any]]:
@@ -260,7 +262,10 @@ def test_a_warm_up_as_long_as_the_training_is_refused_before_it(tmp_path: Path) 
 
 def test_an_evaluation_that_is_not_finite_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Job, "evaluate", lambda *_: Evaluation(float("nan"), 0.0, 0.0, 8))
-    with pytest.raises(DivergenceError, match=r"not finite \(nan\) in the evaluation after step 1; lower optim"):
+    with pytest.raises(
+        DivergenceError,
+        match=r"not finite \(nan\) in the evaluation after step 1: it arose in the loss.*; lower optim",
+    ):
         train_here(tmp_path)
     (line,) = strict((tmp_path / "evaluations.jsonl").read_text())
     assert (line["loss"], line["top1"]) == (None, 0.0)

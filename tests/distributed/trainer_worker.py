@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import sys
+import time
+from typing import Any
 
 from rich.console import Console
 
@@ -59,10 +63,29 @@ def break_rank(rank: int) -> None:
         Executor._forward = fail  # type: ignore[method-assign]
 
 
+def halt_rank(rank: int, how: str) -> None:
+    """Stop this rank's process, or let it sleep, in its fourth forward; its number goes to standard error."""
+    forward, calls = Executor._forward, itertools.count()
+
+    def halting(*arguments: Any) -> None:
+        if next(calls) == 3:
+            sys.stderr.write(f"halted {os.getpid()}\n")
+            sys.stderr.flush()
+            if how == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(90)
+        forward(*arguments)
+
+    if os.environ.get("RANK") == str(rank):
+        Executor._forward = halting  # type: ignore[method-assign]
+
+
 def main() -> None:
     shape, *overrides = sys.argv[1:]
     if "BREAK_RANK" in os.environ:
         break_rank(int(os.environ["BREAK_RANK"]))
+    if "HALT_RANK" in os.environ:
+        halt_rank(int(os.environ["HALT_RANK"]), os.environ["HALT_BY"])
     config = compose(["model=small_vgg", "data=digits", "train.global_batch=48", *overrides])
     model = config.model
     source = defer(build(model.builder, model.options, classes=model.classes, in_shape=model.in_shape))

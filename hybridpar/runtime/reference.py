@@ -1,0 +1,131 @@
+"""A single process with a plan's model, data and randomness: what a verification compares with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hybridpar.model.deferred import Source
+from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.trace import Traced
+from hybridpar.planning.program import Program
+from hybridpar.runtime.update import OptimizerFactory
+
+
+class Reference:
+    """The whole model in one process: one forward and backward over a step's samples, one optimizer.
+
+    Needs memory for all parameters, gradients, optimizer state and activations of a step on ``device``. Layers
+    with batch norm run as in the plan, by micro-batch, with running statistics per replica: that is what they are
+    documented to do. All other layers see all samples at once.
+
+    Args:
+        traced: the model's layers.
+        source: initial values.
+        optimizer: makes the optimizer of all parameters.
+        programs: a step's program of every plan replica, by the step's samples.
+        seed: of initial values and dropout.
+        dtype: of all floating values.
+        device: where it runs.
+        max_norm: clips the gradients by their global norm; None: no clipping.
+        rate: learning rate by step; None leaves it to the optimizer.
+
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        source: Source,
+        optimizer: OptimizerFactory,
+        programs: Callable[[int], tuple[Program, ...]],
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_norm: float | None = None,
+        rate: Callable[[int], float] | None = None,
+    ) -> None:
+        self._programs, self._seed, self._dtype, self._device = programs, seed, dtype, device
+        self._max_norm, self._rate, self._chain = max_norm, rate, traced.chain
+        self._step = 0
+        self.parameters: dict[str, nn.Parameter] = {}
+        """By full name; a tied one once."""
+        self.outputs: list[torch.Tensor] = []
+        """Of every layer in the last step, (samples, ...)."""
+        self.loss = 0.0
+        self._layers: list[nn.Module] = []
+        for module, names in zip(traced.modules, traced.names, strict=True):
+            self._layers.append(self._made(module, names, source))
+        self._replicas: dict[tuple[int, int], nn.Module] = {}
+        self._optimizer = optimizer(p for p in self.parameters.values() if p.requires_grad)
+
+    def _made(self, module: nn.Module, names: dict[str, str], source: Source) -> nn.Module:
+        def value(name: str) -> torch.Tensor:
+            return source.materialize(name, self._seed, self._dtype).to(self._device)
+
+        memo: dict[int, object] = {}
+        for local, parameter in module.named_parameters():
+            name = names[local]
+            if name not in self.parameters:
+                self.parameters[name] = nn.Parameter(value(name), requires_grad=parameter.requires_grad)
+            memo[id(parameter)] = self.parameters[name]
+        for local, buffer in module.named_buffers():
+            memo[id(buffer)] = value(names[local])
+        return copy.deepcopy(module, memo).train()
+
+    def replica(self, layer: int, rank: int) -> nn.Module:
+        """Return a layer with the running statistics of one of all ranks."""
+        if (layer, rank) not in self._replicas:
+            whole = self._layers[layer]
+            shared: dict[int, object] = {id(p): p for p in whole.parameters()}
+            self._replicas[layer, rank] = copy.deepcopy(whole, shared)
+        return self._replicas[layer, rank]
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor, first_sample: int) -> None:
+        """Train on a whole step: inputs (samples, ...), labels (samples,); sample ids count from the first's."""
+        if self._rate is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._rate(self._step)
+        x = inputs.to(self._device)
+        x = x.to(self._dtype) if x.is_floating_point() else x
+        ids = torch.arange(first_sample, first_sample + len(x), device=self._device)
+        self._optimizer.zero_grad()
+        self.outputs = []
+        for index in range(len(self._layers)):
+            x = (
+                self._by_micro_batch(index, x, ids)
+                if self._chain.layers[index].batch_norm
+                else self._run(self._layers[index], x, ids)
+            )
+            self.outputs.append(x.detach())
+        loss = F.cross_entropy(x, labels.to(self._device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._max_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self._max_norm)
+        self._optimizer.step()
+        self.loss = loss.item()
+        self._step += 1
+
+    def _run(self, layer: nn.Module, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        for module in layer.modules():
+            if isinstance(module, KeyedDropout):
+                module.keys = Keys(self._seed, self._step, ids)
+        y: torch.Tensor = layer(x)
+        return y
+
+    def _by_micro_batch(self, index: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Run a layer on each micro-batch of the plan by itself, on every replica in its order."""
+        pieces = []
+        for program in self._programs(len(x)):
+            position = next(p for p in program.positions if p.layers[0] <= index < p.layers[1])
+            for intervals in program.micro_batches[position.index]:
+                for rank, (start, stop) in zip(position.ranks, intervals, strict=True):
+                    if stop > start:
+                        own = slice(program.first + start, program.first + stop)
+                        layer = self.replica(index, program.replica * program.plan.replica_world + rank)
+                        pieces.append((own.start, self._run(layer, x[own], ids[own])))
+        return torch.cat([y for _, y in sorted(pieces, key=lambda piece: piece[0])])

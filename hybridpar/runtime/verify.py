@@ -1,0 +1,174 @@
+"""Verification: some steps of a training under its plan, compared layer by layer with a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hybridpar.config import Config
+from hybridpar.data import datasets
+from hybridpar.data.loader import StepLoader
+from hybridpar.data.sampler import EpochOrder
+from hybridpar.errors import ConfigError, ModelError
+from hybridpar.model.deferred import Source
+from hybridpar.model.trace import Traced
+from hybridpar.planning.blocks import positions
+from hybridpar.planning.plan import Plan
+from hybridpar.planning.program import Program
+from hybridpar.report.verification import Verification
+from hybridpar.runtime import trainer, zero
+from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.job import DTYPES, Job, checked_program
+from hybridpar.runtime.optimizer import make_factory, make_rate
+from hybridpar.runtime.process import Process
+from hybridpar.runtime.reference import Reference
+from hybridpar.runtime.verifier import Verifier
+from hybridpar.schema import from_data, to_data
+
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
+"""Sums in another order differ by the unit roundoff (1e-16, 6e-8) times what layers add to it: up to some hundreds
+after 20 layers, and more where positive and negative terms cancel. Faults are many orders above the first."""
+
+
+def verify(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Verification:
+    """Run ``verify.steps`` steps of the training under ``plan`` and in a single process on rank 0, and compare.
+
+    Every rank calls this once and gets the result. Stops after the first step that diverges. Rank 0 needs the data
+    and memory for the whole model. Errors end the process as in ``trainer.train``: ConfigError for settings that
+    cannot be verified, ModelError for a model with randomness that no plan can repeat.
+    """
+    try:
+        plan = _in_precision(config, plan, traced)
+        return _verify(config, plan, traced, source, process)
+    except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must not wait
+        process.fail(e)
+
+
+def check(config: Config, plan: Plan, traced: Traced) -> None:
+    """Raise HybridparError for what makes a verification impossible, as far as a glance tells."""
+    make_factory(config.optimizer)
+    datasets.check(config.data, traced.chain.out_shape[0])
+    trainer.check_fits(config, plan)
+    _in_precision(config, plan, traced)
+
+
+def _in_precision(config: Config, plan: Plan, traced: Traced) -> Plan:
+    """Return the plan in the precision of the verification, with the same blocks."""
+    wanted = config.verify.precision
+    if plan.recipe.sharding == "zero1" and wanted != "float32":
+        raise ConfigError(
+            f"verify.precision: {wanted}, but optimizer.sharding=zero1 keeps float32 state; "
+            "set verify.precision=float32"
+        )
+    unkeyed = [layer.name for layer in traced.chain.layers if layer.random == "unkeyed"]
+    if unkeyed:
+        raise ModelError(
+            f"layer {unkeyed[0]} draws random numbers of its own, which differ in every plan; nothing behind it "
+            "can be compared: use nn.Dropout, or build the model without it for the verification"
+        )
+    changed = replace(plan, precision=wanted)
+    return replace(changed, bucket_bytes=plan.bucket_bytes * changed.itemsize // plan.itemsize)
+
+
+def _verify(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Verification:
+    train = _samples(config, plan, traced, process)
+    size = train if isinstance(train, int) else len(train)
+    order = EpochOrder(size, plan.global_batch, config.train.seed, drop_last=config.train.drop_last)
+    steps = min(config.verify.steps, order.steps)
+
+    def programs(samples: int) -> tuple[Program, ...]:
+        return tuple(checked_program(plan, traced.chain, samples, "train", k) for k in range(plan.replicas))
+
+    for step in range(steps):
+        programs(order.count(step))  # whatever is wrong with one is said before any process group exists
+    verifier, notes = _verifier(config, plan, traced, source, process, programs, order)
+    whole = StepLoader(train, order, lambda count: ((0, count),)) if process.rank == 0 else None
+    with verifier.job.loader(train, drop_last=config.train.drop_last) as feed:
+        ran = _steps(verifier, feed, whole, steps)
+    ledger = verifier.ledger
+    counts, worst = tuple(ledger.counts.items()), tuple(ledger.worst.values())
+    name, precision = config.model.name, plan.precision
+    found = Verification(name, plan.world, precision, ran, counts, worst, ledger.first, notes)
+    data = process.share(lambda: to_data(found))
+    process.close()
+    return from_data(Verification, data, "verification", ConfigError)
+
+
+def _samples(config: Config, plan: Plan, traced: Traced, process: Process) -> Any:
+    """Return the training samples on rank 0 and where they are read, their number elsewhere."""
+    splits: list[Any] = []
+
+    def load() -> int:
+        splits.append(datasets.load(config.data, traced.chain.in_shape, traced.chain.out_shape[0]).train)
+        return len(splits[0])
+
+    size = process.share(load)
+    if process.rank in plan.everywhere(positions(plan)[0].ranks) and not splits:
+        load()
+    return splits[0] if splits else size
+
+
+def _verifier(
+    config: Config,
+    plan: Plan,
+    traced: Traced,
+    source: Source,
+    process: Process,
+    programs: Callable[[int], tuple[Program, ...]],
+    order: EpochOrder,
+) -> tuple[Verifier, tuple[str, ...]]:
+    """Return the verifier of this rank, and what it does not compare."""
+    settings, factory, sharded = config.optimizer, make_factory(config.optimizer), plan.recipe.sharding == "zero1"
+    total = config.train.steps or order.steps * config.train.epochs
+    rate = make_rate(settings.lr, settings.schedule, total)
+    communicators = process.connect(plan)
+    seed, device = config.train.seed, process.device
+    job = Job(
+        plan,
+        traced,
+        source,
+        factory,
+        communicators,
+        rank=process.rank,
+        seed=seed,
+        device=device,
+        max_norm=settings.clip,
+        rate=rate,
+        engines=zero.make_engines(process, factory) if sharded else None,
+    )
+    reference = None
+    if process.rank == 0:
+        dtype, clip = DTYPES[plan.precision], settings.clip
+        reference = Reference(
+            traced, source, factory, programs, seed=seed, dtype=dtype, device=device, max_norm=clip, rate=rate
+        )
+    tolerance, rounds = config.verify.tolerance or TOLERANCES[plan.precision], plan.precision == "float32"
+    notes: tuple[str, ...] = ()
+    if sharded:
+        notes += ("gradients are not compared where the optimizer's state is sharded",)
+    slack = 0.0
+    if rounds and settings.name != "SGD":
+        # Adam and its like divide a gradient by its own size: one that is rounding only may move by a whole step.
+        slack = 2 * settings.lr
+        notes += (f"parameters may differ by two learning rates, {slack:.3g}: {settings.name} in float32",)
+    return Verifier(job, process, reference, tolerance, slack, again=rounds), notes
+
+
+def _steps(verifier: Verifier, feed: Feed, whole: StepLoader | None, steps: int) -> tuple[int, ...]:
+    """Run the steps, up to the first that diverges; returns the samples of each."""
+    ran: list[int] = []
+    everything = iter(whole) if whole is not None else None
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        batch = next(everything) if everything is not None else None
+        assert batch is not None
+        return batch[0], batch[1]
+
+    for batch in feed:
+        ran.append(batch.samples)
+        if not verifier.run(batch, read) or len(ran) == steps:
+            break
+    return tuple(ran)
