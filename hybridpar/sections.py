@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -191,6 +192,23 @@ class OptimizerConfig:
         if self.name == "RMSprop":
             return 1 + ("momentum" in on) + ("centered" in on)
         return None
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The cross-entropy, with the meaning of ``torch.nn.CrossEntropyLoss``."""
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | str | None = None
+    """One number per class, or the path of a JSON file with a list of them; None: 1 each."""
+    ignore_index: int = -100
+    """Label of samples that do not count."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
+        if isinstance(self.class_weights, tuple):
+            fits = all(0 <= w < math.inf for w in self.class_weights)
+            _require(fits, "loss.class_weights", list(self.class_weights), "must be finite numbers, none below 0")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.executor import Executor, Metrics, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
+from hybridpar.runtime.loss import CrossEntropy, Loss
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
@@ -38,9 +39,10 @@ EngineFactory = Callable[[Position, Sequence[BlockModules]], ShardedEngine]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a data set: means over all its samples, each counted once."""
+    """What a model does on a data set: means over all its samples whose label counts, each counted once."""
 
     loss: float
+    """Each sample weighs as in training, by the weight of its class."""
     top1: float
     """Share of the samples whose class has the largest logit."""
     top5: float
@@ -77,10 +79,12 @@ class Job:
         max_norm: clips the gradients by their global norm, if ``plan.recipe.clipping`` is set.
         rate: learning rate by step, from 0; None leaves it to the optimizer.
         engines: makes sharded optimizers, if ``plan.recipe.sharding`` asks for them.
+        loss: by default the cross-entropy, without smoothing and weights.
 
     Raises:
-        PlanError: the plan is for another model, or asks for clipping or sharding that is not given.
-        ConfigError: the optimizer refuses the parameters.
+        PlanError: the plan is for another model, asks for clipping or sharding that is not given, or has the
+            logits where an own loss cannot use them.
+        ConfigError: the optimizer refuses the parameters, or the loss has another number of classes.
 
     """
 
@@ -98,6 +102,7 @@ class Job:
         max_norm: float | None = None,
         rate: Callable[[int], float] | None = None,
         engines: EngineFactory | None = None,
+        loss: Loss | None = None,
     ) -> None:
         self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
         self.replica, self.place = plan.locate(rank)
@@ -108,6 +113,7 @@ class Job:
         self.rate = rate
         """Learning rate by step; None leaves it to the optimizer."""
         self._communicators, self._next_sample = communicators, 0
+        self._loss = loss or CrossEntropy()
         self._check(max_norm, engines)
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
@@ -128,6 +134,7 @@ class Job:
             dtype=dtype,
             device=self.device,
             name=f"rank {rank}",
+            loss=self._loss,
         )
 
     def _check(self, max_norm: float | None, engines: EngineFactory | None) -> None:
@@ -144,6 +151,7 @@ class Job:
             )
         if plan.recipe.sharding != "none" and engines is None:
             raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
+        self._loss.check_plan(plan, self.chain)
 
     def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
         places = positions(self.plan)
@@ -203,7 +211,7 @@ class Job:
         samples = (
             dataset
             if hasattr(dataset, "read")
-            else MapSamples(dataset, self.chain.in_shape, self.chain.out_shape[0])
+            else MapSamples(dataset, self.chain.in_shape, self.chain.out_shape[0], ignored=self._loss.ignored)
         )
         batch, size = self.plan.global_batch, len(samples)
         order = (
@@ -238,15 +246,15 @@ class Job:
         Before, the running statistics of batch norms become the mean over the replicas. Raises as ``step`` does.
         """
         self._average_statistics()
-        sums = [0.0] * 4
+        sums = [0.0] * 5
         for batch in batches:
             whole = None if isinstance(batch, StepBatch) else len(batch[1])
             m = self._run(self._own(batch, "evaluate", whole), "evaluate")
-            sums = [a + b for a, b in zip(sums, (m.loss_sum, m.weight, m.top1, m.top5), strict=True)]
-        loss_sum, weight, top1, top5 = sums
-        if not weight:
-            raise DataError("there are no samples to evaluate on")
-        return Evaluation(loss_sum / weight, top1 / weight, top5 / weight, round(weight))
+            sums = [a + b for a, b in zip(sums, (m.loss_sum, m.weight, m.samples, m.top1, m.top5), strict=True)]
+        loss_sum, weight, counted, top1, top5 = sums
+        if not weight or not counted:
+            raise DataError("there are no samples to evaluate on whose label counts")
+        return Evaluation(loss_sum / weight, top1 / counted, top5 / counted, round(counted))
 
     def _run(self, batch: StepBatch, mode: Mode) -> Metrics:
         program = self.program(mode, batch.samples)

@@ -32,6 +32,7 @@ from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.job import Evaluation, Job, checked_program
 from hybridpar.runtime.journal import Journal, StepRecord, check_run_dir, make_run_dir
+from hybridpar.runtime.loss import make_loss
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Place, Process
 from hybridpar.schema import from_data, to_data
@@ -41,7 +42,7 @@ WARM_UP_STEPS = 5
 
 
 def check_config(config: Config, place: Place | None = None) -> None:
-    """Raise HybridparError for what is wrong whatever the plan: the optimizer, and the run's folder on rank 0.
+    """Raise HybridparError for what is wrong whatever the plan: optimizer, loss, and the run's folder on rank 0.
 
     ``place`` is that of this process, by default as the environment tells.
     """
@@ -49,6 +50,7 @@ def check_config(config: Config, place: Place | None = None) -> None:
     if place.rank == 0:
         check_run_dir(config, restarted=place.restarts > 0)
     make_factory(config.optimizer)
+    make_loss(config.loss, config.model.classes)
     if config.optimizer.sharding == "zero1":
         zero.require_deepspeed()
 
@@ -152,7 +154,7 @@ class _Training:
 
         def load() -> list[int]:
             shape, classes = self.chain.in_shape, self.chain.out_shape[0]
-            splits.append(datasets.load(self.config.data, shape, classes))
+            splits.append(datasets.load(self.config.data, shape, classes, self.config.loss.ignore_index))
             return [len(splits[0].train), len(splits[0].test)]
 
         train_size, test_size = self.process.share(load, readers[0])
@@ -206,6 +208,7 @@ class _Training:
             max_norm=settings.clip,
             rate=self.rate,
             engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
+            loss=make_loss(self.config.loss, self.chain.out_shape[0]),
         )
 
     def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:

@@ -17,7 +17,7 @@ from hybridpar.errors import ConfigError, HybridparError, PlanError
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
-from hybridpar.sections import OPTIMIZER_OPTIONS, OptimizerConfig, ScheduleConfig
+from hybridpar.sections import OPTIMIZER_OPTIONS, LossConfig, OptimizerConfig, ScheduleConfig
 
 
 def test_the_defaults_are_plain_frozen_objects() -> None:
@@ -111,6 +111,15 @@ def test_options_take_any_key_and_their_owner_checks_it() -> None:
     custom = compose(["optimizer=custom", "optimizer.name=NAdam", "optimizer.options.momentum_decai=0.1"])
     with pytest.raises(ConfigError, match=r"NAdam has no such option; did you mean momentum_decay\?"):
         make_factory(custom.optimizer)
+
+
+def test_the_loss_is_torchs_by_default_and_takes_lists_and_files() -> None:
+    assert compose().loss == LossConfig()
+    loss = compose(["loss.label_smoothing=0.1", "loss.class_weights=[1,2.5]", "loss.ignore_index=255"]).loss
+    assert loss == LossConfig(0.1, (1.0, 2.5), 255)
+    assert compose(["loss.class_weights=weights.json"]).loss.class_weights == "weights.json"
+    with pytest.raises(ConfigError, match=r"loss\.label_smoothing: 1\.5 must lie in \[0, 1\)"):
+        compose(["loss.label_smoothing=1.5"])
 
 
 @pytest.mark.parametrize(
