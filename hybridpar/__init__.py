@@ -15,10 +15,11 @@ _API = {
     "Job": "hybridpar.api",
     "CrossEntropy": "hybridpar.api",
     "OwnLoss": "hybridpar.api",
+    "ParameterGroup": "hybridpar.sections",
     "wrap": "hybridpar.api",
 }
 
-__all__ = ["CrossEntropy", "Job", "OwnLoss", "__version__", "plan", "wrap"]
+__all__ = ["CrossEntropy", "Job", "OwnLoss", "ParameterGroup", "__version__", "plan", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,10 +25,12 @@ from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.executor import Executor, Metrics, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
+from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.loss import CrossEntropy, Loss
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
+from hybridpar.sections import ParameterGroup
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -80,11 +82,14 @@ class Job:
         rate: learning rate by step, from 0; None leaves it to the optimizer.
         engines: makes sharded optimizers, if ``plan.recipe.sharding`` asks for them.
         loss: by default the cross-entropy, without smoothing and weights.
+        groups: parameters for which the optimizer is to have other options; ``rate`` keeps the ratio of their
+            learning rates to the optimizer's.
 
     Raises:
         PlanError: the plan is for another model, asks for clipping or sharding that is not given, or has the
             logits where an own loss cannot use them.
-        ConfigError: the optimizer refuses the parameters, or the loss has another number of classes.
+        ConfigError: the optimizer refuses the parameters, a group has none, or the loss has another number of
+            classes.
 
     """
 
@@ -103,6 +108,7 @@ class Job:
         rate: Callable[[int], float] | None = None,
         engines: EngineFactory | None = None,
         loss: Loss | None = None,
+        groups: Sequence[ParameterGroup] = (),
     ) -> None:
         self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
         self.replica, self.place = plan.locate(rank)
@@ -115,6 +121,11 @@ class Job:
         self._communicators, self._next_sample = communicators, 0
         self._loss = loss or CrossEntropy()
         self._check(max_norm, engines)
+        check_groups(groups, self.chain)
+        if groups and plan.recipe.sharding != "none":
+            raise PlanError(
+                f"plan.recipe.sharding: {plan.recipe.sharding} has no parameter groups; plan without, or drop them"
+            )
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
         dtype = DTYPES[plan.precision]
@@ -123,7 +134,7 @@ class Job:
             p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(plan, p)
         }
         self._updater = Updater(
-            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica
+            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica, groups
         )
         self._executor = Executor(
             self.place,

@@ -30,6 +30,7 @@ from hybridpar.report.summary import GpuUse, StageSummary, Summary
 from hybridpar.runtime import zero
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import Evaluation, Job, checked_program
 from hybridpar.runtime.journal import Journal, StepRecord, check_run_dir, make_run_dir
 from hybridpar.runtime.loss import make_loss
@@ -58,11 +59,13 @@ def check_config(config: Config, place: Place | None = None) -> None:
 def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
     """Raise HybridparError for what would make the training impossible, as far as a glance tells.
 
-    Checks what ``check_config`` does, that a plan from a file fits the configuration, and the data set's paths and
-    classes on the ranks that read it: only their nodes need to have it. Touches no process and decodes no data.
+    Checks what ``check_config`` does, that every group has parameters, that a plan from a file fits the
+    configuration, and the data set's paths and classes on the ranks that read it: only their nodes need to have
+    it. Touches no process and decodes no data.
     """
     place = place or Place.read(os.environ)
     check_config(config, place)
+    check_groups(config.optimizer.parameter_groups, chain)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.out_shape[0])
     if plan.recipe.sharding == "zero1":
@@ -209,6 +212,7 @@ class _Training:
             rate=self.rate,
             engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
             loss=make_loss(self.config.loss, self.chain.out_shape[0]),
+            groups=settings.parameter_groups,
         )
 
     def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
