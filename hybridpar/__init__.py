@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 _API = {
     "plan": "hybridpar.api",
     "Job": "hybridpar.api",
+    "CrossEntropy": "hybridpar.api",
+    "OwnLoss": "hybridpar.api",
+    "ParameterGroup": "hybridpar.sections",
     "wrap": "hybridpar.api",
 }
 
-__all__ = ["Job", "__version__", "plan", "wrap"]
+__all__ = ["CrossEntropy", "Job", "OwnLoss", "ParameterGroup", "__version__", "plan", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

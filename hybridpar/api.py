@@ -32,10 +32,13 @@ from hybridpar.profiling.measure import measure
 from hybridpar.profiling.record import Profile
 from hybridpar.runtime import zero
 from hybridpar.runtime.job import Job
+from hybridpar.runtime.loss import CrossEntropy, Loss
+from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory
+from hybridpar.sections import ParameterGroup
 
-__all__ = ["Job", "plan", "process", "wrap"]
+__all__ = ["CrossEntropy", "Job", "OwnLoss", "ParameterGroup", "plan", "process", "wrap"]
 
 
 @lru_cache(maxsize=1)
@@ -116,6 +119,8 @@ def wrap(
     seed: int = 0,
     max_norm: float | None = None,
     rate: Callable[[int], float] | None = None,
+    loss: Loss | None = None,
+    groups: Sequence[ParameterGroup] = (),
 ) -> Job:
     """Take this rank's part of a model and connect the ranks; every rank calls it with the same arguments.
 
@@ -131,6 +136,10 @@ def wrap(
         seed: of dropout.
         max_norm: clips the gradients by their global norm; the plan's recipe must say so.
         rate: learning rate by step; default: the optimizer's own.
+        loss: ``CrossEntropy(label_smoothing=..., class_weights=..., ignore_index=...)``, which works on sharded
+            classes too, or ``OwnLoss(function)``; default: the former, without arguments.
+        groups: ``[ParameterGroup("features.*", {"lr": 0.01, "weight_decay": 0})]``: parameters, by patterns of
+            their names, for which the optimizer is to have other options. The first group that matches has them.
 
     A rank's number in its plan replica is ``job.place``; ``job.program().reads(job.place)`` are its samples.
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
@@ -149,6 +158,8 @@ def wrap(
         max_norm=max_norm,
         rate=rate,
         engines=zero.make_engines(place, optimizer) if plan.recipe.sharding == "zero1" else None,
+        loss=loss,
+        groups=groups,
     )
 
 

@@ -21,6 +21,7 @@ from hybridpar.planning.request import Request, Space
 from hybridpar.schema import from_data
 from hybridpar.sections import (
     CheckpointConfig,
+    LossConfig,
     ModelConfig,
     MonitorConfig,
     OptimizerConfig,
@@ -36,6 +37,7 @@ from hybridpar.sections import (
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "LossConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimizerConfig",
@@ -73,6 +75,7 @@ class Config:
     plan: PlanConfig
     data: DataSpec
     optimizer: OptimizerConfig
+    loss: LossConfig
     train: TrainConfig
     monitor: MonitorConfig
     run: RunConfig
@@ -189,6 +192,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         plan=from_data(PlanConfig, data.get("plan"), "plan", PlanError),
         data=from_data(DataSpec, data.get("data"), "data", _FieldError),
         optimizer=from_data(OptimizerConfig, data.get("optimizer"), "optimizer", _FieldError),
+        loss=from_data(LossConfig, data.get("loss"), "loss", _FieldError),
         train=from_data(TrainConfig, data.get("train"), "train", _FieldError),
         monitor=from_data(MonitorConfig, data.get("monitor"), "monitor", _FieldError),
         run=from_data(RunConfig, data.get("run"), "run", _FieldError),

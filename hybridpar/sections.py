@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from hybridpar.errors import ConfigError, PlanError
@@ -160,6 +162,36 @@ class ScheduleConfig:
         _require(self.factor > 0, f"{where}.factor", self.factor, "must be above 0")
 
 
+_KEPT = ("momentum", "amsgrad", "centered")
+"""Options that decide what an optimizer keeps per parameter."""
+_WHOLE = ("fused", "foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay")
+"""Options that an optimizer has as a whole."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that an optimizer treats in a way of their own. Raises ConfigError for values out of range."""
+
+    match: str
+    """Of full names of parameters, as in a shell: ``features.*``, ``*.bias``."""
+    options: Mapping[str, Any]
+    """Arguments of the optimizer that are other ones here, ``lr`` among them."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.options), "optimizer.groups", self.match, "sets nothing; give it an lr, say")
+        for name in ("lr", "weight_decay"):
+            value = self.options.get(name, 0)
+            fits = isinstance(value, int | float) and value >= 0
+            _require(fits, f"optimizer.groups.{name}", f"{value} of {self.match}", "must be a number of 0 or more")
+        for name in _WHOLE:
+            fits = name not in self.options
+            _require(fits, f"optimizer.groups.{name}", f"of {self.match}", "is for all; set it in options")
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter of this name matches."""
+        return fnmatchcase(name, self.match)
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer. Raises ConfigError for values that are out of range or do not go together."""
@@ -174,12 +206,45 @@ class OptimizerConfig:
     clip: float | None = None
     """Largest global norm of the gradients; None: no clipping."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    groups: tuple[dict[str, Any], ...] = ()
+    """Each with ``match`` and the options that differ, as in ``{match: features.*, lr: 0.01}``; the first one that
+    matches a parameter has it."""
 
     def __post_init__(self) -> None:
         _require(self.lr >= 0, "optimizer.lr", self.lr, "must be 0 or more")
         _require(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "must be above 0, or null")
         if self.name in OPTIMIZER_OPTIONS:
             check_options(self.name, self.options, OPTIMIZER_OPTIONS[self.name])
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        fits = not self.groups or self.sharding == "none"
+        _require(fits, "optimizer.groups", f"with optimizer.sharding={self.sharding}", "do not go; drop one")
+        for group in self.parameter_groups:
+            fits = self.lr > 0 or not group.options.get("lr")
+            _require(fits, "optimizer.lr", self.lr, f"must be above 0 for a schedule that {group.match} scales")
+            own = {name: value for name, value in group.options.items() if name != "lr"}
+            if self.name in OPTIMIZER_OPTIONS:
+                check_options(self.name, own, OPTIMIZER_OPTIONS[self.name])
+            for name in (n for n in _KEPT if n in own):
+                same = bool(own[name]) == bool(self.options.get(name))
+                _require(
+                    same,
+                    f"optimizer.groups.{name}",
+                    f"{own[name]} of {group.match}",
+                    "is on or off for all parameters; change it in optimizer.options",
+                )
+
+    @property
+    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
+        """The groups, checked. Raises ConfigError."""
+        made = []
+        for i, group in enumerate(self.groups):
+            match = group.get("match")
+            fits = isinstance(match, str) and bool(match)
+            _require(fits, f"optimizer.groups[{i}].match", match, "must be a pattern of names, as in features.*")
+            made.append(ParameterGroup(str(match), {k: v for k, v in group.items() if k != "match"}))
+        return tuple(made)
 
     @property
     def state_count(self) -> int | None:
@@ -192,6 +257,23 @@ class OptimizerConfig:
         if self.name == "RMSprop":
             return 1 + ("momentum" in on) + ("centered" in on)
         return None
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The cross-entropy, with the meaning of ``torch.nn.CrossEntropyLoss``."""
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | str | None = None
+    """One number per class, or the path of a JSON file with a list of them; None: 1 each."""
+    ignore_index: int = -100
+    """Label of samples that do not count."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
+        if isinstance(self.class_weights, tuple):
+            fits = all(0 <= w < math.inf for w in self.class_weights)
+            _require(fits, "loss.class_weights", list(self.class_weights), "must be finite numbers, none below 0")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,15 @@ import numpy as np
 import torch
 
 from hybridpar.data import transforms
-from hybridpar.data.samples import FileImages, MapSamples, Samples, SyntheticSamples, TensorImages, check_labels
+from hybridpar.data.samples import (
+    IGNORED,
+    FileImages,
+    MapSamples,
+    Samples,
+    SyntheticSamples,
+    TensorImages,
+    check_labels,
+)
 from hybridpar.data.spec import Augment, DataSpec
 from hybridpar.data.transforms import ImageTransform, Normalization
 from hybridpar.errors import DataError
@@ -56,8 +65,10 @@ def check(spec: DataSpec, classes: int) -> None:
         _function(spec)
 
 
-def load(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> Splits:
+def load(spec: DataSpec, in_shape: tuple[int, ...], classes: int, ignored: int = IGNORED) -> Splits:
     """Load the data set for a model that takes inputs ``(n, *in_shape)`` and knows ``classes`` classes.
+
+    Labels that are ``ignored`` may lie outside the classes.
 
     ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels; 360 of them, drawn class by class once for all, are
     the test split. ``cifar10``: the Python version below ``spec.root``. ``image_folder``: one folder per class in
@@ -73,14 +84,14 @@ def load(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> Splits:
         "cifar10": _load_cifar10,
         "image_folder": _load_image_folder,
         "synthetic": _load_synthetic,
-        "custom": _load_custom,
+        "custom": functools.partial(_load_custom, ignored=ignored),
     }
     splits = loaders[spec.name](spec, tuple(in_shape), classes)
     for name, samples in (("training", splits.train), ("test", splits.test)):
         if len(samples) == 0:
             raise DataError(f"the {name} split of data set {spec.name} has no samples")
         if samples.labels is not None:
-            check_labels(samples.labels, classes, f"the {name} split of data set {spec.name}")
+            check_labels(samples.labels, classes, f"the {name} split of data set {spec.name}", ignored)
     return splits
 
 
@@ -150,7 +161,7 @@ def _load_synthetic(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> 
     )
 
 
-def _load_custom(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> Splits:
+def _load_custom(spec: DataSpec, in_shape: tuple[int, ...], classes: int, *, ignored: int) -> Splits:
     made = _function(spec)(root=spec.root, in_shape=in_shape, classes=classes)
     if not (isinstance(made, tuple | list) and len(made) == 2):
         raise DataError(
@@ -158,8 +169,8 @@ def _load_custom(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> Spl
         )
     train, test = made
     return Splits(
-        MapSamples(train, in_shape, classes, f"the training split of {spec.function}"),
-        MapSamples(test, in_shape, classes, f"the test split of {spec.function}"),
+        MapSamples(train, in_shape, classes, f"the training split of {spec.function}", ignored),
+        MapSamples(test, in_shape, classes, f"the test split of {spec.function}", ignored),
     )
 
 

@@ -47,9 +47,13 @@ class Samples(Protocol):
         """Read samples by their indices (n,); ``keys`` (n,) decide what is random. Raises DataError."""
 
 
-def check_labels(labels: Tensor, classes: int, where: str) -> None:
-    """Raise DataError unless all ``labels`` lie in ``[0, classes)``; ``where`` names the data in the message."""
-    wrong = labels[(labels < 0) | (labels >= classes)]
+IGNORED = -100
+"""The label of samples that no loss counts, unless another is chosen; as in torch."""
+
+
+def check_labels(labels: Tensor, classes: int, where: str, ignored: int = IGNORED) -> None:
+    """Raise DataError unless all ``labels`` lie in ``[0, classes)`` or are ``ignored``; ``where`` names them."""
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignored)]
     if len(wrong):
         raise DataError(
             f"{where} has label {int(wrong[0])} ({len(wrong)} of {len(labels)} labels are out of range), but the "
@@ -146,12 +150,19 @@ class MapSamples:
     """A map-style data set of (tensor, int), read sample by sample.
 
     What its ``__getitem__`` draws from the global generators of torch, numpy and ``random`` is keyed by sample.
-    Its ``targets``, where it has them, are its labels. Raises DataError for labels outside the ``classes``, and at
-    reading for a sample that is no (tensor of ``in_shape``, int) or contradicts ``targets``. ``name`` appears in
-    messages.
+    Its ``targets``, where it has them, are its labels. Raises DataError for labels that are neither ``ignored``
+    nor among the ``classes``, and at reading for a sample that is no (tensor of ``in_shape``, int) or contradicts
+    ``targets``. ``name`` appears in messages.
     """
 
-    def __init__(self, dataset: Any, in_shape: tuple[int, ...], classes: int, name: str = "the data set") -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        in_shape: tuple[int, ...],
+        classes: int,
+        name: str = "the data set",
+        ignored: int = IGNORED,
+    ) -> None:
         for method in ("__len__", "__getitem__"):
             if not hasattr(dataset, method):
                 raise DataError(
@@ -159,11 +170,11 @@ class MapSamples:
                 )
         self._dataset = dataset
         self._in_shape = tuple(in_shape)
-        self._classes = classes
+        self._classes, self._ignored = classes, ignored
         self._name = name
         self.labels: Tensor | None = _targets(dataset)
         if self.labels is not None:
-            check_labels(self.labels, classes, name)
+            check_labels(self.labels, classes, name, ignored)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -182,7 +193,7 @@ class MapSamples:
         return batch
 
     def _check_labels(self, indices: Indices, labels: Tensor) -> None:
-        check_labels(labels, self._classes, self._name)
+        check_labels(labels, self._classes, self._name, self._ignored)
         if self.labels is None:
             return
         listed = self.labels[torch.from_numpy(indices)]

@@ -50,7 +50,7 @@ STATISTICS = {"train": 3, "evaluate": 3 + 2 * 5}
 """Figures per sample that shards of logits exchange: largest logit, sum of exponentials, target's logit; for
 evaluation also the five largest logits and their classes."""
 
-METRICS = ("loss_sum", "weight", "top1", "top5")
+METRICS = ("loss_sum", "weight", "samples", "top1", "top5")
 """What the metrics operation sums over all ranks, in float64."""
 
 

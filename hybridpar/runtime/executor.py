@@ -17,7 +17,7 @@ from hybridpar.planning.layout import Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators, Pending
 from hybridpar.runtime.lookup import Key, Lookup, Lookups
-from hybridpar.runtime.loss import CrossEntropy, Outcome
+from hybridpar.runtime.loss import CrossEntropy, Loss, Outcome, Part
 from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.origin import Watch
 from hybridpar.runtime.update import Updater
@@ -36,12 +36,20 @@ class Metrics:
 
     loss_sum: float
     weight: float
+    """What the sum of the losses is divided by."""
+    samples: float
+    """Those whose label counts."""
     top1: float
     top5: float
 
     @property
     def loss(self) -> float:
-        """Mean loss."""
+        """Mean loss. Raises DataError where no sample of the step counts; no rank's gradients did."""
+        if not self.weight:
+            raise DataError(
+                "no sample of the step counts for the loss: all labels are ignored (loss.ignore_index), or their "
+                "classes have weight 0 (loss.class_weights); leave such samples out, or take larger batches"
+            )
         return self.loss_sum / self.weight
 
 
@@ -98,7 +106,9 @@ class Executor:
         device: torch.device,
         name: str | None = None,
         watch: Watch | None = None,
+        loss: Loss | None = None,
     ) -> None:
+        self.loss = loss or CrossEntropy()
         self.rank, self.name = rank, name or f"rank {rank}"
         self.blocks, self.communicators, self.updater = blocks, communicators, updater
         self.seed, self.dtype, self.device = seed, dtype, device
@@ -143,11 +153,8 @@ class Executor:
             for start, stop in program.reads(self.rank):
                 gathered[start:stop] = labels[at : at + stop - start]
                 at += stop - start
-        classes = program.chain.out_shape[0]
-        if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise DataError(
-                f"labels from {int(labels.min())} to {int(labels.max())} do not fit the model's {classes} classes"
-            )
+        if labels is not None:
+            self.loss.check(labels, program.chain.out_shape[0])
         self.watch.begin()
         if program.mode == "train":
             self.updater.zero()
@@ -234,38 +241,38 @@ class Executor:
 
     def _score(self, state: _Step, key: Key) -> None:
         labels = self._labels(state, key)
-        state.figures[key] = [
-            self._loss_of(state).score(state.outputs[key], labels, train=state.program.mode == "train")
-        ]
+        train = state.program.mode == "train"
+        state.figures[key] = [self.loss.score(state.outputs[key], labels, self._classes(state), train=train)]
 
     def _loss(self, state: _Step, key: Key) -> None:
         train = state.program.mode == "train"
-        outcome = self._loss_of(state).combine(
+        outcome = self.loss.combine(
             state.outputs.pop(key),
             self._labels(state, key),
+            self._classes(state),
             state.figures.pop(key),
-            float(state.program.step_samples),
+            self.loss.weight(state.labels),  # all of them are known before the first loss of a step
             train=train,
         )
         if outcome.gradient is not None:
             state.gradients[key] = outcome.gradient
-        self._report(state, key, outcome)
+        self._report(state, outcome)
 
-    def _loss_of(self, state: _Step) -> CrossEntropy:
-        last, block = state.program.positions[-1], state.program.blocks[-1]
-        return CrossEntropy(block.features(state.program.chain, last.ranks.index(self.rank), "out")[0])
+    def _classes(self, state: _Step) -> Part:
+        """Return which classes this rank's logits are."""
+        last, block, chain = state.program.positions[-1], state.program.blocks[-1], state.program.chain
+        return Part(block.features(chain, last.ranks.index(self.rank), "out")[0], chain.out_shape[0])
 
     def _labels(self, state: _Step, key: Key) -> torch.Tensor:
         return state.labels[slice(*state.program.numbers(*key, self.rank))]
 
-    def _report(self, state: _Step, key: Key, outcome: Outcome) -> None:
+    def _report(self, state: _Step, outcome: Outcome) -> None:
         """Add to the metrics, once per sample: of all shards only the first one reports."""
         last = state.program.positions[-1]
         if last.sharded and last.ranks[0] != self.rank:
             return
-        start, stop = state.program.interval(*key, self.rank)
-        weight = outcome.loss_sum.new_tensor(stop - start)
-        state.metrics += torch.stack([outcome.loss_sum, weight, outcome.top1, outcome.top5])
+        o = outcome
+        state.metrics += torch.stack([o.loss_sum, o.weight, o.samples, o.top1, o.top5])
 
     def _backward(self, state: _Step, key: Key) -> None:
         x, edge = state.saved.pop(key)

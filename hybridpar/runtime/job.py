@@ -26,11 +26,14 @@ from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.executor import Executor, Metrics, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
+from hybridpar.runtime.groups import check_groups
+from hybridpar.runtime.loss import CrossEntropy, Loss
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.origin import Origin, Watch
 from hybridpar.runtime.state import State
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
+from hybridpar.sections import ParameterGroup
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -41,9 +44,10 @@ EngineFactory = Callable[[Position, Sequence[BlockModules]], ShardedEngine]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a data set: means over all its samples, each counted once."""
+    """What a model does on a data set: means over all its samples whose label counts, each counted once."""
 
     loss: float
+    """Each sample weighs as in training, by the weight of its class."""
     top1: float
     """Share of the samples whose class has the largest logit."""
     top5: float
@@ -80,10 +84,15 @@ class Job:
         max_norm: clips the gradients by their global norm, if ``plan.recipe.clipping`` is set.
         rate: learning rate by step, from 0; None leaves it to the optimizer.
         engines: makes sharded optimizers, if ``plan.recipe.sharding`` asks for them.
+        loss: by default the cross-entropy, without smoothing and weights.
+        groups: parameters for which the optimizer is to have other options; ``rate`` keeps the ratio of their
+            learning rates to the optimizer's.
 
     Raises:
-        PlanError: the plan is for another model, or asks for clipping or sharding that is not given.
-        ConfigError: the optimizer refuses the parameters.
+        PlanError: the plan is for another model, asks for clipping or sharding that is not given, or has the
+            logits where an own loss cannot use them.
+        ConfigError: the optimizer refuses the parameters, a group has none, or the loss has another number of
+            classes.
 
     """
 
@@ -101,6 +110,8 @@ class Job:
         max_norm: float | None = None,
         rate: Callable[[int], float] | None = None,
         engines: EngineFactory | None = None,
+        loss: Loss | None = None,
+        groups: Sequence[ParameterGroup] = (),
     ) -> None:
         self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
         self.replica, self.place = plan.locate(rank)
@@ -111,7 +122,13 @@ class Job:
         self.rate = rate
         """Learning rate by step; None leaves it to the optimizer."""
         self._communicators, self._next_sample = communicators, 0
+        self._loss = loss or CrossEntropy()
         self._check(max_norm, engines)
+        check_groups(groups, self.chain)
+        if groups and plan.recipe.sharding != "none":
+            raise PlanError(
+                f"plan.recipe.sharding: {plan.recipe.sharding} has no parameter groups; plan without, or drop them"
+            )
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
         dtype = DTYPES[plan.precision]
@@ -120,7 +137,7 @@ class Job:
             p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(plan, p)
         }
         self._updater = Updater(
-            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica
+            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica, groups
         )
         self.state = State(
             traced,
@@ -143,6 +160,7 @@ class Job:
             device=self.device,
             name=f"rank {rank}",
             watch=Watch(rank),
+            loss=self._loss,
         )
 
     def _check(self, max_norm: float | None, engines: EngineFactory | None) -> None:
@@ -159,6 +177,7 @@ class Job:
             )
         if plan.recipe.sharding != "none" and engines is None:
             raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
+        self._loss.check_plan(plan, self.chain)
 
     def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
         places = positions(self.plan)
@@ -232,7 +251,7 @@ class Job:
         samples = (
             dataset
             if hasattr(dataset, "read")
-            else MapSamples(dataset, self.chain.in_shape, self.chain.out_shape[0])
+            else MapSamples(dataset, self.chain.in_shape, self.chain.out_shape[0], ignored=self._loss.ignored)
         )
         batch, size = self.plan.global_batch, len(samples)
         order = (
@@ -269,17 +288,17 @@ class Job:
         Before, the running statistics of batch norms become the mean over the replicas. Raises as ``step`` does.
         """
         self._average_statistics()
-        sums = [0.0] * 4
+        sums = [0.0] * 5
         for batch in batches:
             whole = None if isinstance(batch, StepBatch) else len(batch[1])
             m = self._run(self._own(batch, "evaluate", whole), "evaluate")
-            sums = [a + b for a, b in zip(sums, (m.loss_sum, m.weight, m.top1, m.top5), strict=True)]
+            sums = [a + b for a, b in zip(sums, (m.loss_sum, m.weight, m.samples, m.top1, m.top5), strict=True)]
             if not math.isfinite(m.loss_sum):
                 break  # on all ranks; ``origin`` is that of the last batch
-        loss_sum, weight, top1, top5 = sums
-        if not weight:
-            raise DataError("there are no samples to evaluate on")
-        return Evaluation(loss_sum / weight, top1 / weight, top5 / weight, round(weight))
+        loss_sum, weight, counted, top1, top5 = sums
+        if not weight or not counted:
+            raise DataError("there are no samples to evaluate on whose label counts")
+        return Evaluation(loss_sum / weight, top1 / counted, top5 / counted, round(counted))
 
     def _run(self, batch: StepBatch, mode: Mode) -> Metrics:
         program = self.program(mode, batch.samples)

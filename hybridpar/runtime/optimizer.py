@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,10 +30,15 @@ def make_factory(config: OptimizerConfig) -> OptimizerFactory:
     """Return a function from parameters to their optimizer, a fused one if torch has it and the options let it.
 
     Raises ConfigError for a name that is no class of ``torch.optim``, for an option that the class does not have
-    or refuses, and for a class that cannot update a plain parameter from its gradient alone (LBFGS, SparseAdam).
+    or refuses (of a group of parameters too), and for a class that cannot update a plain parameter from its
+    gradient alone (LBFGS, SparseAdam).
     """
     factory = _factory(config)
     _probe(config, factory)
+    for group in config.parameter_groups:
+        options = {**config.options, **group.options}
+        alone = replace(config, lr=options.pop("lr", config.lr), options=options, groups=())
+        _probe(alone, _factory(alone))
     return factory
 
 
@@ -81,7 +88,7 @@ def _factory(config: OptimizerConfig) -> OptimizerFactory:
     if config.name in _FUSED and not _WAYS & options.keys():
         options["fused"] = True
 
-    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def make(parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         try:
             return kind(parameters, lr=config.lr, **options)
         except (TypeError, ValueError) as e:

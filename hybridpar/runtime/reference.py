@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hybridpar.model.deferred import Source
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.trace import Traced
 from hybridpar.planning.program import Program
+from hybridpar.runtime.groups import grouped, relative_rates
 from hybridpar.runtime.update import OptimizerFactory
+from hybridpar.sections import ParameterGroup
 
 
 class Reference:
@@ -33,6 +34,8 @@ class Reference:
         device: where it runs.
         max_norm: clips the gradients by their global norm; None: no clipping.
         rate: learning rate by step; None leaves it to the optimizer.
+        criterion: torch's own loss of (logits, labels); by default the plain cross-entropy.
+        groups: of parameters with options of their own.
 
     """
 
@@ -48,7 +51,10 @@ class Reference:
         device: torch.device,
         max_norm: float | None = None,
         rate: Callable[[int], float] | None = None,
+        criterion: nn.Module | None = None,
+        groups: Sequence[ParameterGroup] = (),
     ) -> None:
+        self._criterion = (criterion or nn.CrossEntropyLoss()).to(device, dtype)
         self._programs, self._seed, self._dtype, self._device = programs, seed, dtype, device
         self._max_norm, self._rate, self._chain = max_norm, rate, traced.chain
         self._step = 0
@@ -61,7 +67,9 @@ class Reference:
         for module, names in zip(traced.modules, traced.names, strict=True):
             self._layers.append(self._made(module, names, source))
         self._replicas: dict[tuple[int, int], nn.Module] = {}
-        self._optimizer = optimizer(p for p in self.parameters.values() if p.requires_grad)
+        trained = ((name, p) for name, p in self.parameters.items() if p.requires_grad)
+        self._optimizer = optimizer(grouped(trained, groups))
+        self._relative = relative_rates(self._optimizer)
 
     def _made(self, module: nn.Module, names: dict[str, str], source: Source) -> nn.Module:
         def value(name: str) -> torch.Tensor:
@@ -88,8 +96,8 @@ class Reference:
     def step(self, inputs: torch.Tensor, labels: torch.Tensor, first_sample: int) -> None:
         """Train on a whole step: inputs (samples, ...), labels (samples,); sample ids count from the first's."""
         if self._rate is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._rate(self._step)
+            for group, relative in zip(self._optimizer.param_groups, self._relative, strict=True):
+                group["lr"] = self._rate(self._step) * relative
         x = inputs.to(self._device)
         x = x.to(self._dtype) if x.is_floating_point() else x
         ids = torch.arange(first_sample, first_sample + len(x), device=self._device)
@@ -102,7 +110,7 @@ class Reference:
                 else self._run(self._layers[index], x, ids)
             )
             self.outputs.append(x.detach())
-        loss = F.cross_entropy(x, labels.to(self._device))
+        loss: torch.Tensor = self._criterion(x, labels.to(self._device))
         loss.backward()  # type: ignore[no-untyped-call]
         if self._max_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self._max_norm)

@@ -31,8 +31,10 @@ from hybridpar.runtime import manifest as folders
 from hybridpar.runtime import resume, zero
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import Evaluation, Job, checked_program
 from hybridpar.runtime.journal import Journal, StepRecord, check_run_dir, make_run_dir
+from hybridpar.runtime.loss import make_loss
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.origin import Origin
@@ -46,7 +48,7 @@ WARM_UP_STEPS = 5
 
 
 def check_config(config: Config, place: Place | None = None) -> None:
-    """Raise HybridparError for what is wrong whatever the plan: the optimizer, and the run's folder on rank 0.
+    """Raise HybridparError for what is wrong whatever the plan: optimizer, loss, and the run's folder on rank 0.
 
     ``place`` is that of this process, by default as the environment tells.
     """
@@ -54,6 +56,7 @@ def check_config(config: Config, place: Place | None = None) -> None:
     if place.rank == 0:
         check_run_dir(config, restarted=place.restarts > 0)
     make_factory(config.optimizer)
+    make_loss(config.loss, config.model.classes)
     if config.optimizer.sharding == "zero1":
         zero.require_deepspeed()
 
@@ -61,11 +64,13 @@ def check_config(config: Config, place: Place | None = None) -> None:
 def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
     """Raise HybridparError for what would make the training impossible, as far as a glance tells.
 
-    Checks what ``check_config`` does, that a plan from a file fits the configuration, and the data set's paths and
-    classes on the ranks that read it: only their nodes need to have it. Touches no process and decodes no data.
+    Checks what ``check_config`` does, that every group has parameters, that a plan from a file fits the
+    configuration, and the data set's paths and classes on the ranks that read it: only their nodes need to have
+    it. Touches no process and decodes no data.
     """
     place = place or Place.read(os.environ)
     check_config(config, place)
+    check_groups(config.optimizer.parameter_groups, chain)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.out_shape[0])
     check_fits(config, plan)
@@ -177,7 +182,7 @@ class _Training:
 
         def load() -> list[int]:
             shape, classes = self.chain.in_shape, self.chain.out_shape[0]
-            splits.append(datasets.load(self.config.data, shape, classes))
+            splits.append(datasets.load(self.config.data, shape, classes, self.config.loss.ignore_index))
             return [len(splits[0].train), len(splits[0].test)]
 
         train_size, test_size = self.process.share(load, readers[0])
@@ -260,6 +265,8 @@ class _Training:
             max_norm=settings.clip,
             rate=self.rate,
             engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
+            loss=make_loss(self.config.loss, self.chain.out_shape[0]),
+            groups=settings.parameter_groups,
         )
 
     def _make_saver(self) -> Saver:

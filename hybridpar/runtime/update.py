@@ -6,16 +6,19 @@ reduce and for an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hybridpar.planning.blocks import Position
+from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
+from hybridpar.sections import ParameterGroup
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[nn.Parameter] | Iterable[dict[str, Any]]], torch.optim.Optimizer]
+"""Makes an optimizer for parameters, or for groups of them as torch's optimizers take them."""
 
 
 class ShardedEngine(Protocol):
@@ -52,20 +55,20 @@ class Updater:
         max_norm: float | None,
         engines: dict[int, ShardedEngine] | None = None,
         replica: int = 0,
+        groups: Sequence[ParameterGroup] = (),
     ) -> None:
         self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
         self._engines = engines or {}
-        self._parameters: dict[int, list[nn.Parameter]] = {p.index: [] for p in positions}
         self._buckets: dict[int, torch.Tensor] = {}
         self._views: list[tuple[nn.Parameter, torch.Tensor]] = []
         """Of buckets: backwards add to them."""
         self._gathered: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         """Of a block's bucket: the first backward of a step overwrites them."""
+        owned: dict[int, list[Owned]] = {p.index: [] for p in positions}
         by_index = {p.index: p for p in positions}
         for index, modules in sorted(blocks.items()):
             position = by_index[modules.block.position]
-            parameters = [o.tensor for o in modules.owned if o.tensor.requires_grad]
-            self._parameters[position.index] += parameters
+            owned[position.index] += [o for o in modules.owned if o.tensor.requires_grad]
             if position.index in self._engines:
                 continue
             if position.reduced:
@@ -74,11 +77,15 @@ class Updater:
             for o in modules.owned:
                 if o.layer is not None and o.tensor.requires_grad:
                     o.layer.home = torch.empty_like(o.tensor, requires_grad=False)
+        self._parameters = {index: [o.tensor for o in own] for index, own in owned.items()}
         self.optimizers = {
-            index: optimizer(parameters)
-            for index, parameters in self._parameters.items()
-            if parameters and index not in self._engines
+            index: optimizer(grouped(((o.name, o.tensor) for o in own), groups))
+            for index, own in owned.items()
+            if own and index not in self._engines
         }
+        for made in self.optimizers.values():
+            check_options_of(groups, made)
+        self._relative = {index: relative_rates(made) for index, made in self.optimizers.items()}
 
     def _flatten(self, block: int, owned: list[Owned]) -> torch.Tensor:
         total = sum(o.tensor.numel() for o in owned)
@@ -109,10 +116,10 @@ class Updater:
             parameter.grad = view
 
     def set_rate(self, rate: float) -> None:
-        """Set the learning rate of all optimizers."""
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        """Set the learning rate of all optimizers; that of groups keeps its ratio to it."""
+        for index, optimizer in self.optimizers.items():
+            for group, relative in zip(optimizer.param_groups, self._relative[index], strict=True):
+                group["lr"] = rate * relative
         for engine in self._engines.values():
             engine.set_rate(rate)
 

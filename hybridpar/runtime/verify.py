@@ -21,7 +21,9 @@ from hybridpar.planning.program import Program
 from hybridpar.report.verification import Verification
 from hybridpar.runtime import trainer, zero
 from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import DTYPES, Job, checked_program
+from hybridpar.runtime.loss import make_loss, torch_loss
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.reference import Reference
@@ -50,6 +52,8 @@ def verify(config: Config, plan: Plan, traced: Traced, source: Source, process: 
 def check(config: Config, plan: Plan, traced: Traced) -> None:
     """Raise HybridparError for what makes a verification impossible, as far as a glance tells."""
     make_factory(config.optimizer)
+    check_groups(config.optimizer.parameter_groups, traced.chain)
+    make_loss(config.loss, traced.chain.out_shape[0])
     datasets.check(config.data, traced.chain.out_shape[0])
     trainer.check_fits(config, plan)
     _in_precision(config, plan, traced)
@@ -102,7 +106,8 @@ def _samples(config: Config, plan: Plan, traced: Traced, process: Process) -> An
     splits: list[Any] = []
 
     def load() -> int:
-        splits.append(datasets.load(config.data, traced.chain.in_shape, traced.chain.out_shape[0]).train)
+        shape, classes = traced.chain.in_shape, traced.chain.out_shape[0]
+        splits.append(datasets.load(config.data, shape, classes, config.loss.ignore_index).train)
         return len(splits[0])
 
     size = process.share(load)
@@ -138,12 +143,23 @@ def _verifier(
         max_norm=settings.clip,
         rate=rate,
         engines=zero.make_engines(process, factory) if sharded else None,
+        loss=make_loss(config.loss, traced.chain.out_shape[0]),
+        groups=settings.parameter_groups,
     )
     reference = None
     if process.rank == 0:
-        dtype, clip = DTYPES[plan.precision], settings.clip
         reference = Reference(
-            traced, source, factory, programs, seed=seed, dtype=dtype, device=device, max_norm=clip, rate=rate
+            traced,
+            source,
+            factory,
+            programs,
+            seed=seed,
+            dtype=DTYPES[plan.precision],
+            device=device,
+            max_norm=settings.clip,
+            rate=rate,
+            criterion=torch_loss(config.loss, traced.chain.out_shape[0]),
+            groups=settings.parameter_groups,
         )
     tolerance, rounds = config.verify.tolerance or TOLERANCES[plan.precision], plan.precision == "float32"
     notes: tuple[str, ...] = ()

@@ -234,7 +234,7 @@ def test_labels_beyond_the_classes_are_refused_by_value():
         executor = make_executor(case, plan, rank, communicators)
         executor.run(program, 0, 0, case.data[0][0], case.data[0][1] + 5)
 
-    with pytest.raises(DataError, match="do not fit the model's 7 classes"):
+    with pytest.raises(DataError, match="the model has 7 classes"):
         run_ranks(plan, body)
 
 

@@ -19,7 +19,7 @@ from hybridpar.runtime import lookup
 from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.executor import ActionError
 from hybridpar.runtime.job import Evaluation, Job
-from hybridpar.runtime.loss import CrossEntropy
+from hybridpar.runtime.loss import CrossEntropy, Part
 from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.sections import OptimizerConfig
@@ -128,14 +128,13 @@ def test_inputs_are_copied_to_the_device_without_waiting() -> None:
 
 def test_class_numbers_beyond_float32_are_told_apart() -> None:
     """2^24 and 2^24 + 1 are the same number in float32: a miss once counted as a hit."""
-    shard = CrossEntropy(2**24)
+    loss, part = CrossEntropy(), Part(2**24, 2**25)
     logits = torch.tensor([[0.0, 5.0, 1.0]]).repeat(3, 1)
     labels = torch.arange(2**24, 2**24 + 3)
-    outcome = shard.combine(logits, labels, [shard.score(logits, labels, train=False)], 3.0, train=False)
+    figures = loss.score(logits, labels, part, train=False)
+    outcome = loss.combine(logits, labels, part, [figures], loss.weight(labels), train=False)
     assert (outcome.top1, outcome.top5) == (1, 3)
-    other = shard.combine(
-        logits[:1], labels[:1], [shard.score(logits[:1], labels[:1], train=False)], 1.0, train=False
-    )
+    other = loss.combine(logits[:1], labels[:1], part, [figures[:1]], loss.weight(labels[:1]), train=False)
     assert (other.top1, other.top5) == (0, 1)
 
 
@@ -163,6 +162,24 @@ def test_a_loader_feeds_steps_and_evaluations(replicas: int) -> None:
     assert set().union(*(other[2] for other in others)) == {
         p.name for q in CASE.traced.chain.layers for p in q.parameters
     }
+
+
+def test_ignored_samples_are_fed_but_not_counted() -> None:
+    x, y = CASE.data[0]
+    y = torch.where(torch.arange(13) % 3 == 0, 255, y)
+    pairs = Pairs(torch.utils.data.TensorDataset(x.float(), y))
+
+    def body(rank: int, groups: ProcessGroups) -> tuple[list[float], Evaluation]:
+        loss, factory = CrossEntropy(0.1, ignore_index=255), make_factory(OPTIMIZER)
+        job = Job(make_plan(), CASE.traced, CASE.source, factory, groups, rank=rank, seed=7, loss=loss)
+        with job.loader(pairs if job.reads else 13) as feed:
+            losses = [job.step(batch) for batch in feed]
+        return losses, job.evaluate([(x, y)])
+
+    expected = F.cross_entropy(whole_model(CASE)(x.float().double()), y, ignore_index=255, label_smoothing=0.1)
+    for losses, evaluation in run_ranks(make_plan(), body):
+        assert losses == pytest.approx([expected.item()], rel=1e-10)
+        assert evaluation.samples == 8
 
 
 class Pairs(torch.utils.data.Dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.executor import Executor, Metrics
+from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.modules import ModuleFactory, Owned
 from hybridpar.runtime.update import Updater
 from tests.support.rendezvous import Endpoint
@@ -38,6 +40,9 @@ class Case:
     max_norm: float | None = None
     dtype: torch.dtype = torch.float64
     data: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    loss: Loss | None = None
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy
+    """What torch has for ``loss``."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -99,7 +104,7 @@ def train_single(case: Case) -> Trained:
         for d in dropouts:
             d.keys = Keys(SEED, step, torch.arange(len(x)) + first)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
+        loss = case.criterion(model(x), y)
         loss.backward()
         if case.max_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), case.max_norm)
@@ -137,7 +142,8 @@ def make_executor(case: Case, plan: Plan, rank: int, groups: Communicators) -> E
         case.max_norm,
         replica=replica,
     )
-    return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=torch.device("cpu"))
+    device = torch.device("cpu")
+    return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=device, loss=case.loss)
 
 
 def run_step(

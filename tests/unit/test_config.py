@@ -17,7 +17,7 @@ from hybridpar.errors import ConfigError, HybridparError, PlanError
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
-from hybridpar.sections import OPTIMIZER_OPTIONS, OptimizerConfig, ScheduleConfig
+from hybridpar.sections import OPTIMIZER_OPTIONS, LossConfig, OptimizerConfig, ParameterGroup, ScheduleConfig
 
 
 def test_the_defaults_are_plain_frozen_objects() -> None:
@@ -111,6 +111,48 @@ def test_options_take_any_key_and_their_owner_checks_it() -> None:
     custom = compose(["optimizer=custom", "optimizer.name=NAdam", "optimizer.options.momentum_decai=0.1"])
     with pytest.raises(ConfigError, match=r"NAdam has no such option; did you mean momentum_decay\?"):
         make_factory(custom.optimizer)
+
+
+def test_parameter_groups_from_overrides() -> None:
+    config = compose(['optimizer.groups=[{match: "features.*", lr: 0.01, weight_decay: 0}]', "optimizer.clip=1"])
+    (group,) = config.optimizer.parameter_groups
+    assert group == ParameterGroup("features.*", {"lr": 0.01, "weight_decay": 0})
+    assert group.has("features.0.weight")
+    assert not group.has("classifier.0.weight")
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ("{lr: 1}", r"optimizer\.groups\[0\]\.match: None must be a pattern"),
+        ("{match: a}", r"optimizer\.groups: a sets nothing"),
+        ("{match: a, lr: -1}", r"optimizer\.groups\.lr: -1 of a must be a number of 0 or more"),
+        ("{match: a, fused: true}", r"optimizer\.groups\.fused: of a is for all"),
+        ("{match: a, momentum: 0}", r"optimizer\.groups\.momentum: 0 of a is on or off for all"),
+        ("{match: a, momentun: 0.5}", r"SGD has no such option; did you mean momentum\?"),
+    ],
+)
+def test_parameter_groups_that_cannot_be_are_refused(group: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose([f"optimizer.groups=[{group}]"])
+
+
+def test_parameter_groups_are_tried_and_go_without_sharding() -> None:
+    with pytest.raises(ConfigError, match=r"SGD\(lr=0.05, .*nesterov=True.*\) cannot be used"):
+        make_factory(compose(["optimizer.groups=[{match: a, nesterov: true, dampening: 0.5}]"]).optimizer)
+    with pytest.raises(ConfigError, match=r"optimizer\.groups: with optimizer\.sharding=zero1 do not go"):
+        compose(["optimizer.groups=[{match: a, lr: 1}]", "optimizer.sharding=zero1"])
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0.* must be above 0 for a schedule"):
+        compose(["optimizer.groups=[{match: a, lr: 1}]", "optimizer.lr=0"])
+
+
+def test_the_loss_is_torchs_by_default_and_takes_lists_and_files() -> None:
+    assert compose().loss == LossConfig()
+    loss = compose(["loss.label_smoothing=0.1", "loss.class_weights=[1,2.5]", "loss.ignore_index=255"]).loss
+    assert loss == LossConfig(0.1, (1.0, 2.5), 255)
+    assert compose(["loss.class_weights=weights.json"]).loss.class_weights == "weights.json"
+    with pytest.raises(ConfigError, match=r"loss\.label_smoothing: 1\.5 must lie in \[0, 1\)"):
+        compose(["loss.label_smoothing=1.5"])
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_a_prediction_sums_up() -> None:
     assert prediction.step_s == pytest.approx(16.0)
     assert prediction.samples_per_s == pytest.approx(4 / 16)
     assert prediction.bubble == pytest.approx(4 / 16)
-    assert prediction.wire_bytes == 2 * (PARAMETER_BYTES + 32 + 32)
+    assert prediction.wire_bytes == 2 * (PARAMETER_BYTES + 32 + 40)
     assert prediction.memory_bytes == peak_per_rank(program, costs.workspaces)
     assert prediction.source == "estimated"
 
@@ -525,7 +525,7 @@ def test_a_peak_by_hand() -> None:
     assert (counted.parameters, counted.optimizer) == (SMALL_PARAMETER_BYTES,) * 2
     assert counted.gradients == SMALL_WEIGHT_BYTES, "they gather in place, though in no bucket"
     assert counted.batch == 4 * 3 * 8
-    assert counted.control == 4 * 8 + 4 * 8 + 4 * 8, "the step's labels, the own ones, and four metrics"
+    assert counted.control == 4 * 8 + 4 * 8 + 5 * 8, "the step's labels, the own ones, and five metrics"
     first = [a.kind for a in small_program(0).actions[0]].index("backward")
     assert counted.accumulated == (0,) * first + (SMALL_BIAS_BYTES,) * (len(counted.saved) - first)
     live = 2 * 5 * 8 + 2 * 2 * 8 + 2 * 3 * 8
