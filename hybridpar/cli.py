@@ -192,7 +192,7 @@ def train(config: Config) -> None:
     """Plan on rank 0, then train on all ranks and print the summary."""
     from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
     from hybridpar.report import dry_run, summary  # noqa: PLC0415
-    from hybridpar.runtime import resume, trainer  # noqa: PLC0415
+    from hybridpar.runtime import checks, resume, trainer  # noqa: PLC0415
     from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415
 
     config.refuse_for_training()
@@ -200,14 +200,14 @@ def train(config: Config) -> None:
     traced, source = load_model(config)
 
     def planned() -> Plan:
-        trainer.check_config(config)
+        checks.check_config(config)
         subject = prepare(config, traced, process.world, _note)
         kept = resume.kept_plan(
             config, process.world, traced.chain.fingerprint, restarted=process.place.restarts > 0
         )
         result = make_plan(config, subject, kept)
         check_world(result.plan, process.world)
-        trainer.check(config, result.plan, traced.chain)
+        checks.check(config, result.plan, traced.chain)
         if config.train.mode != "quiet":
             dry_run.show(result, subject.chain, subject.profile, subject.cluster, _console())
         return result.plan

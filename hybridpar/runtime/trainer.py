@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
-import statistics
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +18,28 @@ from hybridpar.errors import ConfigError, DivergenceError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
 from hybridpar.model.trace import Traced
-from hybridpar.monitor import record, sampler
+from hybridpar.monitor import sampler
 from hybridpar.monitor.sampler import Monitor
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode
-from hybridpar.report.summary import GpuUse, StageSummary, Summary
+from hybridpar.report.summary import Summary
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime import resume, zero
+from hybridpar.runtime.checks import check
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.feed import Feed
-from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import Evaluation, Job, checked_program
-from hybridpar.runtime.journal import Journal, StepRecord, check_run_dir, make_run_dir
+from hybridpar.runtime.journal import Journal, StepRecord, make_run_dir
+from hybridpar.runtime.log import WARM_UP_STEPS, Log, summarise
 from hybridpar.runtime.loss import make_loss
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.origin import Origin
-from hybridpar.runtime.process import Place, Process
+from hybridpar.runtime.process import Process
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
 from hybridpar.schema import from_data, to_data
-
-WARM_UP_STEPS = 5
-"""Left out of the measured step time, or a fifth of the steps where that is less."""
-
-
-def check_config(config: Config, place: Place | None = None) -> None:
-    """Raise HybridparError for what is wrong whatever the plan: optimizer, loss, and the run's folder on rank 0.
-
-    ``place`` is that of this process, by default as the environment tells.
-    """
-    place = place or Place.read(os.environ)
-    if place.rank == 0:
-        check_run_dir(config, restarted=place.restarts > 0)
-    make_factory(config.optimizer)
-    make_loss(config.loss, config.model.classes)
-    if config.optimizer.sharding == "zero1":
-        zero.require_deepspeed()
-
-
-def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
-    """Raise HybridparError for what would make the training impossible, as far as a glance tells.
-
-    Checks what ``check_config`` does, that every group has parameters, that a plan from a file fits the
-    configuration, and the data set's paths and classes on the ranks that read it: only their nodes need to have
-    it. Touches no process and decodes no data.
-    """
-    place = place or Place.read(os.environ)
-    check_config(config, place)
-    check_groups(config.optimizer.parameter_groups, chain)
-    if place.rank in plan.everywhere(positions(plan)[0].ranks):
-        datasets.check(config.data, chain.out_shape[0])
-    check_fits(config, plan)
-
-
-def check_fits(config: Config, plan: Plan) -> None:
-    """Raise ConfigError unless a plan, maybe from a file, fits the configuration."""
-    if plan.recipe.sharding == "zero1":
-        zero.require_deepspeed()
-    resume.refuse_sharded(config, plan, [config.resume])
-    clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
-    sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
-    for name, given, planned, remedy in (
-        ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
-        ("train.precision", config.train.precision, plan.precision, plan.precision),
-        ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
-        ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
-    ):
-        if given != planned:
-            raise ConfigError(
-                f"{name}: {given}, but the plan is for {planned}; set {name} to {remedy}, or plan again"
-            )
 
 
 def train(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Summary:
@@ -133,26 +80,6 @@ def _require_finite(loss: float, where: str, job: Job, process: Process) -> None
     else:
         cause, remedy = str(origin), "lower optimizer.lr, or set optimizer.clip"
     raise DivergenceError(f"the loss is not finite ({loss}) {where}: {cause}; {remedy}")
-
-
-@dataclass
-class _Log:
-    """What the summary needs from the steps."""
-
-    steps: list[tuple[int, float]] = field(default_factory=list)
-    """Samples and seconds of every step."""
-    loss: float = 0.0
-    epochs: int = 0
-    evaluation: Evaluation | None = None
-    measured_since_s: float = 0.0
-    """Seconds since the epoch, at the end of the warm-up."""
-    total_s: float = 0.0
-
-    def typical(self) -> tuple[int, float]:
-        """Return the samples of a full step, and its median seconds after the warm-up."""
-        full = max(samples for samples, _ in self.steps)
-        times = [seconds for samples, seconds in self.steps if samples == full]
-        return full, statistics.median(times[min(WARM_UP_STEPS, len(times) // 5) :])
 
 
 class _Training:
@@ -246,7 +173,11 @@ class _Training:
             saver.wait()
             monitor.close()
             memory = process.gather(job.memory_bytes())
-        summary = process.share(lambda: to_data(self._summarise(job, log, monitor, memory)))
+        summary = process.share(
+            lambda: to_data(
+                summarise(config, self.plan, self.folder, log, job.steps, memory, monitor, process.device)
+            )
+        )
         process.gather(None)
         process.close()
         return from_data(Summary, summary, "summary", ConfigError)
@@ -310,8 +241,8 @@ class _Training:
             journal.say(f"no GPU data: {monitor.reason}")
         return journal
 
-    def _loop(self, job: Job, feed: Feed, test_feed: Feed, journal: Journal | None, saver: Saver) -> _Log:
-        every, log = self.config.train.eval_every, _Log()
+    def _loop(self, job: Job, feed: Feed, test_feed: Feed, journal: Journal | None, saver: Saver) -> Log:
+        every, log = self.config.train.eval_every, Log()
         if journal is not None:
             log.steps = [(r.samples, r.step_s) for r in journal.earlier]
             log.loss = journal.earlier[-1].loss if journal.earlier else 0.0
@@ -355,7 +286,7 @@ class _Training:
         return True
 
     def _epoch(
-        self, job: Job, feed: Feed, epoch: int, start: int, log: _Log, journal: Journal | None, saver: Saver
+        self, job: Job, feed: Feed, epoch: int, start: int, log: Log, journal: Journal | None, saver: Saver
     ) -> Position:
         """Run the steps of an epoch, or as many of them as are left, and return where the next one begins."""
         feed.set_epoch(epoch, start)
@@ -380,46 +311,3 @@ class _Training:
             if within and saver.due(job.steps):
                 self._save(job, saver, at)
         return Position(job.steps, epoch + 1, 0)
-
-    def _summarise(self, job: Job, log: _Log, monitor: Monitor, memory: list[int]) -> Summary:
-        """Make the summary and write it; on rank 0."""
-        config, plan, prediction = self.config, self.plan, self.plan.prediction
-        assert log.evaluation is not None
-        samples, step_s = log.typical()
-        cuda = self.process.device.type == "cuda"
-        summary = Summary(
-            model=config.model.name,
-            data=config.data.name,
-            run_dir=str(self.folder),
-            seed=config.train.seed,
-            precision=plan.precision,
-            device=torch.cuda.get_device_name(self.process.device) if cuda else "cpu",
-            world=plan.world,
-            replicas=plan.replicas,
-            global_batch=plan.global_batch,
-            epochs=log.epochs,
-            steps=job.steps,
-            train_loss=log.loss,
-            test_accuracy=log.evaluation.top1,
-            test_top5=log.evaluation.top5,
-            test_loss=log.evaluation.loss,
-            test_samples=log.evaluation.samples,
-            samples_per_s=samples / step_s,
-            measured_step_s=step_s,
-            predicted_step_s=prediction.step_s if prediction else None,
-            measured_memory_bytes=tuple(memory),
-            predicted_memory_bytes=prediction.memory_bytes * plan.replicas if prediction else None,
-            prediction_source=prediction.source if prediction else None,
-            stages=tuple(StageSummary(s.kind, s.layers, s.degree, s.ranks, s.micro_batch) for s in plan.stages),
-            gpu=self._gpu_use(log, monitor),
-            total_s=log.total_s,
-        )
-        summary.save(self.folder / "summary.json")
-        return summary
-
-    def _gpu_use(self, log: _Log, monitor: Monitor) -> GpuUse:
-        seen = record.summarise(*sorted(self.folder.glob("monitor*.jsonl")), since_s=log.measured_since_s)
-        if seen is None:
-            return GpuUse(reason=monitor.reason or "the training was shorter than one sample of the monitor")
-        total = seen.total
-        return GpuUse(total.mean_utilisation, total.mean_occupancy, total.mean_occupancy_while_busy)

@@ -19,7 +19,8 @@ from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Program
 from hybridpar.report.verification import Verification
-from hybridpar.runtime import trainer, zero
+from hybridpar.runtime import zero
+from hybridpar.runtime.checks import check_fits
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import DTYPES, Job, checked_program
@@ -55,7 +56,7 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
     check_groups(config.optimizer.parameter_groups, traced.chain)
     make_loss(config.loss, traced.chain.out_shape[0])
     datasets.check(config.data, traced.chain.out_shape[0])
-    trainer.check_fits(config, plan)
+    check_fits(config, plan)
     _in_precision(config, plan, traced)
 
 

@@ -19,7 +19,7 @@ from hybridpar.data import datasets
 from hybridpar.errors import ConfigError, DataError, DivergenceError
 from hybridpar.planner import load_model
 from hybridpar.report.summary import Summary
-from hybridpar.runtime import trainer
+from hybridpar.runtime import checks, trainer
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.job import Evaluation, Job
 from hybridpar.runtime.journal import check_run_dir
@@ -301,7 +301,7 @@ def test_only_ranks_that_read_need_the_data(tmp_path: Path) -> None:
     traced, _ = load_model(config)
     plan = make_plan("three_stage", config, traced.chain)
     for rank in (2, 3):
-        trainer.check(config, plan, traced.chain, Place(rank, 4, rank, 4))
+        checks.check(config, plan, traced.chain, Place(rank, 4, rank, 4))
     for rank in (0, 1):
         with pytest.raises(DataError, match=r"there is no .*/none/train"):
-            trainer.check(config, plan, traced.chain, Place(rank, 4, rank, 4))
+            checks.check(config, plan, traced.chain, Place(rank, 4, rank, 4))

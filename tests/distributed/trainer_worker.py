@@ -19,7 +19,7 @@ from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan, Segment, Stage, validate
 from hybridpar.report.summary import show
-from hybridpar.runtime import trainer
+from hybridpar.runtime import checks, trainer
 from hybridpar.runtime.executor import Executor
 from hybridpar.runtime.process import Process
 
@@ -94,7 +94,7 @@ def main() -> None:
 
     def planned() -> Plan:
         plan = make_plan(shape, config, traced.chain)
-        trainer.check(config, plan, traced.chain)
+        checks.check(config, plan, traced.chain)
         return plan
 
     plan = process.agree(planned)

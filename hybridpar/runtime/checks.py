@@ -1,0 +1,66 @@
+"""What is checked before a training starts, so that nothing is spawned or read in vain."""
+
+from __future__ import annotations
+
+import os
+
+from hybridpar.config import Config
+from hybridpar.data import datasets
+from hybridpar.errors import ConfigError
+from hybridpar.model.chain import Chain
+from hybridpar.planning.blocks import positions
+from hybridpar.planning.plan import Plan
+from hybridpar.runtime import resume, zero
+from hybridpar.runtime.groups import check_groups
+from hybridpar.runtime.journal import check_run_dir
+from hybridpar.runtime.loss import make_loss
+from hybridpar.runtime.optimizer import make_factory
+from hybridpar.runtime.process import Place
+
+
+def check_config(config: Config, place: Place | None = None) -> None:
+    """Raise HybridparError for what is wrong whatever the plan: optimizer, loss, and the run's folder on rank 0.
+
+    ``place`` is that of this process, by default as the environment tells.
+    """
+    place = place or Place.read(os.environ)
+    if place.rank == 0:
+        check_run_dir(config, restarted=place.restarts > 0)
+    make_factory(config.optimizer)
+    make_loss(config.loss, config.model.classes)
+    if config.optimizer.sharding == "zero1":
+        zero.require_deepspeed()
+
+
+def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
+    """Raise HybridparError for what would make the training impossible, as far as a glance tells.
+
+    Checks what ``check_config`` does, that every group has parameters, that a plan from a file fits the
+    configuration, and the data set's paths and classes on the ranks that read it: only their nodes need to have
+    it. Touches no process and decodes no data.
+    """
+    place = place or Place.read(os.environ)
+    check_config(config, place)
+    check_groups(config.optimizer.parameter_groups, chain)
+    if place.rank in plan.everywhere(positions(plan)[0].ranks):
+        datasets.check(config.data, chain.out_shape[0])
+    check_fits(config, plan)
+
+
+def check_fits(config: Config, plan: Plan) -> None:
+    """Raise ConfigError unless a plan, maybe from a file, fits the configuration."""
+    if plan.recipe.sharding == "zero1":
+        zero.require_deepspeed()
+    resume.refuse_sharded(config, plan, [config.resume])
+    clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
+    sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
+    for name, given, planned, remedy in (
+        ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
+        ("train.precision", config.train.precision, plan.precision, plan.precision),
+        ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
+        ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
+    ):
+        if given != planned:
+            raise ConfigError(
+                f"{name}: {given}, but the plan is for {planned}; set {name} to {remedy}, or plan again"
+            )
