@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hybridpar.planning.search import Planned
 
 MULTIRUN = {"-m", "--multirun"}
+TERMINATED = 128 + 15
+"""Exit code of a process that SIGTERM ends."""
 
 USAGE = """usage: hybridpar COMMAND [GROUP=CHOICE | KEY=VALUE ...]
 
@@ -36,6 +38,7 @@ commands
             all ranks at once
   probe     measure the links between the processes of a job and write the cluster to probe.out;
             torchrun --nproc-per-node 4 -m hybridpar probe
+  export    write a checkpoint as a plain state dict: export RUN_OR_CHECKPOINT out=model.safetensors (or .pt)
   config    print the resolved configuration
 
 examples
@@ -66,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(command: str, overrides: Sequence[str]) -> int:
     """Run a command and return its exit code; a mistake that all ranks of a node make is told once."""
     try:
+        if command == "export":
+            return export(overrides)
         function = _command(command)
         if MULTIRUN & set(overrides):
             _check_sweep(command)
@@ -95,7 +100,8 @@ def _check_sweep(command: str) -> None:
 
 def _command(name: str) -> Callable[[Config], int | None]:
     if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        known = [*COMMANDS, "export"]
+        hint = nearest(name, known) or f"; there are {', '.join(known)}"
         raise ConfigError(f"unknown command {name}{hint}")
     return COMMANDS[name]
 
@@ -188,8 +194,8 @@ def plan_sweep(overrides: Sequence[str]) -> None:
         raise ConfigError(f"none of the {len(rows)} combinations has a plan; the first: {rows[0].error}")
 
 
-def train(config: Config) -> None:
-    """Plan on rank 0, then train on all ranks and print the summary."""
+def train(config: Config) -> int:
+    """Plan on rank 0, then train on all ranks and print the summary; return 0 unless work is lost by SIGTERM."""
     from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
     from hybridpar.report import dry_run, summary  # noqa: PLC0415
     from hybridpar.runtime import checks, resume, trainer  # noqa: PLC0415
@@ -213,8 +219,11 @@ def train(config: Config) -> None:
         return result.plan
 
     outcome = trainer.train(config, process.agree(planned), traced, source, process)
+    if outcome is None:
+        return 0 if config.checkpoint.every is not None else TERMINATED
     if process.rank == 0:
         summary.show(outcome, _console())
+    return 0
 
 
 def verify(config: Config) -> int:
@@ -278,6 +287,24 @@ def probe(config: Config) -> None:
         _note(
             f"cluster saved to {config.probe.out}; use it with cluster=from_file cluster.path={config.probe.out}"
         )
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write the state dict of a checkpoint to a file: ``export RUN_OR_CHECKPOINT out=FILE``."""
+    from hybridpar.runtime.export import SUFFIXES, export  # noqa: PLC0415
+
+    outs = [a.removeprefix("out=") for a in arguments if a.startswith("out=")]
+    paths = [a for a in arguments if not a.startswith("out=")]
+    if len(outs) != 1 or len(paths) != 1:
+        raise ConfigError(
+            f"export {' '.join(arguments)}: takes a run's folder or a checkpoint's, and out=FILE with one of the "
+            f"suffixes {', '.join(SUFFIXES)}"
+        )
+    done = export(Path(paths[0]).expanduser(), Path(outs[0]).expanduser())
+    if done.unused:
+        _note(f"left out, as no layer uses them: {', '.join(done.unused)}")
+    _note(f"{done.tensors} tensors of {done.checkpoint} (step {done.step}) saved to {outs[0]}")
+    return 0
 
 
 def show_config(config: Config) -> None:

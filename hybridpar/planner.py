@@ -47,13 +47,17 @@ class Subject:
 
 
 def load_model(config: Config) -> tuple[Traced, Source]:
-    """Build the configured model without its weights, and trace it. Raises ModelError."""
+    """Build the configured model, whose weights are made or read later, and trace it. Raises ModelError."""
     from hybridpar.model.build import build  # noqa: PLC0415 - torch takes seconds to import
     from hybridpar.model.deferred import defer  # noqa: PLC0415
     from hybridpar.model.trace import trace  # noqa: PLC0415
 
     model = config.model
     source = defer(build(model.builder, model.options, classes=model.classes, in_shape=model.in_shape))
+    if model.weights is not None:
+        from hybridpar.model.weights import Weights  # noqa: PLC0415 - as above
+
+        source = Weights(source, Path(model.weights).expanduser(), model.fresh)
     return trace(source.module, model.in_shape, model.name, model.input_dtype), source
 
 

@@ -54,8 +54,15 @@ class ModelConfig:
     """Further keyword arguments of the builder."""
     input_dtype: Literal["float", "int"] = "float"
     """``int`` for token ids."""
+    weights: str | None = None
+    """A file with the state dict to begin with."""
+    fresh: tuple[str, ...] = ()
+    """Patterns of parameters that keep their initial values nevertheless."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.weights is not None or not self.fresh, "model.fresh", list(self.fresh), "needs model.weights"
+        )
         fits = bool(self.in_shape) and min(self.in_shape) >= 1
         _require(fits, "model.in_shape", list(self.in_shape), "must be positive sizes, as in [3,224,224]")
         _require(self.classes >= 1, "model.classes", self.classes, "must be at least 1")

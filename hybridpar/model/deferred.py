@@ -67,7 +67,7 @@ class Deferred:
                     f"the initial value of {name} comes from outside its builder (a file, an array), so that it "
                     "cannot be made by its owner alone; build the model with its weights and pass the built model"
                 ) from e
-        return _cast(value, dtype)
+        return cast_floating(value, dtype)
 
 
 class Rebuilt:
@@ -94,7 +94,7 @@ class Rebuilt:
         if seed != self._seed:
             self._values = self._build(seed)
             self._seed = seed
-        return _cast(self._values[name].detach().clone(), dtype)
+        return cast_floating(self._values[name].detach().clone(), dtype)
 
     def _build(self, seed: int) -> dict[str, torch.Tensor]:
         with borrowed(seed), torch.device("cpu"):
@@ -118,7 +118,7 @@ class Ready:
         """Copy one of the model's parameters or buffers; see ``Source``."""
         del seed
         _check_name(name, self._values)
-        return _cast(self._values[name].detach().cpu().clone(), dtype)
+        return cast_floating(self._values[name].detach().cpu().clone(), dtype)
 
 
 def defer(builder: Callable[[], nn.Module]) -> Source:
@@ -156,5 +156,6 @@ def _check_name(name: str, known: Mapping[str, object]) -> None:
         raise ModelError(f"the model has no parameter or buffer {name}{nearest(name, known)}")
 
 
-def _cast(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def cast_floating(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a floating value in ``dtype``, if that is given, and any other as it is."""
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value

@@ -31,6 +31,8 @@ class Log:
     measured_since_s: float = 0.0
     """Seconds since the epoch, at the end of the warm-up."""
     total_s: float = 0.0
+    stopped: bool = False
+    """Whether a signal ended the training before its last step."""
 
     def typical(self) -> tuple[int, float]:
         """Return the samples of a full step, and its median seconds after the warm-up."""

@@ -61,6 +61,10 @@ class Manifest:
     """Files of tensors."""
     plan: dict[str, Any]
     """As ``plan.json``."""
+    names: dict[str, str]
+    """Where each tensor of the model's state dict lies, as ``runtime.state`` names it."""
+    unused: tuple[str, ...] = ()
+    """Those of the state dict that no layer uses."""
     metric: float | None = None
     """Of the evaluation just before; None where there was none."""
     best: float | None = None

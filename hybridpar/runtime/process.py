@@ -141,6 +141,14 @@ class Process:
             raise SystemExit(answer["exit"])
         return answer["data"]
 
+    def propose(self, key: str, value: str) -> None:
+        """Post a value for all ranks, unless one of them has done so before."""
+        self._store.compare_set(key, "", value)
+
+    def posted(self, key: str) -> str | None:
+        """Return the value that a rank has posted, None as long as none has."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
     def _await_hearing(self, key: str) -> None:
         deadline_s = time.monotonic() + _FAREWELL_S
         with contextlib.suppress(RuntimeError):

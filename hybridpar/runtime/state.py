@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 
 from hybridpar.errors import CheckpointError
+from hybridpar.model.copies import named_tensors
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position
 from hybridpar.runtime.modules import BlockModules, Owned
@@ -41,6 +43,19 @@ class State:
             names[local]: tuple(parameter.shape)
             for module, names in zip(traced.modules, traced.names, strict=True)
             for local, parameter in module.named_parameters()
+        }
+
+    def names(self, module: nn.Module) -> dict[str, str]:
+        """Return where each tensor of the model's state dict is saved, apart from those that no layer uses."""
+        first: dict[int, str] = {}
+        for name, tensor in named_tensors(module).items():
+            first.setdefault(id(tensor), name)
+        parameters = {id(parameter) for parameter in module.parameters()}
+        used = {name for names in self._traced.names for name in names.values()}
+        return {
+            name: (PARAMETER if id(tensor) in parameters else BUFFER) + first[id(tensor)]
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor) and first[id(tensor)] in used
         }
 
     def pieces(self) -> dict[str, Piece]:
@@ -133,7 +148,7 @@ class State:
             f"parameter {list(owned.tensor.shape)}; set checkpoint.every=null, or use another optimizer"
         )
 
-    def _holders(self) -> Iterator[tuple[Position, int, torch.nn.Module]]:
+    def _holders(self) -> Iterator[tuple[Position, int, nn.Module]]:
         for position in self._positions:
             for modules in self._blocks.values():
                 if modules.block.position == position.index:

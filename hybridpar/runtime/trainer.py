@@ -39,11 +39,14 @@ from hybridpar.runtime.origin import Origin
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
+from hybridpar.runtime.stop import Stop
 from hybridpar.schema import from_data, to_data
 
 
-def train(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Summary:
+def train(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Summary | None:
     """Train, evaluate and sum up; every rank calls this once, and every rank gets the summary.
+
+    SIGTERM ends the training after a step, with a checkpoint if there are any; every rank then gets None.
 
     Writes ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``evaluations.jsonl``, ``tensorboard/``,
     ``monitor*.jsonl``, ``checkpoints/`` and ``summary.json`` into the run directory. Nothing is selected on the
@@ -95,6 +98,7 @@ class _Training:
         self.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, self.steps)
         restarted = process.place.restarts > 0
         self.resumed = self._resumed(order, restarted=restarted)
+        self.stop = Stop(process)
         self.best = self.resumed.manifest.best if self.resumed else None
         """The best metric of the evaluations so far, if checkpoint.best names one."""
         self.folder = Path(process.share(lambda: str(make_run_dir(config, restarted=restarted))))
@@ -152,10 +156,12 @@ class _Training:
             for samples in {min(batch, size), size % batch or batch}:
                 checked_program(self.plan, self.chain, samples, mode, replica)
 
-    def run(self, traced: Traced, source: Source) -> Summary:
-        """Train and evaluate."""
+    def run(self, traced: Traced, source: Source) -> Summary | None:
+        """Train and evaluate; None where a signal ended it before."""
         config, process = self.config, self.process
+        self.module = source.module
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.stop)
             monitor = self._start_monitor(stack)
             saving = config.checkpoint.every is not None
             communicators = process.connect(self.plan, checkpoints=saving)
@@ -172,7 +178,12 @@ class _Training:
             log = self._loop(job, feed, test_feed, journal, saver)
             saver.wait()
             monitor.close()
+            if log.stopped and journal is not None:
+                journal.say(self._farewell(job, saver))
             memory = process.gather(job.memory_bytes())
+        if log.stopped:
+            process.close()
+            return None
         summary = process.share(
             lambda: to_data(
                 summarise(config, self.plan, self.folder, log, job.steps, memory, monitor, process.device)
@@ -181,6 +192,12 @@ class _Training:
         process.gather(None)
         process.close()
         return from_data(Summary, summary, "summary", ConfigError)
+
+    def _farewell(self, job: Job, saver: Saver) -> str:
+        """Return what is said where SIGTERM has ended the training."""
+        if saver.active:
+            return f"ended by SIGTERM after step {job.steps}, which is saved; continue with resume=auto"
+        return f"ended by SIGTERM after step {job.steps}; nothing is saved, as checkpoint.every is not set"
 
     def _make_job(self, traced: Traced, source: Source, communicators: Communicators) -> Job:
         settings, factory = self.config.optimizer, make_factory(self.config.optimizer)
@@ -208,8 +225,17 @@ class _Training:
 
     def _save(self, job: Job, saver: Saver, position: Position, metric: float | None = None) -> None:
         """Begin to save the job as it stands."""
+        whole = set(self.module.state_dict())
+        names = job.state.names(self.module)
         manifest = Manifest(
-            position, self._subject, self.process.world, to_data(self.plan), metric=metric, best=self.best
+            position,
+            self._subject,
+            self.process.world,
+            to_data(self.plan),
+            names,
+            tuple(sorted(whole - names.keys())),
+            metric,
+            self.best,
         )
         saver.save(job.state.pieces(), manifest)
 
@@ -255,6 +281,11 @@ class _Training:
             start = self.resumed.start_step(feed.order) if self.resumed and epoch == begin.epoch else 0
             at = self._epoch(job, feed, epoch, start, log, journal, saver)
             log.epochs = epoch + 1
+            log.stopped = job.steps < self.steps and self.stop.after(job.steps)
+            if log.stopped and at.samples:
+                if saver.active:
+                    self._save(job, saver, at)
+                break
             ended, metric = job.steps == self.steps, None
             if ended or (every is not None and (epoch + 1) % every == 0):
                 log.evaluation = job.evaluate(test_feed)
@@ -265,9 +296,9 @@ class _Training:
                 _require_finite(log.evaluation.loss, where, job, self.process)
                 metric = self._metric(log.evaluation)
             improved = metric is not None and self._improve(metric)
-            if saver.due(job.steps) or improved or (ended and saver.active):
+            if saver.due(job.steps) or improved or ((ended or log.stopped) and saver.active):
                 self._save(job, saver, at, metric)
-            if ended:
+            if ended or log.stopped:
                 break
         log.total_s = time.perf_counter() - started_s
         return log
@@ -306,7 +337,7 @@ class _Training:
             start += 1
             at = Position(job.steps, epoch, batch.first_sample + batch.samples)
             within = start < feed.order.steps
-            if within and job.steps == self.steps:
+            if within and (job.steps == self.steps or self.stop.after(job.steps)):
                 return at
             if within and saver.due(job.steps):
                 self._save(job, saver, at)

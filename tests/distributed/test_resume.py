@@ -379,3 +379,49 @@ def test_a_killed_rank_changes_nothing_of_the_result(tmp_path: Path, kills: list
     assert lines(tmp_path / "cut" / "metrics.jsonl") == lines(tmp_path / "whole" / "metrics.jsonl")
     expected, got = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+# SIGTERM
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_ends_after_a_step_that_is_saved(tmp_path: Path, ranks: int) -> None:
+    """The launcher's own exit code says that it was told to end; what counts is what the ranks leave."""
+    shape = "single" if ranks == 1 else "data_parallel"
+    arguments = (shape, "train.global_batch=24", "checkpoint.every=100000", "train.mode=quiet")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = start(ranks, *arguments, f"run.dir={cut}", "train.steps=100000")
+    metrics, deadline_s = cut / "metrics.jsonl", time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    process.terminate()
+    process.wait(60)
+    (saved,) = folders.complete(cut / "checkpoints")
+    step = int(saved.name[5:])
+    assert len(lines(metrics)) == step
+    assert not (cut / "summary.json").exists()
+    more = f"train.steps={step + 3}"
+    assert run(ranks, *arguments, f"run.dir={cut}", "resume=auto", more).returncode == 0
+    assert run(ranks, *arguments, f"run.dir={whole}", more).returncode == 0
+    assert lines(metrics) == lines(whole / "metrics.jsonl")
+    expected, got = final(whole), final(cut)
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+def test_a_signal_between_epochs_ends_the_run_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an epoch of five steps, the fifth: the evaluation that is due is made, and the next epoch not begun."""
+    step = Job.step
+
+    def signalled(job: Job, *given: Any, **more: Any) -> float:
+        if job.steps == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(job, *given, **more)
+
+    monkeypatch.setattr(Job, "step", signalled)
+    with pytest.raises(AssertionError):
+        train_here(tmp_path, *SAVING, "train.eval_every=1")  # there is no summary
+    assert [line["step"] for line in lines(tmp_path / "evaluations.jsonl")] == [5]
+    assert folders.complete(tmp_path / "checkpoints")[-1].name == "step-00000005"
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train_here(tmp_path, *SAVING, "train.eval_every=1", "resume=auto").steps == 10

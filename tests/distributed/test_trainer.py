@@ -218,7 +218,9 @@ def train_here(folder: Path, *overrides: str) -> Summary:
     config = small(f"run.dir={folder}", *overrides)
     traced, source = load_model(config)
     process = Process("cpu")
-    return trainer.train(config, make_plan("single", config, traced.chain), traced, source, process)
+    summary = trainer.train(config, make_plan("single", config, traced.chain), traced, source, process)
+    assert summary is not None
+    return summary
 
 
 def test_given_steps_decide_how_long_the_training_is(tmp_path: Path) -> None:

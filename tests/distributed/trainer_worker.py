@@ -99,7 +99,7 @@ def main() -> None:
 
     plan = process.agree(planned)
     summary = trainer.train(config, plan, traced, source, process)
-    if process.rank == 0:
+    if process.rank == 0 and summary is not None:
         show(summary, Console())
 
 

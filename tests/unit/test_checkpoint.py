@@ -148,7 +148,7 @@ def test_what_another_model_has_is_refused(tmp_path: Path) -> None:
 
 def manifest(step: int, metric: float | None = None) -> Manifest:
     subject = Subject("small", "0123", "float64", "SGD", 0, "digits", 48)
-    return Manifest(Position(step, 0, 8), subject, 2, {}, metric)
+    return Manifest(Position(step, 0, 8), subject, 2, {}, {}, (), metric)
 
 
 def committed(home: Path, step: int, metric: float | None = None) -> Path:
