@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -15,11 +13,12 @@ from hybridpar.errors import DataError, HybridparError
 from hybridpar.model.keyed import Keys
 from hybridpar.planning.layout import Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
-from hybridpar.runtime.communicators import Communicators, Pending
-from hybridpar.runtime.lookup import Key, Lookup, Lookups
+from hybridpar.runtime.communicators import Communicators
+from hybridpar.runtime.lookup import Key, Lookups
 from hybridpar.runtime.loss import CrossEntropy, Loss, Outcome, Part
 from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.origin import Watch
+from hybridpar.runtime.step import Metrics, Started, StepState
 from hybridpar.runtime.update import Updater
 
 Observer = Callable[[Program, Action, float, float], None]
@@ -28,63 +27,6 @@ Observer = Callable[[Program, Action, float, float], None]
 
 class ActionError(RuntimeError):
     """An action failed; names rank, stage, micro-batch and action. The cause is chained."""
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Sums over all samples of a step, the same on every rank."""
-
-    loss_sum: float
-    weight: float
-    """What the sum of the losses is divided by."""
-    samples: float
-    """Those whose label counts."""
-    top1: float
-    top5: float
-
-    @property
-    def loss(self) -> float:
-        """Mean loss. Raises DataError where no sample of the step counts; no rank's gradients did."""
-        if not self.weight:
-            raise DataError(
-                "no sample of the step counts for the loss: all labels are ignored (loss.ignore_index), or their "
-                "classes have weight 0 (loss.class_weights); leave such samples out, or take larger batches"
-            )
-        return self.loss_sum / self.weight
-
-
-class _Started(NamedTuple):
-    """An operation between its start and its wait."""
-
-    pending: Pending
-    tensor: torch.Tensor
-    in_place: bool = True
-    """Whether what is received arrives where it is needed; else it has to be placed there."""
-
-
-@dataclass
-class _Step:
-    """The values a rank holds while it runs a step."""
-
-    program: Program
-    lookup: Lookup
-    number: int
-    batch: torch.Tensor | None
-    labels: torch.Tensor
-    """(samples of the step,) int64; other ranks' places hold 0 until all labels are gathered."""
-    metrics: torch.Tensor
-    outputs: dict[Key, torch.Tensor] = field(default_factory=dict)
-    inputs: dict[Key, torch.Tensor] = field(default_factory=dict)
-    """Inputs that have arrived, whole or in part."""
-    saved: dict[Key, tuple[torch.Tensor, GradientEdge | None]] = field(default_factory=dict)
-    """Between forward and backward: the input as a leaf, and the output's place in the graph, if there is one
-    (the backward of a block that recomputes makes its own)."""
-    gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
-    """Of outputs, whole or in part."""
-    input_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
-    figures: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
-    pending: dict[int, _Started] = field(default_factory=dict)
-    norm: torch.Tensor | None = None
 
 
 class Executor:
@@ -144,7 +86,7 @@ class Executor:
 
     def _begin(
         self, program: Program, step: int, inputs: torch.Tensor | None, labels: torch.Tensor | None
-    ) -> _Step:
+    ) -> StepState:
         for modules in self.blocks.values():
             modules.train(program.mode == "train")
         gathered = torch.zeros(program.step_samples, dtype=torch.int64)
@@ -164,7 +106,7 @@ class Executor:
         if batch is not None and batch.is_floating_point():
             batch = batch.to(self.dtype)
         lookup = self._lookups.of(program)
-        return _Step(program, lookup, step, batch, gathered.to(self.device), metrics)
+        return StepState(program, lookup, step, batch, gathered.to(self.device), metrics)
 
     def _reports_labels(self, program: Program) -> bool:
         """Where all shards of a tail read the same samples, only the first one reports them."""
@@ -183,7 +125,7 @@ class Executor:
         if self.observer:
             self.observer(program, action, started, time.perf_counter())
 
-    def _act(self, state: _Step, action: Action) -> None:
+    def _act(self, state: StepState, action: Action) -> None:
         if action.operation is not None:
             operation = state.program.operations[action.operation]
             if action.kind == "start":
@@ -205,7 +147,7 @@ class Executor:
 
     # Computation
 
-    def _forward(self, state: _Step, key: Key) -> None:
+    def _forward(self, state: StepState, key: Key) -> None:
         block, micro_batch = key
         x = self._batch_slice(state, micro_batch) if block == 0 else state.inputs.pop(key)
         train = state.program.mode == "train"
@@ -219,17 +161,17 @@ class Executor:
             state.saved[key] = x, get_gradient_edge(y) if graph and y.requires_grad else None
         state.outputs[key] = y.detach()
 
-    def _recompute(self, state: _Step, key: Key, x: torch.Tensor) -> GradientEdge | None:
+    def _recompute(self, state: StepState, key: Key, x: torch.Tensor) -> GradientEdge | None:
         """Run a forward again, now for its graph."""
         modules = self.blocks[key[0]]
         y = modules.again(x, self._keys(state, key) if modules.draws else None)
         return get_gradient_edge(y) if y.requires_grad else None
 
-    def _keys(self, state: _Step, key: Key) -> Keys:
+    def _keys(self, state: StepState, key: Key) -> Keys:
         start, stop = (self._first_sample + n for n in state.program.numbers(*key, self.rank))
         return Keys(self.seed, state.number, torch.arange(start, stop, device=self.device))
 
-    def _batch_slice(self, state: _Step, micro_batch: int) -> torch.Tensor:
+    def _batch_slice(self, state: StepState, micro_batch: int) -> torch.Tensor:
         assert state.batch is not None
         start, stop = state.program.interval(0, micro_batch, self.rank)
         first = state.lookup.first_rows[micro_batch]
@@ -239,12 +181,12 @@ class Executor:
         features = self._features(state, 0, "in")
         return rows[:, features[0] : features[1]]
 
-    def _score(self, state: _Step, key: Key) -> None:
+    def _score(self, state: StepState, key: Key) -> None:
         labels = self._labels(state, key)
         train = state.program.mode == "train"
         state.figures[key] = [self.loss.score(state.outputs[key], labels, self._classes(state), train=train)]
 
-    def _loss(self, state: _Step, key: Key) -> None:
+    def _loss(self, state: StepState, key: Key) -> None:
         train = state.program.mode == "train"
         outcome = self.loss.combine(
             state.outputs.pop(key),
@@ -258,15 +200,15 @@ class Executor:
             state.gradients[key] = outcome.gradient
         self._report(state, outcome)
 
-    def _classes(self, state: _Step) -> Part:
+    def _classes(self, state: StepState) -> Part:
         """Return which classes this rank's logits are."""
         last, block, chain = state.program.positions[-1], state.program.blocks[-1], state.program.chain
         return Part(block.features(chain, last.ranks.index(self.rank), "out")[0], chain.out_shape[0])
 
-    def _labels(self, state: _Step, key: Key) -> torch.Tensor:
+    def _labels(self, state: StepState, key: Key) -> torch.Tensor:
         return state.labels[slice(*state.program.numbers(*key, self.rank))]
 
-    def _report(self, state: _Step, outcome: Outcome) -> None:
+    def _report(self, state: StepState, outcome: Outcome) -> None:
         """Add to the metrics, once per sample: of all shards only the first one reports."""
         last = state.program.positions[-1]
         if last.sharded and last.ranks[0] != self.rank:
@@ -274,7 +216,7 @@ class Executor:
         o = outcome
         state.metrics += torch.stack([o.loss_sum, o.weight, o.samples, o.top1, o.top5])
 
-    def _backward(self, state: _Step, key: Key) -> None:
+    def _backward(self, state: StepState, key: Key) -> None:
         x, edge = state.saved.pop(key)
         gradient = state.gradients.pop(key)
         if self.blocks[key[0]].block.recompute:
@@ -287,7 +229,7 @@ class Executor:
 
     # Exchange
 
-    def _source(self, state: _Step, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
+    def _source(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
         """Return the part of an output or input gradient that a transfer moves."""
         if content == "activation":
             key, value = (boundary, transfer.source_micro_batch), state.outputs
@@ -297,7 +239,7 @@ class Executor:
             features = self._features(state, boundary + 1, "in")
         return self._part(state, value[key], key, features, transfer)
 
-    def _target(self, state: _Step, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
+    def _target(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
         """Return the part of an input or output gradient that a transfer fills; makes the buffer if need be."""
         if content == "activation":
             key, values = (boundary + 1, transfer.target_micro_batch), state.inputs
@@ -312,13 +254,13 @@ class Executor:
             values[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self._part(state, values[key], key, features, transfer)
 
-    def _features(self, state: _Step, block: int, side: str) -> tuple[int, int]:
+    def _features(self, state: StepState, block: int, side: str) -> tuple[int, int]:
         described = state.program.blocks[block]
         shard = state.program.positions[described.position].ranks.index(self.rank)
         return described.features(state.program.chain, shard, "in" if side == "in" else "out")
 
     def _part(
-        self, state: _Step, value: torch.Tensor, key: Key, features: tuple[int, int], t: Transfer
+        self, state: StepState, value: torch.Tensor, key: Key, features: tuple[int, int], t: Transfer
     ) -> torch.Tensor:
         start = state.program.interval(*key, self.rank)[0]
         rows = value[t.samples[0] - start : t.samples[1] - start]
@@ -326,7 +268,7 @@ class Executor:
             return rows
         return rows[:, t.features[0] - features[0] : t.features[1] - features[0]]
 
-    def _copy(self, state: _Step, content: str, boundary: int, transfer: Transfer) -> None:
+    def _copy(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> None:
         if transfer.whole:
             if content == "activation":
                 source, target = state.outputs, (boundary + 1, transfer.target_micro_batch)
@@ -340,7 +282,7 @@ class Executor:
 
     # Operations
 
-    def _start(self, state: _Step, operation: Operation) -> None:
+    def _start(self, state: StepState, operation: Operation) -> None:
         if operation.kind == "send":
             self._start_transfer(state, operation)
         elif operation.kind == "all_gather":
@@ -349,14 +291,14 @@ class Executor:
             outputs = [torch.empty_like(own) for _ in operation.ranks]
             pending = self.communicators.all_gather(operation, outputs, own)
             state.figures[key] = outputs
-            state.pending[operation.index] = _Started(pending, own)
+            state.pending[operation.index] = Started(pending, own)
         elif operation.kind == "sharded_update":
             self.updater.sharded_update(operation.block or 0)
         else:
             tensor = self._reduced(state, operation)
-            state.pending[operation.index] = _Started(self.communicators.all_reduce(operation, tensor), tensor)
+            state.pending[operation.index] = Started(self.communicators.all_reduce(operation, tensor), tensor)
 
-    def _start_transfer(self, state: _Step, operation: Operation) -> None:
+    def _start_transfer(self, state: StepState, operation: Operation) -> None:
         transfer, block = operation.transfer, operation.block or 0
         assert transfer is not None
         in_place = True
@@ -369,9 +311,9 @@ class Executor:
             if not in_place:
                 tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             pending = self.communicators.receive(operation, tensor)
-        state.pending[operation.index] = _Started(pending, tensor, in_place)
+        state.pending[operation.index] = Started(pending, tensor, in_place)
 
-    def _reduced(self, state: _Step, operation: Operation) -> torch.Tensor:
+    def _reduced(self, state: StepState, operation: Operation) -> torch.Tensor:
         """Return the tensor that an all-reduce sums in place."""
         block = operation.block or 0
         if operation.content == "label":
@@ -386,7 +328,7 @@ class Executor:
         key = (block + 1 if operation.backward else block, operation.micro_batch or 0)
         return (state.input_gradients if operation.backward else state.outputs)[key]
 
-    def _wait(self, state: _Step, operation: Operation) -> None:
+    def _wait(self, state: StepState, operation: Operation) -> None:
         if operation.kind == "sharded_update":
             return
         pending, tensor, in_place = state.pending.pop(operation.index)
@@ -400,7 +342,7 @@ class Executor:
             target = self._target(state, operation.content, block, operation.transfer)
             _place(target, tensor, add=operation.transfer.add)
 
-    def _free(self, state: _Step, number: int) -> None:
+    def _free(self, state: StepState, number: int) -> None:
         for kind, key in state.lookup.last_uses.get(number, ()):
             (state.outputs if kind == "activation" else state.input_gradients).pop(key, None)
 

@@ -45,11 +45,8 @@ def export(path: Path, out: Path) -> Exported:
     try:
         _write(tensors, partial, out.suffix)
         partial.replace(out)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as e:  # torch's writer and safetensors' wrap what the system says
+    except (OSError, RuntimeError, SafetensorError) as e:
+        # Torch's writer and the one of safetensors wrap what the system says.
         partial.unlink(missing_ok=True)
         why = getattr(e, "strerror", None) or e
         raise ConfigError(f"out: cannot write {out}: {why}; free space, or name another file") from e

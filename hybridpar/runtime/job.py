@@ -24,7 +24,7 @@ from hybridpar.planning.parameters import is_zero
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.runtime.communicators import Communicators
-from hybridpar.runtime.executor import Executor, Metrics, Observer
+from hybridpar.runtime.executor import Executor, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.loss import CrossEntropy, Loss
@@ -32,6 +32,7 @@ from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.origin import Origin, Watch
 from hybridpar.runtime.state import State
+from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
 from hybridpar.sections import ParameterGroup
 

@@ -10,7 +10,9 @@ from torch.autograd.graph import GradientEdge
 
 from hybridpar.model.copies import tensors
 from hybridpar.planning.program import Action, Program
-from hybridpar.runtime.executor import Executor, Key, _Step
+from hybridpar.runtime.executor import Executor
+from hybridpar.runtime.lookup import Key
+from hybridpar.runtime.step import StepState
 
 Storages = dict[int, int]
 
@@ -30,14 +32,14 @@ class CountingExecutor(Executor):
         self.batch_storage = 0
         self.observer = self._count
 
-    def _forward(self, state: _Step, key: Key) -> None:
+    def _forward(self, state: StepState, key: Key) -> None:
         with self._noting(state) as storages:
             super()._forward(state, key)
         if key in state.saved:
             self._note(state, storages, state.saved[key][0])
             self.kept[key] = storages
 
-    def _recompute(self, state: _Step, key: Key, x: torch.Tensor) -> GradientEdge | None:
+    def _recompute(self, state: StepState, key: Key, x: torch.Tensor) -> GradientEdge | None:
         with self._noting(state) as storages:
             handle = self.blocks[key[0]].register_forward_hook(lambda _m, _x, y: self._note(state, storages, y))
             edge = super()._recompute(state, key, x)
@@ -46,7 +48,7 @@ class CountingExecutor(Executor):
         self._again = sum(storages.values())
         return edge
 
-    def _note(self, state: _Step, storages: Storages, tensor: torch.Tensor) -> None:
+    def _note(self, state: StepState, storages: Storages, tensor: torch.Tensor) -> None:
         parameters = {t.untyped_storage().data_ptr() for m in self.blocks.values() for t in tensors(m)}
         batch = set() if state.batch is None else {state.batch.untyped_storage().data_ptr()}
         storage = tensor.untyped_storage()
@@ -54,7 +56,7 @@ class CountingExecutor(Executor):
             storages[storage.data_ptr()] = storage.nbytes()
 
     @contextlib.contextmanager
-    def _noting(self, state: _Step) -> Iterator[Storages]:
+    def _noting(self, state: StepState) -> Iterator[Storages]:
         """Collect the storages that autograd saves."""
         storages: Storages = {}
 
@@ -65,7 +67,7 @@ class CountingExecutor(Executor):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             yield storages
 
-    def _backward(self, state: _Step, key: Key) -> None:
+    def _backward(self, state: StepState, key: Key) -> None:
         super()._backward(state, key)
         del self.kept[key]
 

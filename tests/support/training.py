@@ -18,9 +18,10 @@ from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Program
 from hybridpar.runtime.communicators import Communicators
-from hybridpar.runtime.executor import Executor, Metrics
+from hybridpar.runtime.executor import Executor
 from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.modules import ModuleFactory, Owned
+from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import Updater
 from tests.support.rendezvous import Endpoint
 
