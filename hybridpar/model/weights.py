@@ -92,7 +92,8 @@ def _opened(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], tor
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names: list[str] = file.keys()  # type: ignore[no-untyped-call]
+            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in names}  # type: ignore[no-untyped-call]
             return shapes, file.get_tensor
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
