@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -94,8 +95,15 @@ def _opened(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], tor
             file = safe_open(path, framework="pt")
             names: list[str] = file.keys()  # type: ignore[no-untyped-call]
             shapes = {n: tuple(file.get_slice(n).get_shape()) for n in names}  # type: ignore[no-untyped-call]
-            return shapes, file.get_tensor
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+            def read(name: str) -> torch.Tensor:
+                found: torch.Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+                return found.clone()  # nobody shares the file's pages
+
+            return shapes, read
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an unusual pickle: what it holds decides
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         raise ModelError(
             f"model.weights: {path} holds more than tensors, or is damaged, and is not unpickled; save a plain "

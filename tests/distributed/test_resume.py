@@ -384,7 +384,7 @@ def test_a_killed_rank_changes_nothing_of_the_result(tmp_path: Path, kills: list
 # SIGTERM
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_ends_after_a_step_that_is_saved(tmp_path: Path, ranks: int) -> None:
     """The launcher's own exit code says that it was told to end; what counts is what the ranks leave."""
     shape = "single" if ranks == 1 else "data_parallel"

@@ -90,7 +90,7 @@ def names():
         ((2, 1, 3), overlapping_ranks, 1),
         ((2, 0, 2), shared_ranks, 2),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_groups_with_schedule_and_clipping(degrees, place, replicas, kind, clipping):
     config, (losses, parameters) = config_of(kind), reference(kind, clipping)

@@ -69,7 +69,7 @@ def _count(case: Case, plan: Plan, program: Program, rank: int, groups: ProcessG
     executor = make_executor(case, plan, rank, groups)
     executor.__class__ = CountingExecutor
     assert isinstance(executor, CountingExecutor)
-    executor.watch()
+    executor.start_counting()
     run_once(executor, case, program, rank)
     return executor.alive
 
@@ -104,7 +104,7 @@ def _assert_execution_is_the_program(number: int, stages: list[Stage]) -> None:
         executor = make_executor(case, plan, rank, communicators)
         executor.__class__ = CountingExecutor
         assert isinstance(executor, CountingExecutor)
-        executor.watch()
+        executor.start_counting()
         run_once(executor, case, program, rank)
         counted = replace(memory(program, rank), saved=tuple(executor.alive), transient=tuple(executor.within))
         return executor.actions, communicators.log, counted

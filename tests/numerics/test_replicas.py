@@ -213,7 +213,7 @@ def test_execution_is_the_program(degrees: tuple[int, int, int]) -> None:
         executor = make_executor(case, plan, rank, communicators)
         executor.__class__ = CountingExecutor
         assert isinstance(executor, CountingExecutor)
-        executor.watch()
+        executor.start_counting()
         replica, place = plan.locate(rank)
         run_once(executor, case, programs[replica], place)
         return executor.actions, communicators.log, executor.alive

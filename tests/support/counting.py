@@ -23,7 +23,7 @@ class CountingExecutor(Executor):
     ``within`` is what a second forward made on top of that, by action.
     """
 
-    def watch(self) -> None:
+    def start_counting(self) -> None:
         self.kept: dict[Key, Storages] = {}
         self.alive: list[int] = []
         self.within: list[int] = []
