@@ -1,11 +1,8 @@
 """The search: the fastest plan of every shape that fits into memory, by simulated time.
 
-A space of few drafts is searched whole: in the order of a lower bound, until no bound is below the best. Otherwise
-the best few estimates of every placement are simulated, and the best of those improved by changing one choice at a
-time (a micro-batch size, a cut, the sharding of a linear, the order rule; and what is kept for the backward, where
-memory lacks) for as long as the step gets faster, or the effort is spent. The size of the gradient buckets comes
-last. That is a heuristic: ``scripts/bench/planner`` measures how far it is from a far longer search. The effort is
-counted in simulated actions, never in seconds, so that a plan does not depend on the machine that plans.
+A space of few drafts is searched whole: in the order of a lower bound, until no bound is below the best. A larger
+one is searched by a heuristic. The effort is counted in simulated actions, never in seconds, so that a plan does
+not depend on the machine that plans.
 """
 
 from __future__ import annotations
@@ -20,16 +17,16 @@ from typing import Literal, NoReturn
 from hybridpar.cluster.topology import Cluster
 from hybridpar.errors import MemoryLimitError, PlanError
 from hybridpar.model.chain import Chain
-from hybridpar.planning import exhaustive
+from hybridpar.planning import exhaustive, heuristic
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.draft import Draft, Drafting
 from hybridpar.planning.estimate import Estimator
-from hybridpar.planning.neighbours import neighbours
+from hybridpar.planning.pins import check_layers, check_pins, check_replicas, wanted
 from hybridpar.planning.placement import Placement, placements
-from hybridpar.planning.plan import Kind, Plan, Prediction, validate
-from hybridpar.planning.request import SHAPES, STAGES_OF, Effort, Pin, Request, Shape
-from hybridpar.planning.scorer import Score, Scorer, shortage
+from hybridpar.planning.plan import Plan, Prediction, validate
+from hybridpar.planning.request import SHAPES, STAGES_OF, Effort, Request, Shape
+from hybridpar.planning.scorer import Scorer, shortage
 from hybridpar.planning.simulate import predict
 from hybridpar.profiling.record import Profile
 
@@ -50,20 +47,6 @@ PART: dict[Shape, float] = {"data_parallel": 0.1, "pipeline": 0.2, "front_tail":
 """Share of the actions that a shape may use; what it leaves goes to the next."""
 LEAN = 12
 """Placements of a shape that are tried to say which batch would fit."""
-PER_PLACEMENT: dict[Effort, int] = {"quick": 1, "normal": 1, "long": 12, "exact": 0}
-"""Estimates of a placement that may be simulated."""
-SIMULATED: dict[Effort, int] = {"quick": 3, "normal": 10, "long": 200, "exact": 0}
-"""Estimates of a shape that are simulated, best first."""
-IMPROVED: dict[Effort, int] = {"quick": 1, "normal": 3, "long": 24, "exact": 0}
-"""Of those, the ones that are improved, best first."""
-COSTLY = 1 / 6
-"""Share of a shape's actions above which a draft is simulated only after the cheaper ones."""
-WORTHWHILE = 0.002
-"""Share of the step time by which a neighbour must be better."""
-WORTHWHILE_BYTES = 0.1
-"""Likewise of the bytes above the memory limit, as long as nothing fits."""
-PATIENCE = 8
-"""Times the actions that a shape may use as long as nothing fits."""
 TIE = 1e-9
 """Share of the step time within which shapes are equally fast; the simpler one wins."""
 
@@ -111,12 +94,12 @@ def search(chain: Chain, profile: Profile, cluster: Cluster, request: Request) -
         ProfileError: the profile belongs to another model.
     """
     profile.check(chain)
-    _check_pins(request, chain)
-    _check_replicas(request, cluster)
+    check_pins(request, chain)
+    check_replicas(request, cluster)
     scorer = Scorer(chain, profile, cluster, request)
     budget = _Budget(scorer, request.effort)
     candidates = tuple(_best(shape, scorer, budget.until(shape)) for shape in SHAPES)
-    able = [c for c in candidates if c.plan is not None and c.shape in _wanted(request)]
+    able = [c for c in candidates if c.plan is not None and c.shape in wanted(request)]
     if not able:
         _refuse(request, candidates, scorer)
     fastest_s = min(c.prediction.step_s for c in able)
@@ -166,99 +149,6 @@ class _Budget:
         return round(max(self.total * self.share, self.scorer.actions + self.total * PART[shape]))
 
 
-def _wanted(request: Request) -> tuple[Shape, ...]:
-    """Return the shapes to choose from: the one that was asked for, or all that have the pinned stages."""
-    if request.shape != "auto":
-        return (request.shape,)
-    return tuple(s for s in SHAPES if _pinned(request) <= set(STAGES_OF[s]))
-
-
-def _pinned(request: Request) -> set[Kind]:
-    return {kind for kind, pin in request.pins.items() if pin != Pin()}
-
-
-def _check_pins(request: Request, chain: Chain) -> None:
-    """Raise PlanError for pins that no placement could respect."""
-    for kind, pin in request.pins.items():
-        if kind in _pinned(request) and request.shape != "auto" and kind not in STAGES_OF[request.shape]:
-            raise PlanError(
-                f"plan.{kind}: shape {request.shape} has no {kind}; drop the override or use plan=three_stage"
-            )
-        if pin.shares is not None and kind == "middle":
-            raise PlanError(
-                f"plan.middle.shares: {list(pin.shares)} cannot be pinned, since the replicas of a segment share "
-                "its samples evenly; drop it, or give shares of the front or the tail"
-            )
-        if pin.shares is not None and not all(0 < share < math.inf for share in pin.shares):
-            raise PlanError(
-                f"plan.{kind}.shares: {pin.shares} must be {len(pin.shares)} positive numbers, one per rank"
-            )
-        if pin.sharding is not None and kind != "tail":
-            raise PlanError(f"plan.{kind}.sharding: {list(pin.sharding)} belongs to the tail only; drop it")
-        if pin.in_flight is not None and pin.in_flight < 1:
-            raise PlanError(f"plan.{kind}.in_flight: {pin.in_flight} is below 1; give a number of samples")
-        last = len(chain.layers)
-        if pin.layers is not None and not 0 <= pin.layers[0] < pin.layers[1] <= last:
-            raise PlanError(
-                f"plan.{kind}.layers: {list(pin.layers)} is no run of layers of {chain.model}; "
-                f"give [first,end] with 0 <= first < end <= {last}"
-            )
-
-
-def _check_replicas(request: Request, cluster: Cluster) -> None:
-    """Raise PlanError for a number of plan replicas that ranks, samples, sharding or pins do not go with."""
-    count, world = request.replicas or 1, cluster.world
-    if count == 1:
-        return
-    if world % count:
-        raise PlanError(
-            f"plan.replicas: {count} does not divide the {world} ranks of cluster {cluster.name}; give a divisor"
-        )
-    if count > request.global_batch:
-        raise PlanError(
-            f"plan.replicas: {count} replicas cannot share out a global batch of {request.global_batch}; "
-            "raise train.global_batch, or use fewer replicas"
-        )
-    if "none" not in request.optimizer_shardings:
-        raise PlanError(
-            f"plan.replicas: {count} does not work with a sharded optimizer; set optimizer.sharding=none, or "
-            "plan.replicas=1"
-        )
-    size = world // count
-    for kind, pin in request.pins.items():
-        if (pin.degree or 1) > size or max(pin.ranks or (0,)) >= size:
-            field, value = ("ranks", list(pin.ranks)) if pin.ranks else ("degree", pin.degree)
-            raise PlanError(
-                f"plan.{kind}.{field}: {value} does not fit the ranks 0..{size - 1} of one of the {count} "
-                "plan replicas; lower it, or plan.replicas"
-            )
-
-
-def _check_layers(kinds: tuple[Kind, ...], drafting: Drafting, request: Request) -> None:
-    """Raise PlanError where pinned layers leave a gap, overlap, or miss an end of the chain."""
-    last = len(drafting.chain.layers)
-    edges: dict[int, tuple[int, str]] = {0: (0, "the first layer"), len(kinds): (last, "the last layer")}
-    tail = request.pin("tail")
-    sharded = tail.degree != 1 and len(tail.ranks or (0, 1)) > 1
-    if "tail" in kinds and sharded and tail.layers and tail.layers[0] < drafting.chain.tail_start:
-        raise PlanError(
-            f"plan.tail.layers: {list(tail.layers)} must start at layer {drafting.chain.tail_start} or later, "
-            f"from where on {drafting.chain.model} can be tensor-parallel"
-        )
-    for i, kind in enumerate(kinds):
-        pinned = request.pin(kind).layers
-        for edge, at in ((i, pinned[0]), (i + 1, pinned[1])) if pinned else ():
-            known, what = edges.setdefault(edge, (at, f"plan.{kind}.layers"))
-            if known != at:
-                side = "start" if edge == i else "end"
-                raise PlanError(
-                    f"plan.{kind}.layers: {list(pinned or ())} must {side} at {known}, as {what} does; change it"
-                )
-            if not edge <= at <= last - len(kinds) + edge:
-                others = ", ".join(k for k in kinds if k != kind)
-                raise PlanError(f"plan.{kind}.layers: {list(pinned or ())} leaves no layer for every {others}")
-
-
 def _best(shape: Shape, scorer: Scorer, until: int) -> Candidate:
     """Return the best plan of a shape, or why there is none."""
     drafting, request = scorer.drafting, scorer.request
@@ -267,7 +157,7 @@ def _best(shape: Shape, scorer: Scorer, until: int) -> Candidate:
     except PlanError as e:
         return Candidate(shape, None, str(e))
     effort = request.effort
-    if effort == "exact" and shape not in _wanted(request):
+    if effort == "exact" and shape not in wanted(request):
         effort = "normal"  # it is only compared
     most = EXHAUSTIVE[effort]
     every = list(islice((d for p in places for d in exhaustive.drafts(drafting, p)), most + 1))
@@ -277,7 +167,7 @@ def _best(shape: Shape, scorer: Scorer, until: int) -> Candidate:
             f"plan.effort: exact is for at most {most} drafts of a shape, and {shape} has more; "
             "pin some choices, or use plan.effort=long"
         )
-    best = exhaustive.best(scorer, every) if whole else _heuristic(places, scorer, until, effort)
+    best = exhaustive.best(scorer, every) if whole else heuristic.best(places, scorer, until, effort)
     if best is None:
         return Candidate(
             shape,
@@ -295,83 +185,14 @@ def _placements(shape: Shape, drafting: Drafting, request: Request) -> list[Plac
     kinds = STAGES_OF[shape]
     if "tail" in kinds and drafting.chain.tail_start == len(drafting.chain.layers):
         raise PlanError("the model does not end in linear layers, so no tail can be tensor-parallel")
-    _check_layers(kinds, drafting, request)
+    check_layers(request, drafting.chain, kinds)
     return list(placements(kinds, drafting.cluster, request))
 
 
-def _heuristic(places: list[Placement], scorer: Scorer, until: int, effort: Effort) -> Draft | None:
-    """Simulate the best estimates, and improve the best of those."""
-    half = (scorer.actions + until) // 2
-    estimator = Estimator(scorer.drafting)
-    costly = (until - scorer.actions) * COSTLY
-    tried: list[Draft] = []
-    best: Draft | None = None
-    for estimate in estimator.ranked(places, PER_PLACEMENT[effort], SIMULATED[effort], costly):
-        draft = estimator.draft(estimate)
-        if draft is None:
-            continue
-        score = scorer.score(draft, None if best is None else scorer.score(best))
-        tried.append(draft)
-        if best is None or (draft in scorer.scores and score < scorer.score(best)):
-            best = draft
-        if len(tried) >= SIMULATED[effort] or (scorer.actions > half and tried):
-            break
-    starts = sorted(tried, key=scorer.least)
-    for start in starts[: IMPROVED[effort]]:
-        improved = _improve(start, scorer, until)
-        if best is None or scorer.score(improved) < scorer.score(best):
-            best = improved
-    if best is None:
-        return None
-    if scorer.score(best)[0] == 0:
-        return _rebucketed(best, scorer)
-    lean = (scorer.drafting.lean(start) for start in starts)
-    return next((_improve(draft, scorer, until) for draft in lean if scorer.fits(draft)), best)
-
-
-def _rebucketed(draft: Draft, scorer: Scorer) -> Draft:
-    """Try the next larger and smaller gradient buckets for as long as the step gets faster.
-
-    Only of the best draft: what buckets cost hardly depends on the other choices.
-    """
-    buckets = scorer.drafting.buckets(draft.placement)
-    if len(buckets) == 1:
-        return draft
-    first = buckets.index(scorer.request.usual_bucket)
-    for way in (1, -1):
-        at = first + way
-        while 0 <= at < len(buckets):
-            other = replace(draft, bucket_bytes=buckets[at])
-            if scorer.score(other, scorer.score(draft)) >= scorer.score(draft):
-                break
-            draft, at = other, at + way
-        if draft.bucket_bytes is not None:
-            break
-    return draft
-
-
-def _improve(draft: Draft, scorer: Scorer, until: int) -> Draft:
-    """Step to a better neighbour until there is none; those whose bound rules them out are not simulated."""
-    while True:
-        rank, value = scorer.score(draft)
-        limit: Score = (rank, value * (1 - (WORTHWHILE if rank == 0 else WORTHWHILE_BYTES)))
-        others = neighbours(scorer.drafting, draft, lacking=rank == 1)
-        better = None
-        for neighbour in sorted(others, key=scorer.bound):
-            if scorer.actions > until * (1 if rank == 0 else PATIENCE):
-                return draft
-            if scorer.score(neighbour, limit) < limit:
-                better = neighbour
-                break
-        if better is None:
-            return draft
-        draft = better
-
-
 def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: Scorer) -> NoReturn:
-    wanted = [c for c in candidates if c.shape in _wanted(request)]
-    reasons = "; ".join(f"{c.shape}: {c.reason}" for c in wanted)
-    if not any(c.over_memory for c in wanted):
+    asked = [c for c in candidates if c.shape in wanted(request)]
+    reasons = "; ".join(f"{c.shape}: {c.reason}" for c in asked)
+    if not any(c.over_memory for c in asked):
         raise PlanError(f"no plan is possible: {reasons}")
     raise MemoryLimitError(
         f"no plan fits into memory: {reasons}; {_advice(request, scorer)}; or use devices with more memory"
@@ -396,7 +217,7 @@ def _advice(request: Request, scorer: Scorer) -> str:
 
 def _leanest(scorer: Scorer, request: Request) -> Iterator[Draft]:
     """Yield drafts of the wanted shapes that seem to need least memory."""
-    for shape in _wanted(request):
+    for shape in wanted(request):
         with contextlib.suppress(PlanError):
             estimator = Estimator(scorer.drafting)
             places = _placements(shape, scorer.drafting, request)
