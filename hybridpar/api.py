@@ -31,8 +31,9 @@ from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.measure import measure
 from hybridpar.profiling.record import Profile
 from hybridpar.runtime import zero
+from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.job import Job
-from hybridpar.runtime.loss import CrossEntropy, Loss
+from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory

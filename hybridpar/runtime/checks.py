@@ -11,9 +11,9 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import resume, zero
+from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
-from hybridpar.runtime.loss import make_loss
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.process import Place
 

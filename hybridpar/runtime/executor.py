@@ -14,8 +14,9 @@ from hybridpar.model.keyed import Keys
 from hybridpar.planning.layout import Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators
+from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.lookup import Key, Lookups
-from hybridpar.runtime.loss import CrossEntropy, Loss, Outcome, Part
+from hybridpar.runtime.loss import Logits, Loss, Outcome
 from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.origin import Watch
 from hybridpar.runtime.step import Metrics, Started, StepState
@@ -182,31 +183,22 @@ class Executor:
         return rows[:, features[0] : features[1]]
 
     def _score(self, state: StepState, key: Key) -> None:
-        labels = self._labels(state, key)
-        train = state.program.mode == "train"
-        state.figures[key] = [self.loss.score(state.outputs[key], labels, self._classes(state), train=train)]
+        logits = self._logits(state, key, state.outputs[key])
+        state.figures[key] = [self.loss.score(logits, train=state.program.mode == "train")]
 
     def _loss(self, state: StepState, key: Key) -> None:
-        train = state.program.mode == "train"
-        outcome = self.loss.combine(
-            state.outputs.pop(key),
-            self._labels(state, key),
-            self._classes(state),
-            state.figures.pop(key),
-            self.loss.weight(state.labels),  # all of them are known before the first loss of a step
-            train=train,
-        )
+        logits, figures = self._logits(state, key, state.outputs.pop(key)), state.figures.pop(key)
+        weight = self.loss.weight(state.labels)  # all of them are known before the first loss of a step
+        outcome = self.loss.combine(logits, figures, weight, train=state.program.mode == "train")
         if outcome.gradient is not None:
             state.gradients[key] = outcome.gradient
         self._report(state, outcome)
 
-    def _classes(self, state: StepState) -> Part:
-        """Return which classes this rank's logits are."""
-        last, block, chain = state.program.positions[-1], state.program.blocks[-1], state.program.chain
-        return Part(block.features(chain, last.ranks.index(self.rank), "out")[0], chain.out_shape[0])
-
-    def _labels(self, state: StepState, key: Key) -> torch.Tensor:
-        return state.labels[slice(*state.program.numbers(*key, self.rank))]
+    def _logits(self, state: StepState, key: Key, values: torch.Tensor) -> Logits:
+        """Return this rank's logits of a micro-batch with their labels and classes."""
+        labels = state.labels[slice(*state.program.numbers(*key, self.rank))]
+        first = self._features(state, key[0], "out")[0]
+        return Logits(values, labels, first, state.program.chain.out_shape[0])
 
     def _report(self, state: StepState, outcome: Outcome) -> None:
         """Add to the metrics, once per sample: of all shards only the first one reports."""

@@ -24,10 +24,11 @@ from hybridpar.planning.parameters import is_zero
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.runtime.communicators import Communicators
+from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.executor import Executor, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
 from hybridpar.runtime.groups import check_groups
-from hybridpar.runtime.loss import CrossEntropy, Loss
+from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.origin import Origin, Watch
@@ -124,31 +125,15 @@ class Job:
         """Learning rate by step; None leaves it to the optimizer."""
         self._communicators, self._next_sample = communicators, 0
         self._loss = loss or CrossEntropy()
-        self._check(max_norm, engines)
-        check_groups(groups, self.chain)
-        if groups and plan.recipe.sharding != "none":
-            raise PlanError(
-                f"plan.recipe.sharding: {plan.recipe.sharding} has no parameter groups; plan without, or drop them"
-            )
+        self._check(max_norm, engines, groups)
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
         dtype = DTYPES[plan.precision]
         self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
-        sharded = {
-            p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(plan, p)
-        }
-        self._updater = Updater(
-            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica, groups
-        )
+        self._updater = self._make_updater(optimizer, max_norm, engines, groups)
+        optimizers = self._updater.optimizers
         self.state = State(
-            traced,
-            self._positions,
-            self._blocks,
-            self._updater.optimizers,
-            rank,
-            self.place,
-            self.replica,
-            self.device,
+            traced, self._positions, self._blocks, optimizers, rank, self.place, self.replica, self.device
         )
         """What a checkpoint of this rank holds."""
         self._executor = Executor(
@@ -164,7 +149,9 @@ class Job:
             loss=self._loss,
         )
 
-    def _check(self, max_norm: float | None, engines: EngineFactory | None) -> None:
+    def _check(
+        self, max_norm: float | None, engines: EngineFactory | None, groups: Sequence[ParameterGroup]
+    ) -> None:
         plan = self.plan
         if plan.chain != self.chain.fingerprint:
             raise PlanError(
@@ -179,6 +166,11 @@ class Job:
         if plan.recipe.sharding != "none" and engines is None:
             raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
         self._loss.check_plan(plan, self.chain)
+        check_groups(groups, self.chain)
+        if groups and plan.recipe.sharding != "none":
+            raise PlanError(
+                f"plan.recipe.sharding: {plan.recipe.sharding} has no parameter groups; plan without, or drop them"
+            )
 
     def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
         places = positions(self.plan)
@@ -187,6 +179,20 @@ class Job:
             for block in blocks(self.plan, self.chain)
             if self.place in places[block.position].ranks
         }
+
+    def _make_updater(
+        self,
+        optimizer: OptimizerFactory,
+        max_norm: float | None,
+        engines: EngineFactory | None,
+        groups: Sequence[ParameterGroup],
+    ) -> Updater:
+        sharded = {
+            p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(self.plan, p)
+        }
+        return Updater(
+            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica, groups
+        )
 
     def _blocks_of(self, position: Position) -> list[BlockModules]:
         return [b for b in self._blocks.values() if b.block.position == position.index]

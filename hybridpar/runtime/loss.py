@@ -5,28 +5,19 @@ So micro-batches of any sizes, and samples that do not count, leave it as a sing
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import nn
 
-from hybridpar.data.samples import IGNORED, check_labels
-from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.plan import Plan
-from hybridpar.schema import from_data
-from hybridpar.sections import LossConfig
 
 TOP = 5
 """Evaluation counts hits among this many largest logits."""
 
-
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-"""Class numbers travel among floating figures as the bits of integers; float32 would round those above 2^24."""
+Figures = list[torch.Tensor]
+"""What every shard's ``score`` gave, in the order of the shards."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +37,20 @@ class Outcome:
     """Of (loss sum / weight of the step) with respect to this shard's logits; None when evaluating."""
 
 
-class Part(NamedTuple):
-    """Which classes a shard's logits are."""
+class Logits(NamedTuple):
+    """A shard's logits of one micro-batch, and the labels of its samples."""
 
+    values: torch.Tensor
+    """(samples, width), of the classes from ``first`` on."""
+    labels: torch.Tensor
+    """(samples,) int64, over all classes."""
     first: int
     classes: int
     """Of the whole model."""
 
 
 class Loss(Protocol):
-    """A loss as the executor calls it: per micro-batch ``score``, then ``combine``.
-
-    ``logits`` (samples, width) are those of the classes from ``part.first`` on, ``labels`` (samples,) int64.
-    """
+    """A loss as the executor calls it: per micro-batch ``score``, then ``combine``."""
 
     ignored: int
     """Label of samples that do not count."""
@@ -75,193 +67,16 @@ class Loss(Protocol):
         """Return what the losses of the whole step are divided by: from all its labels, float64 scalar."""
         ...
 
-    def score(self, logits: torch.Tensor, labels: torch.Tensor, part: Part, *, train: bool) -> torch.Tensor:
+    def score(self, logits: Logits, *, train: bool) -> torch.Tensor:
         """Return the figures that shards exchange, (samples, figures)."""
         ...
 
-    def combine(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        part: Part,
-        figures: list[torch.Tensor],
-        weight: torch.Tensor,
-        *,
-        train: bool,
-    ) -> Outcome:
-        """Return the loss from all shards' ``figures``, in order; ``weight`` is that of the step."""
-        ...
+    def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
+        """Return the loss of all shards; ``weight`` is that of the step.
 
-
-def make_loss(config: LossConfig, classes: int) -> CrossEntropy:
-    """Return the configured loss for a model of ``classes`` classes; reads the file of class weights, if any.
-
-    Raises ConfigError where the file or its numbers do not fit.
-    """
-    weights = config.class_weights
-    if isinstance(weights, str):
-        weights = _read_weights(Path(weights))
-    loss = CrossEntropy(config.label_smoothing, weights, config.ignore_index)
-    loss.check_classes(classes)
-    return loss
-
-
-def torch_loss(config: LossConfig, classes: int) -> nn.Module:
-    """Return torch's own module for the configured loss, over logits of all classes. Raises as ``make_loss``."""
-    weights = make_loss(config, classes).class_weights
-    return nn.CrossEntropyLoss(weights, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing)
-
-
-def _read_weights(path: Path) -> tuple[float, ...]:
-    where = f"loss.class_weights: {path}"
-    try:
-        numbers = json.loads(path.read_text())
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {e.strerror}; give an existing file, or a list") from e
-    except ValueError as e:
-        raise ConfigError(f"{where} is not JSON: {e}; write one list of numbers") from e
-    return from_data(tuple[float, ...], numbers, where, ConfigError)
-
-
-class CrossEntropy:
-    """Softmax cross-entropy with the meaning of ``torch.nn.CrossEntropyLoss``, over classes that may be sharded.
-
-    Args:
-        label_smoothing: e, in [0, 1): how much of the target is spread over all C classes.
-        class_weights: w, one number of 0 or more per class; None: 1 each.
-        ignore_index: a label whose samples count neither in the sum nor in the weight.
-
-    With L the logarithm of the sum of exponentials of a sample's logits l, and y its label, its loss is::
-
-        (1 - e) w_y (L - l_y) + e / C  sum_c w_c (L - l_c)
-        = a L - t,   a = (1 - e) w_y + e / C sum_c w_c,   t = (1 - e) w_y l_y + e / C sum_c w_c l_c
-
-    and the step's loss is the sum of these over the sum of w_y. With m_i the largest logit of shard i, s_i the sum
-    of its exponentials relative to m_i and t_i its part of t: M = max m_i, L = M + log sum_i s_i exp(m_i - M), and
-    t = sum t_i. The gradient of a logit is a exp(l - L) - e w_c / C, minus (1 - e) w_y for the target's. So shards
-    exchange three figures per sample, whatever the smoothing and the weights (as in Shoeybi et al., Megatron-LM,
-    2019, section 3, with one collective instead of three).
-
-    Raises ConfigError for values out of range.
-    """
-
-    def __init__(
-        self,
-        label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | torch.Tensor | None = None,
-        ignore_index: int = IGNORED,
-    ) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"loss.label_smoothing: {label_smoothing} must lie in [0, 1)")
-        self.smoothing = label_smoothing
-        self.ignored = ignore_index
-        self.class_weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64)
-        """(classes,) float64, on the device of the labels from the first micro-batch on."""
-        self._mean = 1.0
-        if self.class_weights is not None:
-            listed = self.class_weights.dim() == 1 and self.class_weights.numel() > 0
-            if not listed or not bool(((self.class_weights >= 0) & self.class_weights.isfinite()).all()):
-                raise ConfigError(
-                    f"loss.class_weights: {self.class_weights.tolist()} must be finite numbers, none below 0"
-                )
-            self._mean = float(self.class_weights.mean())
-
-    def check_plan(self, plan: Plan, chain: Chain) -> None:
-        """Raise ConfigError where there is not one weight per class."""
-        del plan
-        self.check_classes(chain.out_shape[0])
-
-    def check_classes(self, classes: int) -> None:
-        """Raise ConfigError where there is not one weight per class."""
-        if self.class_weights is not None and len(self.class_weights) != classes:
-            raise ConfigError(
-                f"loss.class_weights: {len(self.class_weights)} numbers, but the model has {classes} classes; "
-                "give one for each, or null"
-            )
-
-    def check(self, labels: torch.Tensor, classes: int) -> None:
-        """Raise DataError for labels that are neither classes nor ignored."""
-        check_labels(labels, classes, "the batch", self.ignored)
-
-    def weight(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the class weights of all labels that are not ignored; float64 scalar."""
-        return self._weights(labels, torch.float64).sum()
-
-    def score(self, logits: torch.Tensor, labels: torch.Tensor, part: Part, *, train: bool) -> torch.Tensor:
-        """Return this shard's figures, shape (samples, 3) in training, (samples, 3 + 2 * 5) in evaluation.
-
-        ``logits`` (samples, width), ``labels`` (samples,) int64 over all classes.
+        The values of ``logits`` are not used again afterwards.
         """
-        largest = logits.max(dim=1).values
-        exponentials = (logits - largest[:, None]).exp_().sum(dim=1)
-        weights = self._weights(labels, logits.dtype)
-        own, index = self._own(logits, labels, part)
-        target = logits.gather(1, index[:, None])[:, 0] * (own * weights * (1 - self.smoothing))
-        if self.smoothing:
-            spread = logits @ self._spread(logits, part)
-            target = torch.where(labels == self.ignored, target, target + spread)
-        figures = [largest, exponentials, target]
-        if train:
-            return torch.stack(figures, dim=1)
-        count = min(TOP, logits.shape[1])
-        values, classes = logits.topk(count, dim=1)
-        padding = logits.new_full((len(logits), TOP - count), float("-inf"))
-        ids = (classes + part.first).to(_INTEGERS[logits.dtype]).view(logits.dtype)
-        return torch.cat([torch.stack(figures, dim=1), values, padding, ids, padding], dim=1)
-
-    def combine(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        part: Part,
-        figures: list[torch.Tensor],
-        weight: torch.Tensor,
-        *,
-        train: bool,
-    ) -> Outcome:
-        """Combine all shards' ``figures`` (in order) into the loss; ``weight`` divides the gradient."""
-        stacked = torch.stack(figures)
-        largest = stacked[:, :, 0].max(dim=0).values
-        total = (stacked[:, :, 1] * (stacked[:, :, 0] - largest).exp()).sum(dim=0)
-        normaliser = largest + total.log()
-        weights, counted = self._weights(labels, logits.dtype), labels != self.ignored
-        factors = weights * (1 - self.smoothing)
-        if self.smoothing:
-            factors += counted.to(logits.dtype) * (self.smoothing * self._mean)
-        loss_sum = (factors * normaliser - stacked[:, :, 2].sum(dim=0)).sum(dtype=torch.float64)
-        own_weight, samples = weights.sum(dtype=torch.float64), counted.sum(dtype=torch.float64)
-        zero = loss_sum.new_zeros(())
-        if not train:
-            return Outcome(loss_sum, own_weight, samples, *_hits(stacked, labels, counted), None)
-        share = share_of(weight).to(logits.dtype)
-        gradient = (logits - normaliser[:, None]).exp_().mul_((factors * share)[:, None])
-        own, index = self._own(logits, labels, part)
-        on_target = own * weights * share * (self.smoothing - 1)
-        gradient.scatter_add_(1, index[:, None], on_target[:, None])
-        if self.smoothing:
-            gradient.addr_(counted * share, self._spread(logits, part), alpha=-1)
-        return Outcome(loss_sum, own_weight, samples, zero, zero, gradient)
-
-    def _weights(self, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return w_y per sample, 0 where the label is ignored."""
-        counted = labels != self.ignored
-        if self.class_weights is None:
-            return counted.to(dtype)
-        self.class_weights = self.class_weights.to(labels.device)
-        return self.class_weights[torch.where(counted, labels, 0)].to(dtype) * counted
-
-    def _spread(self, logits: torch.Tensor, part: Part) -> torch.Tensor:
-        """Return e w_c / C for this shard's classes, (width,)."""
-        width, share = logits.shape[1], self.smoothing / part.classes
-        if self.class_weights is None:
-            return logits.new_full((width,), share)
-        return (self.class_weights[part.first : part.first + width] * share).to(logits.dtype)
-
-    def _own(self, logits: torch.Tensor, labels: torch.Tensor, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return whether each target lies in this shard, and its column (0 where it does not)."""
-        index = labels - part.first
-        own = (index >= 0) & (index < logits.shape[1])
-        return own, torch.where(own, index, 0)
+        ...
 
 
 def share_of(weight: torch.Tensor) -> torch.Tensor:
@@ -269,10 +84,6 @@ def share_of(weight: torch.Tensor) -> torch.Tensor:
     return torch.where(weight > 0, 1 / weight, 0)
 
 
-def _hits(stacked: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count targets that are first, and among the first five, of all shards' candidates."""
-    values = torch.cat(tuple(stacked[:, :, 3 : 3 + TOP]), dim=1)
-    classes = torch.cat(tuple(stacked[:, :, 3 + TOP :]), dim=1).view(_INTEGERS[stacked.dtype])
-    best = values.topk(TOP, dim=1).indices
-    hit = (classes.gather(1, best) == labels[:, None]) & counted[:, None]
+def count_hits(hit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count targets that are first, and among the first five, given (samples, up to 5) of where they are."""
     return hit[:, 0].sum(dtype=torch.float64), hit.any(dim=1).sum(dtype=torch.float64)

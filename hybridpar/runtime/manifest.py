@@ -110,8 +110,6 @@ def commit(home: Path, manifest: Manifest) -> Path:
         file.flush()
         os.fsync(file.fileno())
     sync(folder)
-    if final.exists():
-        shutil.rmtree(final)
     folder.rename(final)
     sync(home)
     return final

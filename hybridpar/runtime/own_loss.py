@@ -11,7 +11,7 @@ from hybridpar.errors import ConfigError, PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
-from hybridpar.runtime.loss import TOP, Outcome, Part, share_of
+from hybridpar.runtime.loss import TOP, Figures, Logits, Outcome, count_hits, share_of
 
 
 class OwnLoss:
@@ -71,37 +71,28 @@ class OwnLoss:
             return (labels != self.ignored).sum(dtype=torch.float64)
         return torch.as_tensor(self._weight(labels), dtype=torch.float64, device=labels.device)
 
-    def score(self, logits: torch.Tensor, labels: torch.Tensor, part: Part, *, train: bool) -> torch.Tensor:
+    def score(self, logits: Logits, *, train: bool) -> torch.Tensor:
         """Return no figures: there are no shards that could exchange any."""
-        del labels, part, train
-        return logits.new_empty((len(logits), 0))
+        del train
+        return logits.values.new_empty((len(logits.values), 0))
 
-    def combine(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        part: Part,
-        figures: list[torch.Tensor],
-        weight: torch.Tensor,
-        *,
-        train: bool,
-    ) -> Outcome:
+    def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
         """Call the function and, in training, differentiate it. Raises ConfigError if it gives no scalar."""
-        del part, figures
+        del figures
         with torch.set_grad_enabled(train):
-            logits = logits.detach().requires_grad_(train)
-            value = self.function(logits, labels)
+            values = logits.values.detach().requires_grad_(train)
+            value = self.function(values, logits.labels)
         if not isinstance(value, torch.Tensor) or value.dim() or (train and not value.requires_grad):
             gave = type(value).__name__
             if isinstance(value, torch.Tensor):
                 gave += f" of shape {tuple(value.shape)}{'' if value.requires_grad else ' without a gradient'}"
             raise ConfigError(f"loss: the function gave {gave}; return a scalar tensor that depends on the logits")
-        counted = labels != self.ignored
-        samples, own_weight = counted.sum(dtype=torch.float64), self.weight(labels)
+        counted = logits.labels != self.ignored
+        samples, own_weight = counted.sum(dtype=torch.float64), self.weight(logits.labels)
         loss_sum = value.detach().double() * (1 if self.additive else own_weight)
         if not train:
-            return Outcome(loss_sum, own_weight, samples, *_hits(logits, labels, counted), None)
-        (gradient,) = torch.autograd.grad(value, logits)
+            return Outcome(loss_sum, own_weight, samples, *_hits(values, logits.labels, counted), None)
+        (gradient,) = torch.autograd.grad(value, values)
         if self.additive:
             gradient = gradient * share_of(weight).to(gradient.dtype)
         zero = torch.zeros_like(loss_sum)
@@ -114,4 +105,4 @@ def _hits(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> 
         return (torch.zeros((), dtype=torch.float64, device=logits.device),) * 2
     best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     hit = (best == labels[:, None]) & counted[:, None]
-    return hit[:, 0].sum(dtype=torch.float64), hit.any(dim=1).sum(dtype=torch.float64)
+    return count_hits(hit)

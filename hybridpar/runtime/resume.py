@@ -38,10 +38,6 @@ class Resume:
         job.state.restore(Stored(self.folder, self.manifest.ranks), same_plan=self.same_plan)
         job.go_on(self.position.step, self.position.samples)
 
-    def start_step(self, order: EpochOrder) -> int:
-        """Return the first step of the epoch that is still to be run."""
-        return self.position.samples // order.global_batch
-
 
 def chosen(config: Config, *, restarted: bool = False) -> Path | None:
     """Return the checkpoint that a training begins with; None: with its initial weights.

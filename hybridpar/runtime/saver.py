@@ -30,15 +30,6 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    @property
-    def active(self) -> bool:
-        """Whether there are checkpoints at all."""
-        return self._settings.every is not None
-
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be made after ``step`` steps."""
-        return self._settings.every is not None and step % self._settings.every == 0
-
     def save(self, pieces: Mapping[str, Piece], manifest: Manifest) -> None:
         """Begin to save, after the save before has ended. Raises CheckpointError where that one failed.
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from hybridpar.config import Config
 from hybridpar.data import datasets
 from hybridpar.data.sampler import EpochOrder
-from hybridpar.errors import ConfigError, DivergenceError
+from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
 from hybridpar.model.trace import Traced
@@ -28,14 +25,14 @@ from hybridpar.runtime import manifest as folders
 from hybridpar.runtime import resume, zero
 from hybridpar.runtime.checks import check
 from hybridpar.runtime.communicators import Communicators
-from hybridpar.runtime.feed import Feed
-from hybridpar.runtime.job import Evaluation, Job, checked_program
-from hybridpar.runtime.journal import Journal, StepRecord, make_run_dir
-from hybridpar.runtime.log import WARM_UP_STEPS, Log, summarise
-from hybridpar.runtime.loss import make_loss
-from hybridpar.runtime.manifest import Manifest, Position, Subject
+from hybridpar.runtime.cross_entropy import make_loss
+from hybridpar.runtime.job import Job, checked_program
+from hybridpar.runtime.journal import Journal, make_run_dir
+from hybridpar.runtime.keeper import Keeper
+from hybridpar.runtime.log import Log, summarise
+from hybridpar.runtime.loop import Loop
+from hybridpar.runtime.manifest import Position, Subject
 from hybridpar.runtime.optimizer import make_factory, make_rate
-from hybridpar.runtime.origin import Origin
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
@@ -67,24 +64,6 @@ def _size(split: Any) -> int:
     return split if isinstance(split, int) else len(split)
 
 
-def _require_finite(loss: float, where: str, job: Job, process: Process) -> None:
-    """Raise DivergenceError, which says where it arose, for a loss that no training comes back from.
-
-    The loss is the same on every rank, so that all ranks raise, with one text.
-    """
-    if math.isfinite(loss):
-        return
-    found: list[Origin | None] = process.gather(job.origin)
-    origin = min((o for o in found if o is not None), default=None)
-    if origin is None:
-        cause, remedy = "it arose in the loss, from finite logits", "lower optimizer.lr, or set optimizer.clip"
-    elif origin.layer < 0:
-        cause, remedy = str(origin), "look at these samples and their normalisation"
-    else:
-        cause, remedy = str(origin), "lower optimizer.lr, or set optimizer.clip"
-    raise DivergenceError(f"the loss is not finite ({loss}) {where}: {cause}; {remedy}")
-
-
 class _Training:
     """One training job on one rank. Making it reads the data set and makes the run directory."""
 
@@ -98,9 +77,6 @@ class _Training:
         self.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, self.steps)
         restarted = process.place.restarts > 0
         self.resumed = self._resumed(order, restarted=restarted)
-        self.stop = Stop(process)
-        self.best = self.resumed.manifest.best if self.resumed else None
-        """The best metric of the evaluations so far, if checkpoint.best names one."""
         self.folder = Path(process.share(lambda: str(make_run_dir(config, restarted=restarted))))
         if process.rank == 0:
             (self.folder / "config.yaml").write_text(config.resolved)
@@ -159,45 +135,57 @@ class _Training:
     def run(self, traced: Traced, source: Source) -> Summary | None:
         """Train and evaluate; None where a signal ended it before."""
         config, process = self.config, self.process
-        self.module = source.module
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.stop)
+            stop = stack.enter_context(Stop(process))
             monitor = self._start_monitor(stack)
-            saving = config.checkpoint.every is not None
-            communicators = process.connect(self.plan, checkpoints=saving)
+            communicators = process.connect(self.plan, checkpoints=config.checkpoint.every is not None)
             job = self._make_job(traced, source, communicators)
             if self.resumed is not None:
                 self.resumed.restore(job)
             saver = self._make_saver()
-            workers = config.data.workers
-            feed = job.loader(self.data[0], drop_last=config.train.drop_last, workers=workers)
-            test_feed = job.loader(self.data[1], train=False, workers=workers)
+            best = self.resumed.manifest.best if self.resumed else None
+            keeper = Keeper(saver, config.checkpoint, job, source.module, self._subject, best)
+            feed = job.loader(self.data[0], drop_last=config.train.drop_last, workers=config.data.workers)
+            test_feed = job.loader(self.data[1], train=False, workers=config.data.workers)
             stack.enter_context(feed)
             stack.enter_context(test_feed)
             journal = self._open_journal(stack, monitor)
-            log = self._loop(job, feed, test_feed, journal, saver)
+            loop = Loop(
+                job,
+                process,
+                feed,
+                test_feed,
+                journal,
+                keeper,
+                stop,
+                steps=self.steps,
+                eval_every=config.train.eval_every,
+                begin=self.resumed.position if self.resumed else Position(0, 0, 0),
+            )
+            log = loop.run()
             saver.wait()
             monitor.close()
             if log.stopped and journal is not None:
-                journal.say(self._farewell(job, saver))
+                journal.say(keeper.farewell())
             memory = process.gather(job.memory_bytes())
         if log.stopped:
             process.close()
             return None
-        summary = process.share(
-            lambda: to_data(
-                summarise(config, self.plan, self.folder, log, job.steps, memory, monitor, process.device)
+        return self._summary(log, job.steps, memory, monitor)
+
+    def _summary(self, log: Log, steps: int, memory: list[int], monitor: Monitor) -> Summary:
+        """Let rank 0 sum up, and return what it says."""
+        process = self.process
+
+        def make() -> Any:
+            return to_data(
+                summarise(self.config, self.plan, self.folder, log, steps, memory, monitor, process.device)
             )
-        )
+
+        summary = process.share(make)
         process.gather(None)
         process.close()
         return from_data(Summary, summary, "summary", ConfigError)
-
-    def _farewell(self, job: Job, saver: Saver) -> str:
-        """Return what is said where SIGTERM has ended the training."""
-        if saver.active:
-            return f"ended by SIGTERM after step {job.steps}, which is saved; continue with resume=auto"
-        return f"ended by SIGTERM after step {job.steps}; nothing is saved, as checkpoint.every is not set"
 
     def _make_job(self, traced: Traced, source: Source, communicators: Communicators) -> Job:
         settings, factory = self.config.optimizer, make_factory(self.config.optimizer)
@@ -222,22 +210,6 @@ class _Training:
         if process.rank == 0:
             folders.clean(home)
         return Saver(home, self.config.checkpoint, process.rank, process.groups.get("checkpoint"))
-
-    def _save(self, job: Job, saver: Saver, position: Position, metric: float | None = None) -> None:
-        """Begin to save the job as it stands."""
-        whole = set(self.module.state_dict())
-        names = job.state.names(self.module)
-        manifest = Manifest(
-            position,
-            self._subject,
-            self.process.world,
-            to_data(self.plan),
-            names,
-            tuple(sorted(whole - names.keys())),
-            metric,
-            self.best,
-        )
-        saver.save(job.state.pieces(), manifest)
 
     def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
         """Start the sampler of this node's GPUs in one of its processes."""
@@ -266,79 +238,3 @@ class _Training:
         if monitor.reason is not None:
             journal.say(f"no GPU data: {monitor.reason}")
         return journal
-
-    def _loop(self, job: Job, feed: Feed, test_feed: Feed, journal: Journal | None, saver: Saver) -> Log:
-        every, log = self.config.train.eval_every, Log()
-        if journal is not None:
-            log.steps = [(r.samples, r.step_s) for r in journal.earlier]
-            log.loss = journal.earlier[-1].loss if journal.earlier else 0.0
-        begin = self.resumed.position if self.resumed else Position(0, 0, 0)
-        started_s = time.perf_counter()
-        if job.steps == self.steps:  # all was done but the summary
-            log.evaluation, log.epochs = job.evaluate(test_feed), begin.epoch + bool(begin.samples)
-            return log
-        for epoch in itertools.count(begin.epoch):
-            start = self.resumed.start_step(feed.order) if self.resumed and epoch == begin.epoch else 0
-            at = self._epoch(job, feed, epoch, start, log, journal, saver)
-            log.epochs = epoch + 1
-            log.stopped = job.steps < self.steps and self.stop.after(job.steps)
-            if log.stopped and at.samples:
-                if saver.active:
-                    self._save(job, saver, at)
-                break
-            ended, metric = job.steps == self.steps, None
-            if ended or (every is not None and (epoch + 1) % every == 0):
-                log.evaluation = job.evaluate(test_feed)
-                test_feed.close()  # else its workers would wait, and hold what they read, until the next one
-                if journal is not None:
-                    journal.evaluation(job.steps, epoch, log.evaluation)
-                where = f"in the evaluation after step {job.steps - 1}"
-                _require_finite(log.evaluation.loss, where, job, self.process)
-                metric = self._metric(log.evaluation)
-            improved = metric is not None and self._improve(metric)
-            if saver.due(job.steps) or improved or ((ended or log.stopped) and saver.active):
-                self._save(job, saver, at, metric)
-            if ended or log.stopped:
-                break
-        log.total_s = time.perf_counter() - started_s
-        return log
-
-    def _metric(self, evaluation: Evaluation) -> float | None:
-        """Return what ``checkpoint.best`` goes by."""
-        best = self.config.checkpoint.best
-        return None if best is None else evaluation.top1 if best == "accuracy" else evaluation.loss
-
-    def _improve(self, metric: float) -> bool:
-        """Note a metric; return whether it is the best so far."""
-        sign = 1 if self.config.checkpoint.best == "accuracy" else -1
-        if self.best is not None and sign * metric <= sign * self.best:
-            return False
-        self.best = metric
-        return True
-
-    def _epoch(
-        self, job: Job, feed: Feed, epoch: int, start: int, log: Log, journal: Journal | None, saver: Saver
-    ) -> Position:
-        """Run the steps of an epoch, or as many of them as are left, and return where the next one begins."""
-        feed.set_epoch(epoch, start)
-        before_s = time.perf_counter()
-        for batch in feed:
-            step, rate = job.steps, job.learning_rate
-            log.loss = job.step(batch)
-            now_s = time.perf_counter()
-            step_s, before_s = now_s - before_s, now_s
-            log.steps.append((batch.samples, step_s))
-            if step < min(WARM_UP_STEPS, max(1, self.steps // 5)):
-                log.measured_since_s = time.time()
-            if journal is not None:
-                per_s = batch.samples / step_s
-                journal.step(StepRecord(step, epoch, log.loss, rate, batch.samples, step_s, per_s, time.time()))
-            _require_finite(log.loss, f"at step {step}", job, self.process)
-            start += 1
-            at = Position(job.steps, epoch, batch.first_sample + batch.samples)
-            within = start < feed.order.steps
-            if within and (job.steps == self.steps or self.stop.after(job.steps)):
-                return at
-            if within and saver.due(job.steps):
-                self._save(job, saver, at)
-        return Position(job.steps, epoch + 1, 0)

@@ -21,10 +21,10 @@ from hybridpar.planning.program import Program
 from hybridpar.report.verification import Verification
 from hybridpar.runtime import zero
 from hybridpar.runtime.checks import check_fits
+from hybridpar.runtime.cross_entropy import make_loss, torch_loss
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import DTYPES, Job, checked_program
-from hybridpar.runtime.loss import make_loss, torch_loss
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.reference import Reference

@@ -17,9 +17,10 @@ from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Operation
 from hybridpar.runtime import lookup
 from hybridpar.runtime.communicators import Pending, ProcessGroups
+from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.executor import ActionError
 from hybridpar.runtime.job import Evaluation, Job
-from hybridpar.runtime.loss import CrossEntropy, Part
+from hybridpar.runtime.loss import Logits
 from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.sections import OptimizerConfig
@@ -128,13 +129,14 @@ def test_inputs_are_copied_to_the_device_without_waiting() -> None:
 
 def test_class_numbers_beyond_float32_are_told_apart() -> None:
     """2^24 and 2^24 + 1 are the same number in float32: a miss once counted as a hit."""
-    loss, part = CrossEntropy(), Part(2**24, 2**25)
-    logits = torch.tensor([[0.0, 5.0, 1.0]]).repeat(3, 1)
+    loss = CrossEntropy()
     labels = torch.arange(2**24, 2**24 + 3)
-    figures = loss.score(logits, labels, part, train=False)
-    outcome = loss.combine(logits, labels, part, [figures], loss.weight(labels), train=False)
+    logits = Logits(torch.tensor([[0.0, 5.0, 1.0]]).repeat(3, 1), labels, 2**24, 2**25)
+    figures = loss.score(logits, train=False)
+    outcome = loss.combine(logits, [figures], loss.weight(labels), train=False)
     assert (outcome.top1, outcome.top5) == (1, 3)
-    other = loss.combine(logits[:1], labels[:1], part, [figures[:1]], loss.weight(labels[:1]), train=False)
+    one = logits._replace(values=logits.values[:1], labels=labels[:1])
+    other = loss.combine(one, [figures[:1]], loss.weight(one.labels), train=False)
     assert (other.top1, other.top5) == (0, 1)
 
 

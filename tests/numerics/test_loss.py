@@ -12,7 +12,8 @@ from hybridpar.errors import ConfigError, DataError, PlanError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.compile import compile as compile_program
-from hybridpar.runtime.loss import CrossEntropy, Part, make_loss
+from hybridpar.runtime.cross_entropy import CrossEntropy, make_loss
+from hybridpar.runtime.loss import Logits
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.sections import LossConfig
 from tests.numerics.test_parity import (
@@ -126,9 +127,10 @@ def test_gradients_of_large_logits_stay_finite(dtype, scale):
     logits = scale * torch.randn(6, CLASSES, dtype=dtype)
     labels = torch.tensor([0, 3, 1, -100, 6, 5])
     loss = CrossEntropy(0.1, WEIGHTS)
-    halves = [(logits[:, :3].contiguous(), Part(0, CLASSES)), (logits[:, 3:].contiguous(), Part(3, CLASSES))]
-    figures = [loss.score(own, labels, part, train=True) for own, part in halves]
-    outcomes = [loss.combine(own, labels, part, figures, loss.weight(labels), train=True) for own, part in halves]
+    parts = ((0, logits[:, :3]), (3, logits[:, 3:]))
+    halves = [Logits(own.contiguous(), labels, first, CLASSES) for first, own in parts]
+    figures = [loss.score(half, train=True) for half in halves]
+    outcomes = [loss.combine(half, figures, loss.weight(labels), train=True) for half in halves]
     leaf = logits.double().requires_grad_()
     F.cross_entropy(leaf, labels, torch.tensor(WEIGHTS, dtype=torch.float64), label_smoothing=0.1).backward()
     assert torch.cat([o.gradient for o in outcomes], 1).double().allclose(leaf.grad, atol=1e-6)

@@ -1,0 +1,180 @@
+"""The cross-entropy over classes that may be sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hybridpar.data.samples import IGNORED, check_labels
+from hybridpar.errors import ConfigError
+from hybridpar.model.chain import Chain
+from hybridpar.planning.plan import Plan
+from hybridpar.runtime.loss import TOP, Figures, Logits, Outcome, count_hits, share_of
+from hybridpar.schema import read_json
+from hybridpar.sections import LossConfig
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""Class numbers travel among floating figures as the bits of integers; float32 would round those above 2^24."""
+
+
+class CrossEntropy:
+    """Softmax cross-entropy with the meaning of ``torch.nn.CrossEntropyLoss``, over classes that may be sharded.
+
+    Args:
+        label_smoothing: e, in [0, 1): how much of the target is spread over all C classes.
+        class_weights: w, one number of 0 or more per class; None: 1 each.
+        ignore_index: a label whose samples count neither in the sum nor in the weight.
+
+    With L the logarithm of the sum of exponentials of a sample's logits l, and y its label, its loss is::
+
+        (1 - e) w_y (L - l_y) + e / C  sum_c w_c (L - l_c)
+        = a L - t,   a = (1 - e) w_y + e / C sum_c w_c,   t = (1 - e) w_y l_y + e / C sum_c w_c l_c
+
+    and the step's loss is the sum of these over the sum of w_y. With m_i the largest logit of shard i, s_i the sum
+    of its exponentials relative to m_i and t_i its part of t: M = max m_i, L = M + log sum_i s_i exp(m_i - M), and
+    t = sum t_i. The gradient of a logit is a exp(l - L) - e w_c / C, minus (1 - e) w_y for the target's. So shards
+    exchange three figures per sample, whatever the smoothing and the weights (as in Shoeybi et al., Megatron-LM,
+    2019, section 3, with one collective instead of three).
+
+    Raises ConfigError for values out of range.
+    """
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | torch.Tensor | None = None,
+        ignore_index: int = IGNORED,
+    ) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"loss.label_smoothing: {label_smoothing} must lie in [0, 1)")
+        self.smoothing = label_smoothing
+        self.ignored = ignore_index
+        self.class_weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64)
+        """(classes,) float64, on the device of the labels from the first micro-batch on."""
+        self._mean = 1.0
+        if self.class_weights is not None:
+            listed = self.class_weights.dim() == 1 and self.class_weights.numel() > 0
+            if not listed or not bool(((self.class_weights >= 0) & self.class_weights.isfinite()).all()):
+                raise ConfigError(
+                    f"loss.class_weights: {self.class_weights.tolist()} must be finite numbers, none below 0"
+                )
+            self._mean = float(self.class_weights.mean())
+
+    def check_plan(self, plan: Plan, chain: Chain) -> None:
+        """Raise ConfigError where there is not one weight per class."""
+        del plan
+        self.check_classes(chain.out_shape[0])
+
+    def check_classes(self, classes: int) -> None:
+        """Raise ConfigError where there is not one weight per class."""
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise ConfigError(
+                f"loss.class_weights: {len(self.class_weights)} numbers, but the model has {classes} classes; "
+                "give one for each, or null"
+            )
+
+    def check(self, labels: torch.Tensor, classes: int) -> None:
+        """Raise DataError for labels that are neither classes nor ignored."""
+        check_labels(labels, classes, "the batch", self.ignored)
+
+    def weight(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the class weights of all labels that are not ignored; float64 scalar."""
+        return self._weights(labels, torch.float64).sum()
+
+    def score(self, logits: Logits, *, train: bool) -> torch.Tensor:
+        """Return this shard's figures, shape (samples, 3) in training, (samples, 3 + 2 * 5) in evaluation."""
+        values, labels = logits.values, logits.labels
+        largest = values.max(dim=1).values
+        exponentials = (values - largest[:, None]).exp_().sum(dim=1)
+        weights = self._weights(labels, values.dtype)
+        own, index = _own(logits)
+        target = values.gather(1, index[:, None])[:, 0] * (own * weights * (1 - self.smoothing))
+        if self.smoothing:
+            spread = values @ self._spread(logits)
+            target = torch.where(labels == self.ignored, target, target + spread)
+        figures = [largest, exponentials, target]
+        if train:
+            return torch.stack(figures, dim=1)
+        count = min(TOP, values.shape[1])
+        best, classes = values.topk(count, dim=1)
+        padding = values.new_full((len(values), TOP - count), float("-inf"))
+        ids = (classes + logits.first).to(_INTEGERS[values.dtype]).view(values.dtype)
+        return torch.cat([torch.stack(figures, dim=1), best, padding, ids, padding], dim=1)
+
+    def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
+        """Combine the figures of all shards into the loss; ``weight`` divides the gradient."""
+        values, labels = logits.values, logits.labels
+        stacked = torch.stack(figures)
+        largest = stacked[:, :, 0].max(dim=0).values
+        total = (stacked[:, :, 1] * (stacked[:, :, 0] - largest).exp()).sum(dim=0)
+        normaliser = largest + total.log()
+        weights, counted = self._weights(labels, values.dtype), labels != self.ignored
+        factors = weights * (1 - self.smoothing)
+        if self.smoothing:
+            factors += counted.to(values.dtype) * (self.smoothing * self._mean)
+        loss_sum = (factors * normaliser - stacked[:, :, 2].sum(dim=0)).sum(dtype=torch.float64)
+        own_weight, samples = weights.sum(dtype=torch.float64), counted.sum(dtype=torch.float64)
+        zero = loss_sum.new_zeros(())
+        if not train:
+            return Outcome(loss_sum, own_weight, samples, *_hits(stacked, labels, counted), None)
+        share = share_of(weight).to(values.dtype)
+        gradient = (values - normaliser[:, None]).exp_().mul_((factors * share)[:, None])
+        own, index = _own(logits)
+        on_target = own * weights * share * (self.smoothing - 1)
+        gradient.scatter_add_(1, index[:, None], on_target[:, None])
+        if self.smoothing:
+            gradient.addr_(counted * share, self._spread(logits), alpha=-1)
+        return Outcome(loss_sum, own_weight, samples, zero, zero, gradient)
+
+    def _weights(self, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return w_y per sample, 0 where the label is ignored."""
+        counted = labels != self.ignored
+        if self.class_weights is None:
+            return counted.to(dtype)
+        self.class_weights = self.class_weights.to(labels.device)
+        return self.class_weights[torch.where(counted, labels, 0)].to(dtype) * counted
+
+    def _spread(self, logits: Logits) -> torch.Tensor:
+        """Return e w_c / C for this shard's classes, (width,)."""
+        width, share = logits.values.shape[1], self.smoothing / logits.classes
+        if self.class_weights is None:
+            return logits.values.new_full((width,), share)
+        return (self.class_weights[logits.first : logits.first + width] * share).to(logits.values.dtype)
+
+
+def _own(logits: Logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether each target lies in this shard, and its column (0 where it does not)."""
+    index = logits.labels - logits.first
+    own = (index >= 0) & (index < logits.values.shape[1])
+    return own, torch.where(own, index, 0)
+
+
+def _hits(stacked: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count targets that are first, and among the first five, of all shards' candidates."""
+    values = torch.cat(tuple(stacked[:, :, 3 : 3 + TOP]), dim=1)
+    classes = torch.cat(tuple(stacked[:, :, 3 + TOP :]), dim=1).view(_INTEGERS[stacked.dtype])
+    best = values.topk(TOP, dim=1).indices
+    hit = (classes.gather(1, best) == labels[:, None]) & counted[:, None]
+    return count_hits(hit)
+
+
+def make_loss(config: LossConfig, classes: int) -> CrossEntropy:
+    """Return the configured loss for a model of ``classes`` classes; reads the file of class weights, if any.
+
+    Raises ConfigError where the file or its numbers do not fit.
+    """
+    weights = config.class_weights
+    if isinstance(weights, str):
+        weights = read_json(tuple[float, ...], Path(weights), ConfigError, "loss.class_weights")
+    loss = CrossEntropy(config.label_smoothing, weights, config.ignore_index)
+    loss.check_classes(classes)
+    return loss
+
+
+def torch_loss(config: LossConfig, classes: int) -> nn.Module:
+    """Return torch's own module for the configured loss, over logits of all classes. Raises as ``make_loss``."""
+    weights = make_loss(config, classes).class_weights
+    return nn.CrossEntropyLoss(weights, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing)

@@ -1,0 +1,75 @@
+"""The keeper: decides after which steps a training is saved, and what each checkpoint says of itself."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.manifest import Manifest, Position, Subject
+from hybridpar.runtime.saver import Saver
+from hybridpar.schema import to_data
+from hybridpar.sections import CheckpointConfig
+
+
+class Keeper:
+    """Keeps the checkpoints of a job on one rank; all ranks call its methods equally often.
+
+    ``module`` is the model as the user made it, whose state dict names the tensors; ``best`` is the best metric of
+    the evaluations before, if ``checkpoint.best`` names one.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        settings: CheckpointConfig,
+        job: Job,
+        module: nn.Module,
+        subject: Subject,
+        best: float | None,
+    ) -> None:
+        self._saver, self._settings, self._job, self._subject = saver, settings, job, subject
+        self._names = job.state.names(module)
+        self._unused = tuple(sorted(module.state_dict().keys() - self._names.keys()))
+        self._best = best
+
+    def keep(self, position: Position, evaluation: Evaluation | None = None, *, last: bool = False) -> None:
+        """Begin to save the job as it stands, if it is time to; ``last``: no later step is run."""
+        metric = self._metric(evaluation)
+        improved = metric is not None and self._improves(metric)
+        every = self._settings.every
+        if every is None or not (last or improved or position.step % every == 0):
+            return
+        job = self._job
+        manifest = Manifest(
+            position,
+            self._subject,
+            job.plan.world,
+            to_data(job.plan),
+            self._names,
+            self._unused,
+            metric,
+            self._best,
+        )
+        self._saver.save(job.state.pieces(), manifest)
+
+    def farewell(self) -> str:
+        """Return what is said where SIGTERM has ended the training."""
+        ended = f"ended by SIGTERM after step {self._job.steps}"
+        if self._settings.every is None:
+            return f"{ended}; nothing is saved, as checkpoint.every is not set"
+        return f"{ended}, which is saved; continue with resume=auto"
+
+    def _metric(self, evaluation: Evaluation | None) -> float | None:
+        """Return what ``checkpoint.best`` goes by."""
+        best = self._settings.best
+        if best is None or evaluation is None:
+            return None
+        return evaluation.top1 if best == "accuracy" else evaluation.loss
+
+    def _improves(self, metric: float) -> bool:
+        """Note a metric; return whether it is the best so far."""
+        sign = 1 if self._settings.best == "accuracy" else -1
+        if self._best is not None and sign * metric <= sign * self._best:
+            return False
+        self._best = metric
+        return True
