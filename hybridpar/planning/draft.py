@@ -160,14 +160,7 @@ class Drafting:
 
     def buckets(self, placement: Placement) -> tuple[int | None, ...]:
         """Return the sizes of gradient buckets to try, ascending; one where no gradient is reduced."""
-        if placement.replicas == 1 and not any(
-            len(ranks) > 1
-            for kind, groups in zip(placement.kinds, placement.groups, strict=True)
-            for ranks in groups
-            if kind != "tail"
-        ):
-            return (None,)
-        return self.request.buckets
+        return self.request.buckets if placement.reduces else (None,)
 
     def modes(self, draft: Draft) -> int:
         """Return the number of linears of a draft's tail that are sharded."""

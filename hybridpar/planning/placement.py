@@ -39,6 +39,12 @@ class Placement:
         """Ranks of one replica."""
         return 1 + max(r for groups in self.groups for ranks in groups for r in ranks)
 
+    @property
+    def reduces(self) -> bool:
+        """As a plan's."""
+        pairs = zip(self.kinds, self.groups, strict=True)
+        return self.replicas > 1 or any(len(r) > 1 for kind, groups in pairs if kind != "tail" for r in groups)
+
 
 def placements(kinds: tuple[Kind, ...], cluster: Cluster, request: Request) -> Iterator[Placement]:
     """Yield the placements of a shape on a cluster that respect the pins.

@@ -147,6 +147,12 @@ class Plan:
         return ITEMSIZE[self.precision]
 
     @property
+    def reduces(self) -> bool:
+        """Whether gradients are summed over ranks, in buckets."""
+        segments = (s for stage in self.stages if stage.kind != "tail" for s in stage.segments)
+        return self.replicas > 1 or any(len(s.ranks) > 1 for s in segments)
+
+    @property
     def replica_world(self) -> int:
         """Ranks of one replica."""
         return self.world // self.replicas

@@ -22,9 +22,9 @@ from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.pieces import write
 from hybridpar.runtime.state import State
 from hybridpar.schema import to_data
-from tests.distributed.test_resume import SAVING, batch_normed, make_job, normed_case, plan_of
-from tests.distributed.test_trainer import small, train_here
+from tests.support.checkpoints import SAVING, batch_normed, make_job, normed_case, plan_of
 from tests.support.command import run
+from tests.support.runs import small, train_here
 from tests.support.threads import run_ranks
 
 

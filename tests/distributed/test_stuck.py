@@ -15,8 +15,8 @@ import pytest
 
 from hybridpar.runtime.executor import ActionError
 from hybridpar.runtime.process import _is_timeout, _stuck
+from tests.support.runs import ROOT, WORKER
 
-WORKER = Path(__file__).with_name("trainer_worker.py")
 TIMEOUT_S = 4
 
 
@@ -27,7 +27,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, shape: str, rank: int, how: 
         [*command, shape, f"run.dir={tmp_path / 'run'}", f"train.timeout_s={TIMEOUT_S}", "train.mode=quiet"],
         env={
             **os.environ,
-            "PYTHONPATH": str(WORKER.parents[2]),
+            "PYTHONPATH": str(ROOT),
             "CUDA_VISIBLE_DEVICES": "",
             "HALT_RANK": str(rank),
             "HALT_BY": how,

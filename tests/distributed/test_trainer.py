@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,40 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from hybridpar.config import Config, compose
+from hybridpar.config import compose
 from hybridpar.data import datasets
 from hybridpar.errors import ConfigError, DataError, DivergenceError
 from hybridpar.planner import load_model
 from hybridpar.report.summary import Summary
-from hybridpar.runtime import checks, trainer
+from hybridpar.runtime import checks
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.job import Evaluation, Job
 from hybridpar.runtime.journal import check_run_dir
-from hybridpar.runtime.process import Place, Process
+from hybridpar.runtime.process import Place
 from hybridpar.schema import to_data
-from tests.distributed.trainer_worker import make_plan
-
-WORKER = Path(__file__).with_name("trainer_worker.py")
-ROOT = WORKER.parents[2]
-
-
-def run(ranks: int, *arguments: str, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Start the worker, by torchrun where there are several ranks; a job that hangs fails the test."""
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        f"--max-restarts={restarts}",
-    ]
-    return subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), str(WORKER), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+from tests.support.runs import run, small, train_here
+from tests.support.trainer_worker import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -206,21 +182,6 @@ def strict(text: str) -> list[dict[str, Any]]:
 
 
 # One process, in this one: two steps an epoch, eight test samples
-
-
-def small(*overrides: str) -> Config:
-    size = ("data=synthetic", "data.size=16", "data.test_size=8", "train.global_batch=8")
-    model = ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
-    return compose([*size, *model, "train.device=cpu", *overrides])
-
-
-def train_here(folder: Path, *overrides: str) -> Summary:
-    config = small(f"run.dir={folder}", *overrides)
-    traced, source = load_model(config)
-    process = Process("cpu")
-    summary = trainer.train(config, make_plan("single", config, traced.chain), traced, source, process)
-    assert summary is not None
-    return summary
 
 
 def test_given_steps_decide_how_long_the_training_is(tmp_path: Path) -> None:

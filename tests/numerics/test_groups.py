@@ -13,7 +13,7 @@ from hybridpar.planning.plan import Recipe
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.sections import OptimizerConfig, ParameterGroup, ScheduleConfig
-from tests.numerics.test_parity import near, overlapping_ranks, own_ranks, plan_of, shape, shared_ranks
+from tests.support.parity import near, overlapping_ranks, own_ranks, plan_of, shape, shared_ranks
 from tests.support.threads import run_ranks
 from tests.support.training import SEED, assemble, make_case, whole_model
 
@@ -97,18 +97,8 @@ def test_groups_with_schedule_and_clipping(degrees, place, replicas, kind, clipp
     plan = plan_of(*shape(*degrees, place), replicas=replicas, recipe=Recipe(clipping=clipping), bucket_bytes=1)
 
     def body(rank, communicators):
-        job = Job(
-            plan,
-            case().traced,
-            case().source,
-            make_factory(config),
-            communicators,
-            rank=rank,
-            seed=SEED,
-            max_norm=MAX_NORM if clipping else None,
-            rate=make_rate(config.lr, config.schedule, STEPS),
-            groups=config.parameter_groups,
-        )
+        max_norm, rate = MAX_NORM if clipping else None, make_rate(config.lr, config.schedule, STEPS)
+        job = job_of(config, plan, rank, communicators, max_norm=max_norm, rate=rate)
         return [job.step(batch) for batch in case().data], list(job.parameters.values())
 
     results = run_ranks(plan, body)
@@ -127,22 +117,20 @@ def test_groups_matter():
     assert alone(groups) != pytest.approx(alone(OptimizerConfig("SGD", lr, options)), rel=1e-5)
 
 
+def job_of(config, plan, rank, communicators, **options):
+    parts, factory = case(), make_factory(config)
+    groups = config.parameter_groups
+    return Job(
+        plan, parts.traced, parts.source, factory, communicators, rank=rank, seed=SEED, groups=groups, **options
+    )
+
+
 def alone(config, plan=None, engines=None):
     """The last loss of a plan of one rank."""
     plan = plan or plan_of(*shape(1, 0, 0, own_ranks))
 
     def body(rank, communicators):
-        job = Job(
-            plan,
-            case().traced,
-            case().source,
-            make_factory(config),
-            communicators,
-            rank=rank,
-            seed=SEED,
-            groups=config.parameter_groups,
-            engines=engines,
-        )
+        job = job_of(config, plan, rank, communicators, engines=engines)
         return [job.step(batch) for batch in case().data][-1]
 
     return run_ranks(plan, body)[0]

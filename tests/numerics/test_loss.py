@@ -16,7 +16,7 @@ from hybridpar.runtime.cross_entropy import CrossEntropy, make_loss
 from hybridpar.runtime.loss import Logits
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.sections import LossConfig
-from tests.numerics.test_parity import (
+from tests.support.parity import (
     BATCH,
     assert_same,
     overlapping_ranks,

@@ -16,8 +16,8 @@ from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.executor import Executor
 from scripts.bench.accuracy.live import LiveBytes
-from tests.numerics.test_parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
-from tests.support.counting import Counting, CountingExecutor, expected_log
+from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
 from tests.support.rendezvous import Endpoint, run_strictly
 from tests.support.threads import run_ranks
 from tests.support.training import Case, make_case, make_executor
@@ -57,12 +57,6 @@ def test_saved_bytes_are_exact(name: str, stages: tuple[Stage, ...], world: int,
     for rank, alive in enumerate(counted):
         assert alive == list(memory(program, rank).saved)
         assert not alive or alive[-1] == 0
-
-
-def run_once(executor: Executor, case: Case, program: Program, rank: int) -> None:
-    x, y = case.data[0]
-    index = [i for a, b in program.reads(rank) for i in range(a, b)]
-    executor.run(program, 0, 0, x[index] if index else None, y[index] if index else None)
 
 
 def _count(case: Case, plan: Plan, program: Program, rank: int, groups: ProcessGroups) -> list[int]:

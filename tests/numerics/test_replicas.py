@@ -16,8 +16,8 @@ from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Program
 from hybridpar.runtime.executor import ActionError
-from tests.numerics.test_memory import run_once
-from tests.numerics.test_parity import (
+from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.parity import (
     BATCH,
     LAYERS,
     PLACEMENTS,
@@ -30,7 +30,6 @@ from tests.numerics.test_parity import (
     shape,
     train,
 )
-from tests.support.counting import Counting, CountingExecutor, expected_log
 from tests.support.plans import random_plan, with_actions
 from tests.support.rendezvous import Endpoint, HangError, run_strictly
 from tests.support.training import make_case, make_executor, run_step, train_single

@@ -13,6 +13,7 @@ from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.executor import Executor
 from hybridpar.runtime.lookup import Key
 from hybridpar.runtime.step import StepState
+from tests.support.training import Case
 
 Storages = dict[int, int]
 
@@ -121,3 +122,9 @@ def expected_log(program, rank):
                 way = "receive"
             log.append((way, operation.index, operation.bytes))
     return log
+
+
+def run_once(executor: Executor, case: Case, program: Program, rank: int) -> None:
+    x, y = case.data[0]
+    index = [i for a, b in program.reads(rank) for i in range(a, b)]
+    executor.run(program, 0, 0, x[index] if index else None, y[index] if index else None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from hybridpar.cluster.topology import Cluster, Device, Link, Node
 from hybridpar.model.chain import Chain, Layer, Linear, Parameter
+from hybridpar.planning.plan import Segment, Stage
 from hybridpar.planning.trial import Trials
 from hybridpar.profiling.record import LayerProfile, Profile
 
@@ -13,23 +15,48 @@ FORWARD_S, BACKWARD_S = 1.0, 2.0
 """Per sample and layer."""
 
 
-def mlp(*widths: int) -> Chain:
-    """Linear layers and nothing between them."""
-    return Chain("mlp", tuple(_linear(f"fc{i}", a, b) for i, (a, b) in enumerate(pairwise(widths))))
-
-
-def _linear(name: str, inputs: int, outputs: int) -> Layer:
-    parameters = (Parameter(f"{name}.weight", (outputs, inputs)), Parameter(f"{name}.bias", (outputs,)))
-    shard = Linear(inputs, outputs, bias=True)
+def linear(name: str, inputs: int, outputs: int) -> Layer:
+    weight = Parameter(f"{name}.weight", (outputs, inputs))
+    bias = Parameter(f"{name}.bias", (outputs,))
     flops = 2 * inputs * outputs
-    return Layer(name, "Linear", (inputs,), (outputs,), flops, parameters, saves_input=True, linear=shard)
+    shard = Linear(inputs, outputs, bias=True)
+    return Layer(name, "Linear", (inputs,), (outputs,), flops, (weight, bias), saves_input=True, linear=shard)
 
 
-def profile_of(chain: Chain, update_s_per_byte: float = 0.0) -> Profile:
-    """:data:`FORWARD_S` and :data:`BACKWARD_S` per sample and layer."""
-    layers = tuple(LayerProfile(x.name, ((FORWARD_S,),), ((BACKWARD_S,),)) for x in chain.layers)
+def relu(name: str, width: int) -> Layer:
+    return Layer(name, "ReLU", (width,), (width,), width, saves_output=True, channelwise=True)
+
+
+def chain_of(*widths: int, name: str = "mlp") -> Chain:
+    """Linear layers and nothing between them."""
+    return Chain(name, tuple(linear(f"fc{i}", a, b) for i, (a, b) in enumerate(pairwise(widths))))
+
+
+def profile_of(
+    chain: Chain,
+    forward_s: Sequence[float] | float = FORWARD_S,
+    backward_s: Sequence[float] | float = BACKWARD_S,
+    update_s_per_byte: float = 0.0,
+    loss_s_per_element: float = 0.0,
+) -> Profile:
+    """Seconds per sample, for all layers or one by one, proportional to samples and to shares of features."""
+    n = len(chain.layers)
+    forwards = [forward_s] * n if isinstance(forward_s, float | int) else forward_s
+    backwards = [backward_s] * n if isinstance(backward_s, float | int) else backward_s
+    layers = tuple(
+        LayerProfile(layer.name, ((float(f),),), ((float(b),),))
+        for layer, f, b in zip(chain.layers, forwards, backwards, strict=True)
+    )
     return Profile(
-        chain.fingerprint, "estimated", "paper", "float64", (1,), (1.0,), layers, update_s_per_byte, 0.0
+        chain.fingerprint,
+        "estimated",
+        "paper",
+        "float64",
+        (1,),
+        (1.0,),
+        layers,
+        update_s_per_byte,
+        loss_s_per_element,
     )
 
 
@@ -42,4 +69,13 @@ def cluster_of(nodes: int, bytes_per_s: float = 1e15, memory_bytes: float = 1e15
 
 def trials_of(chain: Chain, cluster: Cluster, update_s_per_byte: float = 0.0) -> Trials:
     """Trials of a chain on a cluster."""
-    return Trials(chain, profile_of(chain, update_s_per_byte), cluster)
+    return Trials(chain, profile_of(chain, update_s_per_byte=update_s_per_byte), cluster)
+
+
+def front(
+    micro_batch: int, *ranks: int, layers: tuple[int, int] = (0, 2), shares: tuple[float, ...] | None = None
+):
+    return Stage("front", micro_batch, (Segment(layers, ranks, shares),))
+
+
+SMALL = Chain("small", (linear("a", 3, 5), relu("r", 5), linear("b", 5, 2)))

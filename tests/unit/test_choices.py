@@ -13,9 +13,9 @@ from hybridpar.errors import PlanError
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin, Request, Space
 from hybridpar.planning.search import Planned, search
-from tests.support.paper import cluster_of, mlp, profile_of
+from tests.support.paper import chain_of, cluster_of, profile_of
 
-CHAIN = mlp(8, 8, 8, 8)
+CHAIN = chain_of(8, 8, 8, 8)
 FOUR = cluster_of(4, bytes_per_s=1e3)
 
 

@@ -12,10 +12,10 @@ from hybridpar.planning.plan import Plan, Recipe, Segment, Stage
 from hybridpar.planning.search import assess
 from hybridpar.planning.trial import Trials
 from hybridpar.report.difference import show
-from tests.support.paper import cluster_of, mlp, trials_of
+from tests.support.paper import chain_of, cluster_of, trials_of
 from tests.support.plans import make_plan
 
-CHAIN = mlp(4, 6, 5, 3)
+CHAIN = chain_of(4, 6, 5, 3)
 
 
 def front(batch: int = 4, micro_batch: int = 2) -> Plan:

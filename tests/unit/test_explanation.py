@@ -24,11 +24,11 @@ from hybridpar.planning.simulate import simulate
 from hybridpar.planning.sizes import usual_sizes
 from hybridpar.planning.timesplit import StageTime, TimeSplit, split_time
 from hybridpar.planning.trial import Trials, with_bandwidth, with_speeds
-from tests.support.paper import BACKWARD_S, FORWARD_S, cluster_of, mlp, profile_of, trials_of
+from tests.support.paper import BACKWARD_S, FORWARD_S, chain_of, cluster_of, profile_of, trials_of
 from tests.support.plans import make_plan, random_plan, random_samples
 
 BOTH_S = FORWARD_S + BACKWARD_S
-NARROW = mlp(1000, 1, 1000)
+NARROW = chain_of(1000, 1, 1000)
 """Much to reduce, and one element to hand over in the middle."""
 GRADIENT_BYTES = 8 * (1000 + 1 + 1000 + 1000)
 
@@ -106,7 +106,7 @@ def test_a_message_in_flight_is_exposed_what_precedes_it_is_bubble() -> None:
 def test_every_rank_s_parts_add_up_to_the_period(cores: int | None) -> None:
     """On random plans, with and without shared cores: nothing negative, and busy as the spans say."""
     dice = random.Random(7)  # noqa: S311 - dice, no secret
-    chain = mlp(6, 5, 8, 4, 6)
+    chain = chain_of(6, 5, 8, 4, 6)
     device = cluster_of(1).device
     for _ in range(60):
         plan = random_plan(chain, dice)
@@ -117,7 +117,7 @@ def test_every_rank_s_parts_add_up_to_the_period(cores: int | None) -> None:
         link = Link(dice.random(), 10 ** dice.uniform(0, 4))
         nodes = (Node(4, cores=cores),) if dice.random() < 0.5 else (Node(2, cores=cores),) * 2
         cluster = Cluster("dice", replace(device), nodes, {"node": link, "rack": link})
-        timeline = simulate(program, Costs(profile_of(chain, 1e-3), cluster))
+        timeline = simulate(program, Costs(profile_of(chain, update_s_per_byte=1e-3), cluster))
         split = split_time(program, timeline)
         for rank, own in enumerate(split.ranks):
             busy = sum(s.end_s - s.start_s for s in timeline.spans if s.rank == rank)
@@ -192,7 +192,7 @@ def test_the_slowest_counterpart_is_the_worst_choice() -> None:
 
 def test_axes_of_a_pipeline() -> None:
     segments = Segment((0, 1), (0,)), Segment((1, 3), (1,))
-    chain = mlp(5, 3, 4, 2)
+    chain = chain_of(5, 3, 4, 2)
     plan = make_plan(chain, Stage("middle", 2, segments), world=2, global_batch=4)
     trials = trials_of(chain, cluster_of(2))
     program = trials.program(plan)
@@ -289,7 +289,7 @@ def test_without_a_runner_up_nothing_flips() -> None:
 
 def test_a_leader_that_no_longer_fits_is_overtaken() -> None:
     """All parameters on each rank leave no room for a ninth sample; half of them leave much."""
-    chain = mlp(1, 1000, 1)
+    chain = chain_of(1, 1000, 1)
     front = make_plan(chain, Stage("front", 1, (Segment((0, 2), (0, 1)),)), world=2, global_batch=8)
     segments = Segment((0, 1), (0,)), Segment((1, 2), (1,))
     middle = make_plan(chain, Stage("middle", 1, segments), world=2, global_batch=8)
@@ -338,7 +338,7 @@ def test_neighbours_of_a_micro_batch() -> None:
 
 
 def test_a_larger_micro_batch_that_does_not_fit_says_by_how_much() -> None:
-    chain = mlp(4, 1 << 16, 4)
+    chain = chain_of(4, 1 << 16, 4)
     segments = Segment((0, 1), (0,)), Segment((1, 2), (1,))
     plan = make_plan(chain, Stage("middle", 4, segments), world=2, global_batch=8)
     roomy = trials_of(chain, cluster_of(2))

@@ -43,6 +43,12 @@ PLANNING_MAY = (
 SHARED = ("hybridpar.errors", "hybridpar.schema")
 SEARCHING = (
     "search",
+    "exhaustive",
+    "heuristic",
+    "pins",
+    "scorer",
+    "estimate",
+    "neighbours",
     "draft",
     "placement",
     "bound",

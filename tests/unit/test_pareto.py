@@ -20,9 +20,9 @@ from hybridpar.planning.plan import validate
 from hybridpar.planning.request import Pin, Request, Space
 from hybridpar.planning.scorer import shortage
 from hybridpar.planning.search import assess, search
-from tests.support.paper import cluster_of, mlp, profile_of
+from tests.support.paper import chain_of, cluster_of, profile_of
 
-CHAIN = mlp(8, 16, 8)
+CHAIN = chain_of(8, 16, 8)
 """Narrow: a batch's activations weigh as much as the parameters, and plans can trade memory for time."""
 PROFILE = replace(profile_of(CHAIN), dtype="float64")
 TWO = cluster_of(2, bytes_per_s=1e4, memory_bytes=1e9)

@@ -15,7 +15,8 @@ from hybridpar.planning.plan import Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.workspaces import MAPPED_BYTES, Workspaces
-from tests.unit.test_simulate import SMALL, front, linear, make_plan, profile_of
+from tests.support.paper import SMALL, front, linear, profile_of
+from tests.support.plans import make_plan
 
 PROFILE = profile_of(SMALL, 1.0, 1.0)
 DEVICE = Workspaces(PROFILE, host=False)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
 from hybridpar.cluster.collectives import all_reduce
 from hybridpar.cluster.topology import Cluster, Device, Link, Node
-from hybridpar.model.chain import Chain, Layer, Linear, Parameter
+from hybridpar.model.chain import Chain, Layer
 from hybridpar.planning.bound import Bounds
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
@@ -24,55 +23,11 @@ from hybridpar.planning.simulate import predict, simulate, step_time, step_time_
 from hybridpar.planning.timeline import Timeline
 from hybridpar.planning.walk import walk
 from hybridpar.profiling.record import LayerProfile, Profile
+from tests.support.paper import SMALL, chain_of, front, profile_of
 from tests.support.plans import make_plan, random_plan
 from tests.support.training import make_case
 
 # Small chains, hand-made profiles and clusters whose times can be computed on paper
-
-
-def linear(name: str, inputs: int, outputs: int) -> Layer:
-    weight = Parameter(f"{name}.weight", (outputs, inputs))
-    bias = Parameter(f"{name}.bias", (outputs,))
-    flops = 2 * inputs * outputs
-    shard = Linear(inputs, outputs, bias=True)
-    return Layer(name, "Linear", (inputs,), (outputs,), flops, (weight, bias), saves_input=True, linear=shard)
-
-
-def relu(name: str, width: int) -> Layer:
-    return Layer(name, "ReLU", (width,), (width,), width, saves_output=True, channelwise=True)
-
-
-def chain_of(*widths: int, name: str = "mlp") -> Chain:
-    """Linear layers and nothing between them."""
-    return Chain(name, tuple(linear(f"fc{i}", a, b) for i, (a, b) in enumerate(pairwise(widths))))
-
-
-def profile_of(
-    chain: Chain,
-    forward_s: Sequence[float] | float,
-    backward_s: Sequence[float] | float,
-    update_s_per_byte: float = 0.0,
-    loss_s_per_element: float = 0.0,
-) -> Profile:
-    """Seconds per sample and layer, proportional to samples and to shares of features."""
-    n = len(chain.layers)
-    forwards = [forward_s] * n if isinstance(forward_s, float | int) else forward_s
-    backwards = [backward_s] * n if isinstance(backward_s, float | int) else backward_s
-    layers = tuple(
-        LayerProfile(layer.name, ((float(f),),), ((float(b),),))
-        for layer, f, b in zip(chain.layers, forwards, backwards, strict=True)
-    )
-    return Profile(
-        chain.fingerprint,
-        "estimated",
-        "paper",
-        "float64",
-        (1,),
-        (1.0,),
-        layers,
-        update_s_per_byte,
-        loss_s_per_element,
-    )
 
 
 def random_profile(chain: Chain, dice: random.Random) -> Profile:
@@ -146,12 +101,6 @@ FORWARD_S, BACKWARD_S = 1.0, 2.0
 """Per sample and layer."""
 MLP = chain_of(4, 6, 5)
 PARAMETER_BYTES = 8 * (4 * 6 + 6 + 6 * 5 + 5)
-
-
-def front(
-    micro_batch: int, *ranks: int, layers: tuple[int, int] = (0, 2), shares: tuple[float, ...] | None = None
-):
-    return Stage("front", micro_batch, (Segment(layers, ranks, shares),))
 
 
 def program_of(chain: Chain, *stages: Stage, batch: int, **fields: object) -> Program:
@@ -502,7 +451,6 @@ def test_a_simulation_is_a_pure_function() -> None:
 
 # Memory
 
-SMALL = Chain("small", (linear("a", 3, 5), relu("r", 5), linear("b", 5, 2)))
 SMALL_WEIGHT_BYTES, SMALL_BIAS_BYTES = 8 * (3 * 5 + 5 * 2), 8 * (5 + 2)
 SMALL_PARAMETER_BYTES = SMALL_WEIGHT_BYTES + SMALL_BIAS_BYTES
 

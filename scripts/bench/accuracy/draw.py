@@ -164,7 +164,7 @@ class Drawing:
             stages.append(self._stage(kind, segments, batch))
             at += len(ranks)
         order = self.dice.choice(ORDERS)
-        return Plan(
+        plan = Plan(
             known.model,
             known.chain,
             known.world,
@@ -172,15 +172,11 @@ class Drawing:
             known.precision,
             tuple(stages),
             order,
-            self._bucket(tuple(stages), replicas),
+            USUAL_BUCKET_BYTES,
             known.recipe,
             replicas,
         )
-
-    def _bucket(self, stages: tuple[Stage, ...], replicas: int) -> int:
-        """Draw a bucket size where gradients are reduced."""
-        reduced = any(len(s.ranks) > 1 for stage in stages if stage.kind != "tail" for s in stage.segments)
-        return self.dice.choice(BUCKET_BYTES) if reduced or replicas > 1 else USUAL_BUCKET_BYTES
+        return replace(plan, bucket_bytes=self.dice.choice(BUCKET_BYTES)) if plan.reduces else plan
 
     def _stage(self, kind: Kind, segments: tuple[Segment, ...], batch: int) -> Stage:
         sharded = kind == "tail" and len(segments[0].ranks) > 1
@@ -233,7 +229,7 @@ class Drawing:
     def _changes(self, plan: Plan) -> Iterator[Callable[[], Plan]]:
         yield lambda: self._resized(plan)
         yield lambda: replace(plan, order=ORDERS[plan.order == ORDERS[0]])
-        if any(len(s.ranks) > 1 for stage in plan.stages if stage.kind != "tail" for s in stage.segments):
+        if plan.reduces:
             yield lambda: replace(plan, bucket_bytes=self.dice.choice(BUCKET_BYTES))
         if sum(len(s.segments) for s in plan.stages) > 1:
             yield lambda: self._moved(plan)

@@ -1,0 +1,52 @@
+"""Small trainings: in processes of their own, or here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hybridpar.config import Config, compose
+from hybridpar.planner import load_model
+from hybridpar.report.summary import Summary
+from hybridpar.runtime import trainer
+from hybridpar.runtime.process import Process
+from tests.support.trainer_worker import make_plan
+
+WORKER = Path(__file__).with_name("trainer_worker.py")
+ROOT = WORKER.parents[2]
+
+
+def run(ranks: int, *arguments: str, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Start the worker, by torchrun where there are several ranks; a job that hangs fails the test."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        f"--max-restarts={restarts}",
+    ]
+    return subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), str(WORKER), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def small(*overrides: str) -> Config:
+    size = ("data=synthetic", "data.size=16", "data.test_size=8", "train.global_batch=8")
+    model = ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
+    return compose([*size, *model, "train.device=cpu", *overrides])
+
+
+def train_here(folder: Path, *overrides: str) -> Summary:
+    config = small(f"run.dir={folder}", *overrides)
+    traced, source = load_model(config)
+    process = Process("cpu")
+    summary = trainer.train(config, make_plan("single", config, traced.chain), traced, source, process)
+    assert summary is not None
+    return summary
