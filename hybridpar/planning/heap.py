@@ -3,6 +3,9 @@
 A heap keeps what is freed, and a hole serves again only where a block fits into it. How much that costs depends on
 the sizes of a model's tensors and their order, so a profile measures it: the bytes that the heap keeps for passes
 of the whole chain, by micro-batch size. Beside what is counted of the same passes, they tell what a count means.
+
+The size of a micro-batch decides, not the bytes in use: micro-batches in flight are of equal sizes, and one fits
+into the holes of another. Several small ones leave less unused than a large one of as many bytes.
 """
 
 from __future__ import annotations
@@ -12,27 +15,22 @@ from collections.abc import Iterable
 
 
 class Heap:
-    """A line through measured points (bytes counted, bytes taken), from the origin on."""
+    """Bytes taken per byte counted, at least 1: a line through measured (micro-batch, counted, taken)."""
 
-    def __init__(self, points: Iterable[tuple[float, float]] = ()) -> None:
-        self._counted, self._taken = [0.0], [0.0]
-        for counted, taken in sorted(points):
-            if counted > self._counted[-1]:
-                self._counted.append(counted)
-                self._taken.append(max(taken, self._taken[-1]))
+    def __init__(self, points: Iterable[tuple[int, float, float]] = ()) -> None:
+        measured = sorted((size, max(1.0, taken / counted)) for size, counted, taken in points if counted)
+        self._sizes, self._ratios = [size for size, _ in measured], [ratio for _, ratio in measured]
 
     @property
     def most(self) -> float:
-        """The most bytes taken per byte counted, at least 1."""
-        ratios = (taken / counted for counted, taken in zip(self._counted[1:], self._taken[1:], strict=True))
-        return max(1.0, *ratios, 1.0)
+        """The most for any micro-batch size."""
+        return max(self._ratios, default=1.0)
 
-    def bytes(self, counted: float) -> float:
-        """Return the bytes that the heap takes; as many as counted where nothing was measured."""
-        if len(self._counted) == 1:
-            return counted
-        if counted >= self._counted[-1]:
-            return counted * self._taken[-1] / self._counted[-1]
-        i = max(bisect_left(self._counted, counted), 1)
-        share = (counted - self._counted[i - 1]) / (self._counted[i] - self._counted[i - 1])
-        return self._taken[i - 1] + share * (self._taken[i] - self._taken[i - 1])
+    def ratio(self, micro_batch: int) -> float:
+        """Return it for a micro-batch size: beyond the measured ones that of the nearest; 1 if there are none."""
+        sizes, ratios = self._sizes, self._ratios
+        i = bisect_left(sizes, micro_batch)
+        if i in {0, len(sizes)}:
+            return ratios[min(i, len(sizes) - 1)] if sizes else 1.0
+        share = (micro_batch - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        return ratios[i - 1] + share * (ratios[i] - ratios[i - 1])

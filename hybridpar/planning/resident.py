@@ -39,7 +39,7 @@ def heap_of(workspaces: Workspaces, chain: Chain) -> Heap:
     if workspaces.heap is None:
         profile = workspaces.profile
         sizes = zip(profile.micro_batches, profile.heap_bytes, strict=False) if workspaces.host else ()
-        workspaces.heap = Heap((_passing(workspaces, chain, size), taken) for size, taken in sizes)
+        workspaces.heap = Heap((size, _passing(workspaces, chain, size), taken) for size, taken in sizes)
     return workspaces.heap
 
 
@@ -67,10 +67,20 @@ class _Rank:
         """Return the peak of making the parameters or of a step, whichever is higher."""
         small, large = self._persistent()
         passing, gradients_small = self.step()
-        taken = heap_of(self.workspaces, self.chain).bytes(passing.small)
+        taken = passing.small * self._holes()
         library_bytes = self.workspaces.profile.library_bytes * self.workspaces.host
         most = small + large + gradients_small + taken + passing.large
         return round(max(most, self._building()) + library_bytes)
+
+    def _holes(self) -> float:
+        """Return the bytes that the heap takes per byte in use: every block has as much say as it makes."""
+        heap = heap_of(self.workspaces, self.chain)
+        made, taken = 0.0, 0.0
+        for own in self.books.own.values():
+            samples = max(own.samples)
+            weight = sum(own.kept.inside(samples, self.itemsize)) + (own.in_bytes + own.out_bytes) * samples
+            made, taken = made + weight, taken + weight * heap.ratio(samples)
+        return taken / made if made else 1.0
 
     def step(self) -> tuple[Bytes, float]:
         """Return the peaks of what a step makes, and the small gradients that it leaves, which the peaks lack.

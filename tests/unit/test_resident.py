@@ -84,22 +84,33 @@ def test_what_the_heap_took_for_the_whole_chain_tells_what_it_takes_for_any_prog
     measured = replace(PROFILE, heap_bytes=(taken,) * len(sizes))
     host = Workspaces(measured, host=True)
     of_profile = resident._passing(host, SMALL, sizes[0])
-    assert resident.heap_of(host, SMALL).bytes(of_profile) == taken
-    assert resident.heap_of(host, SMALL).bytes(of_profile / 2) == taken / 2
+    assert resident.heap_of(host, SMALL).ratio(sizes[0]) == pytest.approx(taken / of_profile)
     more = peak_per_rank(program, host)[0] - peak_per_rank(program, plain)[0]
     (passing, _) = resident._Rank(program, 0, host).step()
-    assert more == pytest.approx(resident.heap_of(host, SMALL).bytes(passing.small) - passing.small, abs=1)
+    assert more == pytest.approx((taken / of_profile - 1) * passing.small, abs=1)
     assert more > 0
     assert peak_per_rank(program, Workspaces(measured, host=False)) == peak_per_rank(program, DEVICE)
 
 
+def test_of_several_micro_batch_sizes_each_counts_by_the_bytes_it_makes() -> None:
+    """A tail of few bytes with large micro-batches says little about the holes of the front's."""
+    plan = make_plan(
+        SMALL, front(2, 0, layers=(0, 2)), Stage("tail", 4, (Segment((2, 3), (0,)),)), world=1, global_batch=4
+    )
+    workspaces = Workspaces(PROFILE, host=True)
+    workspaces.heap = Heap([(2, 10.0, 20.0), (4, 10.0, 60.0)])
+    rank = resident._Rank(compile_program(plan, SMALL, 4, "train"), 0, workspaces)
+    first, second = (
+        sum(o.kept.inside(n, 8)) + (o.in_bytes + o.out_bytes) * n
+        for o, n in zip(rank.books.own.values(), (2, 4), strict=True)
+    )
+    assert rank._holes() == pytest.approx((2 * first + 6 * second) / (first + second))
+
+
 def test_a_heap_is_a_line_through_its_points() -> None:
-    heap = Heap([(20.0, 30.0), (10.0, 40.0), (40.0, 60.0)])
-    assert [heap.bytes(n) for n in (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 80.0)] == [
-        *(0.0, 20.0, 40.0, 40.0, 40.0),
-        *(50.0, 60.0, 120.0),
-    ]
-    assert (heap.most, Heap().most, Heap().bytes(7.0)) == (4.0, 1.0, 7.0)
+    heap = Heap([(8, 20.0, 30.0), (2, 10.0, 40.0), (16, 40.0, 20.0), (1, 0.0, 7.0)])
+    assert [heap.ratio(n) for n in (1, 2, 5, 8, 12, 16, 99)] == [4.0, 4.0, 2.75, 1.5, 1.25, 1.0, 1.0]
+    assert (heap.most, Heap().most, Heap().ratio(7)) == (4.0, 1.0, 1.0)
 
 
 def test_a_host_needs_at_least_what_a_device_needs() -> None:
