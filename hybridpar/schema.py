@@ -32,16 +32,15 @@ def from_data(cls: type[T], data: Any, where: str, error: type[HybridparError]) 
     return typing.cast("T", _convert(cls, data, where, error))
 
 
-def read_json(cls: type[T], path: Path, error: type[HybridparError], setting: str = "") -> T:
-    """Read a JSON file into ``cls``; a missing or malformed file raises ``error``, after ``setting``, if given."""
-    prefix = f"{setting}: " if setting else ""
+def read_json(cls: type[T], path: Path, error: type[HybridparError]) -> T:
+    """Read a JSON file into ``cls``; a missing or malformed file raises ``error``."""
     try:
         data = json.loads(path.read_text())
     except OSError as e:
-        raise error(f"{prefix}cannot read {path}: {e.strerror}; give the path of an existing file") from e
+        raise error(f"cannot read {path}: {e.strerror}; give the path of an existing file") from e
     except ValueError as e:
-        raise error(f"{prefix}{path} is not JSON: {e}; mend it, or give another file") from e
-    return from_data(cls, data, f"{prefix}{path.name}", error)
+        raise error(f"{path} is not JSON: {e}") from e
+    return from_data(cls, data, path.name, error)
 
 
 @functools.cache

@@ -149,6 +149,8 @@ class Books:
         self._drop("input", key)
 
     def _figure_bytes(self, key: Key) -> int:
+        if not self.program.positions[-1].sharded:
+            return 0
         return STATISTICS[self.program.mode] * self.itemsize * self.own[key[0]].samples[key[1]]
 
     def _loss(self, key: Key) -> None:

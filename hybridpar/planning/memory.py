@@ -33,7 +33,7 @@ class Memory:
     These are the tensors that autograd saves and the blocks' inputs, without parameters and the batch."""
     moving: tuple[int, ...]
     """After every action: outputs, gradients and arriving inputs between computations and communication, figures
-    of the loss, and the norm."""
+    of a sharded loss, and the norm."""
     accumulated: tuple[int, ...]
     """After every action: all other gradients. A block's first backward makes them; they go when the next
     step begins."""

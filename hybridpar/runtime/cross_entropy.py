@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hybridpar.data.samples import IGNORED, check_labels
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.plan import Plan
-from hybridpar.runtime.loss import TOP, Figures, Logits, Outcome, count_hits, share_of
-from hybridpar.schema import read_json
+from hybridpar.runtime.loss import TOP, Figures, Logits, Outcome, count_found, count_hits, share_of
+from hybridpar.schema import from_data
 from hybridpar.sections import LossConfig
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -37,7 +39,8 @@ class CrossEntropy:
     of its exponentials relative to m_i and t_i its part of t: M = max m_i, L = M + log sum_i s_i exp(m_i - M), and
     t = sum t_i. The gradient of a logit is a exp(l - L) - e w_c / C, minus (1 - e) w_y for the target's. So shards
     exchange three figures per sample, whatever the smoothing and the weights (as in Shoeybi et al., Megatron-LM,
-    2019, section 3, with one collective instead of three).
+    2019, section 3, with one collective instead of three). Where one rank has all classes, the loss is -t of the
+    logarithms l - L, which torch makes in one operation.
 
     Raises ConfigError for values out of range.
     """
@@ -85,17 +88,16 @@ class CrossEntropy:
         return self._weights(labels, torch.float64).sum()
 
     def score(self, logits: Logits, *, train: bool) -> torch.Tensor:
-        """Return this shard's figures, shape (samples, 3) in training, (samples, 3 + 2 * 5) in evaluation."""
-        values, labels = logits.values, logits.labels
+        """Return this shard's figures: (samples, 3) in training, (samples, 3 + 2 * 5) in evaluation.
+
+        None, (samples, 0), where there are no other shards.
+        """
+        values = logits.values
+        if logits.whole:
+            return values.new_empty((len(values), 0))
         largest = values.max(dim=1).values
         exponentials = (values - largest[:, None]).exp_().sum(dim=1)
-        weights = self._weights(labels, values.dtype)
-        own, index = _own(logits)
-        target = values.gather(1, index[:, None])[:, 0] * (own * weights * (1 - self.smoothing))
-        if self.smoothing:
-            spread = values @ self._spread(logits)
-            target = torch.where(labels == self.ignored, target, target + spread)
-        figures = [largest, exponentials, target]
+        figures = [largest, exponentials, self._target(values, logits)]
         if train:
             return torch.stack(figures, dim=1)
         count = min(TOP, values.shape[1])
@@ -107,27 +109,53 @@ class CrossEntropy:
     def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
         """Combine the figures of all shards into the loss; ``weight`` divides the gradient."""
         values, labels = logits.values, logits.labels
-        stacked = torch.stack(figures)
-        largest = stacked[:, :, 0].max(dim=0).values
-        total = (stacked[:, :, 1] * (stacked[:, :, 0] - largest).exp()).sum(dim=0)
-        normaliser = largest + total.log()
         weights, counted = self._weights(labels, values.dtype), labels != self.ignored
         factors = weights * (1 - self.smoothing)
         if self.smoothing:
             factors += counted.to(values.dtype) * (self.smoothing * self._mean)
-        loss_sum = (factors * normaliser - stacked[:, :, 2].sum(dim=0)).sum(dtype=torch.float64)
+        if logits.whole:
+            logarithms = values.log_softmax(dim=1)
+            losses = -self._target(logarithms, logits)
+        else:
+            normaliser, target = _joined(figures)
+            logarithms = values - normaliser[:, None]
+            losses = factors * normaliser - target
+        loss_sum = losses.sum(dtype=torch.float64)
         own_weight, samples = weights.sum(dtype=torch.float64), counted.sum(dtype=torch.float64)
-        zero = loss_sum.new_zeros(())
         if not train:
-            return Outcome(loss_sum, own_weight, samples, *_hits(stacked, labels, counted), None)
+            hits = count_hits(values, labels, self.ignored) if logits.whole else self._hits(figures, labels)
+            return Outcome(loss_sum, own_weight, samples, *hits, None)
         share = share_of(weight).to(values.dtype)
-        gradient = (values - normaliser[:, None]).exp_().mul_((factors * share)[:, None])
+        gradient = logarithms.exp_().mul_((factors * share)[:, None])
         own, index = _own(logits)
-        on_target = own * weights * share * (self.smoothing - 1)
+        on_target = own * weights * (share * (self.smoothing - 1))
         gradient.scatter_add_(1, index[:, None], on_target[:, None])
         if self.smoothing:
             gradient.addr_(counted * share, self._spread(logits), alpha=-1)
+        zero = torch.zeros_like(loss_sum)
         return Outcome(loss_sum, own_weight, samples, zero, zero, gradient)
+
+    def _target(self, values: torch.Tensor, logits: Logits) -> torch.Tensor:
+        """Return this shard's part of ``(1 - e) w_y v_y + e / C  sum_c w_c v_c``, (samples,); 0 where ignored."""
+        labels = logits.labels
+        if logits.whole:
+            weights = None if self.class_weights is None else self.class_weights.to(values)
+            target = F.nll_loss(values, labels, weights, ignore_index=self.ignored, reduction="none")
+            target *= self.smoothing - 1
+        else:
+            own, index = _own(logits)
+            factors = own * self._weights(labels, values.dtype) * (1 - self.smoothing)
+            target = values.gather(1, index[:, None])[:, 0] * factors
+        if self.smoothing:
+            target = torch.where(labels == self.ignored, target, target + values @ self._spread(logits))
+        return target
+
+    def _hits(self, figures: Figures, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count targets that are first, and among the first five, of all shards' candidates."""
+        stacked = torch.stack(figures)
+        values = torch.cat(tuple(stacked[:, :, 3 : 3 + TOP]), dim=1)
+        classes = torch.cat(tuple(stacked[:, :, 3 + TOP :]), dim=1).view(_INTEGERS[stacked.dtype])
+        return count_found(classes.gather(1, values.topk(TOP, dim=1).indices), labels, self.ignored)
 
     def _weights(self, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return w_y per sample, 0 where the label is ignored."""
@@ -152,13 +180,12 @@ def _own(logits: Logits) -> tuple[torch.Tensor, torch.Tensor]:
     return own, torch.where(own, index, 0)
 
 
-def _hits(stacked: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count targets that are first, and among the first five, of all shards' candidates."""
-    values = torch.cat(tuple(stacked[:, :, 3 : 3 + TOP]), dim=1)
-    classes = torch.cat(tuple(stacked[:, :, 3 + TOP :]), dim=1).view(_INTEGERS[stacked.dtype])
-    best = values.topk(TOP, dim=1).indices
-    hit = (classes.gather(1, best) == labels[:, None]) & counted[:, None]
-    return count_hits(hit)
+def _joined(figures: Figures) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return L and t of every sample, (samples,) each, from those of all shards."""
+    stacked = torch.stack(figures)
+    largest = stacked[:, :, 0].max(dim=0).values
+    total = (stacked[:, :, 1] * (stacked[:, :, 0] - largest).exp()).sum(dim=0)
+    return largest + total.log(), stacked[:, :, 2].sum(dim=0)
 
 
 def make_loss(config: LossConfig, classes: int) -> CrossEntropy:
@@ -168,7 +195,7 @@ def make_loss(config: LossConfig, classes: int) -> CrossEntropy:
     """
     weights = config.class_weights
     if isinstance(weights, str):
-        weights = read_json(tuple[float, ...], Path(weights), ConfigError, "loss.class_weights")
+        weights = _read_weights(Path(weights))
     loss = CrossEntropy(config.label_smoothing, weights, config.ignore_index)
     loss.check_classes(classes)
     return loss
@@ -178,3 +205,14 @@ def torch_loss(config: LossConfig, classes: int) -> nn.Module:
     """Return torch's own module for the configured loss, over logits of all classes. Raises as ``make_loss``."""
     weights = make_loss(config, classes).class_weights
     return nn.CrossEntropyLoss(weights, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing)
+
+
+def _read_weights(path: Path) -> tuple[float, ...]:
+    where = f"loss.class_weights: {path}"
+    try:
+        numbers = json.loads(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"{where} cannot be read: {e.strerror}; give an existing file, or a list") from e
+    except ValueError as e:
+        raise ConfigError(f"{where} is not JSON: {e}; write one list of numbers") from e
+    return from_data(tuple[float, ...], numbers, where, ConfigError)

@@ -198,7 +198,8 @@ class Executor:
         """Return this rank's logits of a micro-batch with their labels and classes."""
         labels = state.labels[slice(*state.program.numbers(*key, self.rank))]
         first = self._features(state, key[0], "out")[0]
-        return Logits(values, labels, first, state.program.chain.out_shape[0])
+        whole = not state.program.positions[-1].sharded
+        return Logits(values, labels, first, state.program.chain.out_shape[0], whole)
 
     def _report(self, state: StepState, outcome: Outcome) -> None:
         """Add to the metrics, once per sample: of all shards only the first one reports."""

@@ -47,6 +47,8 @@ class Logits(NamedTuple):
     first: int
     classes: int
     """Of the whole model."""
+    whole: bool = False
+    """Whether there are no other shards, so that nothing is exchanged."""
 
 
 class Loss(Protocol):
@@ -84,6 +86,17 @@ def share_of(weight: torch.Tensor) -> torch.Tensor:
     return torch.where(weight > 0, 1 / weight, 0)
 
 
-def count_hits(hit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count targets that are first, and among the first five, given (samples, up to 5) of where they are."""
+def count_hits(values: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count targets with the largest of all logits, and with one of the five largest; float64 scalars.
+
+    ``values`` (samples, classes); where they are no matrix, nothing is a hit.
+    """
+    if values.dim() != 2:
+        return (torch.zeros((), dtype=torch.float64, device=values.device),) * 2
+    return count_found(values.topk(min(TOP, values.shape[1]), dim=1).indices, labels, ignored)
+
+
+def count_found(best: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count targets that are first, and anywhere, in (samples, up to 5) class numbers; float64 scalars."""
+    hit = (best == labels[:, None]) & (labels != ignored)[:, None]
     return hit[:, 0].sum(dtype=torch.float64), hit.any(dim=1).sum(dtype=torch.float64)

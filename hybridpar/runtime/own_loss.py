@@ -11,7 +11,7 @@ from hybridpar.errors import ConfigError, PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
-from hybridpar.runtime.loss import TOP, Figures, Logits, Outcome, count_hits, share_of
+from hybridpar.runtime.loss import Figures, Logits, Outcome, count_hits, share_of
 
 
 class OwnLoss:
@@ -91,18 +91,9 @@ class OwnLoss:
         samples, own_weight = counted.sum(dtype=torch.float64), self.weight(logits.labels)
         loss_sum = value.detach().double() * (1 if self.additive else own_weight)
         if not train:
-            return Outcome(loss_sum, own_weight, samples, *_hits(values, logits.labels, counted), None)
+            return Outcome(loss_sum, own_weight, samples, *count_hits(values, logits.labels, self.ignored), None)
         (gradient,) = torch.autograd.grad(value, values)
         if self.additive:
             gradient = gradient * share_of(weight).to(gradient.dtype)
         zero = torch.zeros_like(loss_sum)
         return Outcome(loss_sum, own_weight, samples, zero, zero, gradient.contiguous())
-
-
-def _hits(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count targets with the largest logit, and with one of the five largest; 0 where logits are no matrix."""
-    if logits.dim() != 2:
-        return (torch.zeros((), dtype=torch.float64, device=logits.device),) * 2
-    best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
-    hit = (best == labels[:, None]) & counted[:, None]
-    return count_hits(hit)

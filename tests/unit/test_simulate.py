@@ -476,8 +476,8 @@ def test_a_peak_by_hand() -> None:
     assert counted.control == 4 * 8 + 4 * 8 + 5 * 8, "the step's labels, the own ones, and five metrics"
     first = [a.kind for a in small_program(0).actions[0]].index("backward")
     assert counted.accumulated == (0,) * first + (SMALL_BIAS_BYTES,) * (len(counted.saved) - first)
-    live = 2 * 5 * 8 + 2 * 2 * 8 + 2 * 3 * 8
-    """With the second micro-batch's figures for its loss, while the first one's gradients are there."""
+    live = 2 * 5 * 8 + 2 * 2 * 8
+    """Of the second micro-batch, while the first one's gradients are there. One rank exchanges no figures."""
     assert counted.peak == 3 * SMALL_PARAMETER_BYTES + counted.batch + counted.control + live
     assert max(counted.saved) == 2 * 5 * 8
     assert counted.saved[-1] == counted.moving[-1] == 0
@@ -513,7 +513,7 @@ def test_evaluation_keeps_nothing_for_a_backward() -> None:
     counted = memory(small_program(0, mode="evaluate"), 0)
     assert (counted.gradients, counted.optimizer, max(counted.saved)) == (0, 0, 0)
     assert not any(counted.accumulated)
-    assert counted.peak == counted.persistent + 2 * 2 * 8 + 2 * 13 * 8, "logits, and figures of the loss"
+    assert counted.peak == counted.persistent + 2 * 2 * 8, "logits"
     assert counted.persistent == SMALL_PARAMETER_BYTES + counted.batch + counted.control
 
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from hybridpar.errors import ConfigError, HybridparError
 from hybridpar.planning.plan import Plan
 from hybridpar.profiling.record import Profile
 from hybridpar.schema import read_json
+from scripts.bench.about import machine, software
 from scripts.bench.accuracy.beat import Beat
 from scripts.bench.accuracy.draw import CLOSE
 from scripts.bench.accuracy.experiment import MODELS, Experiment, Folder, digest, write_json
@@ -105,30 +101,17 @@ def _about(
     experiment: Experiment, folder: Folder, predictions: Predictions, table: Sequence[Row]
 ) -> dict[str, str]:
     """Return when, where and how the table was made."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     close = sum(p.step_s <= predictions.best_s * (1 + CLOSE) for p in predictions.plans)
     fields = dataclasses.asdict(experiment)
     return {
         "date": f"{time.strftime('%Y-%m-%d', time.gmtime())} (predictions written {predictions.date} UTC, "
         f"SHA-256 {digest(folder.predictions)[:16]})",
-        "machine": _machine(),
-        "software": f"hybridpar {commit or 'without git'}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}",
+        "machine": machine(),
+        "software": software(),
         "experiment": ", ".join(f"{key} {value}" for key, value in fields.items()),
         "plans": f"{len(predictions.plans)} drawn, {close} of them within {CLOSE:.0%} of the best predicted",
         "machine's speed": drift(table) or "not known",
     }
-
-
-def _machine() -> str:
-    cpu = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    cores = torch.multiprocessing.cpu_count()
-    named = cpu.group(1) if cpu else platform.machine()
-    size = f", {int(memory.group(1)) / 2**20:.0f} GiB" if memory else ""
-    return f"{cores} cores of {named}{size}, {platform.system()} {platform.release()}"
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,1 @@
+"""The runtime against what one would write or take instead: the same work on the same ranks, in turns."""
