@@ -43,7 +43,7 @@ def optimizer(parameters: object) -> torch.optim.Optimizer:
 
 def balanced(chain: Chain, parts: int) -> list[tuple[int, int]]:
     """Cut a chain into runs of layers with about equal numbers of operations."""
-    done = list(accumulate(layer.flops for layer in chain.layers))
+    done = list(accumulate(layer.flops_per_sample for layer in chain.layers))
     cuts = [0]
     for part in range(1, parts):
         nearest = min(range(len(done) - 1), key=lambda i: abs(done[i] - done[-1] * part / parts))

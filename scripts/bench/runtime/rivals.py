@@ -115,7 +115,7 @@ class Pipelining:
         labels = {"target": y, "losses": losses} if self.last else {}
         self.schedule.step(*arguments, **labels)
         self.optimizer.step()
-        return float(torch.stack(losses).mean()) if losses else 0.0
+        return torch.stack(losses).mean().item() if losses else 0.0
 
 
 class HandWritten:
@@ -144,7 +144,7 @@ class HandWritten:
         loss = F.cross_entropy(logits, y)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return float(loss.item())
+        return loss.item()
 
 
 def _own(whole: torch.Tensor) -> torch.Tensor:
