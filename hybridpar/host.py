@@ -117,8 +117,9 @@ def packed_heap() -> Iterator[None]:
 
 
 def trim_freed_memory() -> None:
-    """Hand all pages without a block in use back to the system (malloc_trim(3): glibc only)."""
-    ctypes.CDLL(None).malloc_trim(0)
+    """Hand all pages without a block in use back to the system (malloc_trim(3)); glibc only, elsewhere nothing."""
+    if sys.platform.startswith("linux") and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _set(mmap_threshold: int, trim_threshold: int) -> bool:

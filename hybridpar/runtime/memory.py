@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from hybridpar.host import trim_freed_memory
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -19,6 +21,8 @@ class MemoryMeter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
+        # What was freed before (a profile's passes, say) would serve this job, and not be seen as its own.
+        trim_freed_memory()
         with contextlib.suppress(OSError):
             _CLEAR.write_text("5")  # Linux: forget the resident peak so far (proc(5), clear_refs)
         self._baseline_bytes = self._seen_bytes = _resident_bytes()
