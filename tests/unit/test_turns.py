@@ -1,0 +1,37 @@
+"""The benches of the runtime: who comes when, and what their ratio is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from hybridpar.model.trace import trace
+from scripts.bench.runtime.models import IMAGE, balanced, build
+from scripts.bench.runtime.turns import compare, order
+
+
+def test_everybody_comes_first_equally_often() -> None:
+    rounds = [order("abc", turn) for turn in range(6)]
+    assert Counter(first for first, *_ in rounds) == {"a": 2, "b": 2, "c": 2}
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+
+
+def test_the_ratio_is_taken_round_by_round() -> None:
+    """A machine that gets ten times slower does so for both."""
+    theirs = [1.0, 2.0, 4.0, 8.0, 10.0]
+    ratio = compare([1.1 * t for t in theirs], theirs)
+    assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.1, 1.1, 1.1))
+    ratio = compare([1.0, 1.0, 1.0, 1.0, 3.0], [1.0] * 5)
+    assert ratio.median == 1.0
+    assert 1.0 == ratio.low <= ratio.high <= 3.0
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+def test_a_chain_is_cut_into_runs_of_about_equal_work(parts: int) -> None:
+    chain = trace(build("resnet18"), IMAGE, "resnet18").chain
+    bounds = balanced(chain, parts)
+    assert [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
+    assert bounds[-1][1] == len(chain.layers)
+    work = [sum(layer.flops_per_sample for layer in chain.layers[slice(*b)]) for b in bounds]
+    assert max(work) < 2.5 * sum(work) / parts
