@@ -197,7 +197,7 @@ def plan_sweep(overrides: Sequence[str]) -> None:
 def train(config: Config) -> int:
     """Plan on rank 0, then train on all ranks and print the summary; return 0 unless work is lost by SIGTERM."""
     from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
-    from hybridpar.report import dry_run, summary  # noqa: PLC0415
+    from hybridpar.report import difference, dry_run, summary  # noqa: PLC0415
     from hybridpar.runtime import checks, resume, trainer  # noqa: PLC0415
     from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415
 
@@ -208,14 +208,15 @@ def train(config: Config) -> int:
     def planned() -> Plan:
         checks.check_config(config)
         subject = prepare(config, traced, process.world, _note)
-        kept = resume.kept_plan(
-            config, process.world, traced.chain.fingerprint, restarted=process.place.restarts > 0
-        )
+        former = resume.former_plan(config, traced.chain.fingerprint, restarted=process.place.restarts > 0)
+        kept = former if former is not None and former.world == process.world else None
         result = make_plan(config, subject, kept)
         check_world(result.plan, process.world)
         checks.check(config, result.plan, traced.chain)
         if config.train.mode != "quiet":
             dry_run.show(result, subject.chain, subject.profile, subject.cluster, _console())
+            if former is not None and kept is None:
+                difference.show_replanned(result.plan, former, subject.chain, _console())
         return result.plan
 
     outcome = trainer.train(config, process.agree(planned), traced, source, process)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from hybridpar.planning.difference import Comparison
-from hybridpar.planning.plan import Prediction
-from hybridpar.report.text import in_bytes, in_time, titled
+from hybridpar.model.chain import Chain
+from hybridpar.planning.difference import Comparison, Difference, differences
+from hybridpar.planning.plan import Plan, Prediction
+from hybridpar.report.text import in_bytes, in_time, plural, titled
 
 MOST_CONTRASTS = 5
 LEAST_SHARE = 0.005
@@ -19,7 +22,7 @@ def show(comparison: Comparison, name: str, console: Console) -> None:
     if not comparison.differences:
         console.print(f"diff: the plan is the one of {name}")
     else:
-        console.print(_fields(comparison, name))
+        console.print(_fields(comparison.differences, name))
     if comparison.other is None:
         console.print(f"{name} cannot run here: {comparison.reason}")
         return
@@ -33,11 +36,17 @@ def show(comparison: Comparison, name: str, console: Console) -> None:
     console.print(f"{faster}{_why(comparison)}")
 
 
-def _fields(comparison: Comparison, name: str) -> Table:
+def show_replanned(plan: Plan, former: Plan, chain: Chain, console: Console) -> None:
+    """Print what a run that goes on with another number of ranks does otherwise than before."""
+    console.print(f"the run had {plural(former.world, 'rank')} and goes on with {plan.world}, under a new plan")
+    console.print(_fields(differences(plan, former, chain), "before"))
+
+
+def _fields(found: Sequence[Difference], name: str) -> Table:
     table = titled("what differs")
     for column in ("field", "this plan", name):
         table.add_column(column)
-    for difference in comparison.differences:
+    for difference in found:
         table.add_row(difference.field, difference.this, difference.other)
     return table
 

@@ -54,8 +54,8 @@ def chosen(config: Config, *, restarted: bool = False) -> Path | None:
     return folders.find(Path(config.resume).expanduser())
 
 
-def kept_plan(config: Config, world: int, chain: str, *, restarted: bool = False) -> Plan | None:
-    """Return the plan that a continued run had; None where it has none, or none for ``world`` ranks.
+def former_plan(config: Config, chain: str, *, restarted: bool = False) -> Plan | None:
+    """Return the plan that a continued run had, for any number of ranks; None where there is none for ``chain``.
 
     A checkpoint that is given by its path may be continued under any plan, and has no say here.
     """
@@ -64,7 +64,7 @@ def kept_plan(config: Config, world: int, chain: str, *, restarted: bool = False
         return None
     manifest = Manifest.load(folder)
     plan = _plan(manifest, folder)
-    return plan if plan.world == world and plan.chain == chain else None
+    return plan if plan.chain == chain else None
 
 
 def opened(

@@ -1,0 +1,61 @@
+"""Runs that go on with other ranks, or after a failure, from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT
+
+SMALL = (
+    *("data=synthetic", "data.size=40", "data.test_size=8", "train.global_batch=8", "train.epochs=2"),
+    *("model=small_vgg", "model.options={width: 4, classifier_width: 8}", "train.device=cpu"),
+    *("checkpoint.every=2", "checkpoint.keep=9", "train.precision=float64", "plan.effort=quick"),
+)
+
+
+def train(ranks: int, *arguments: str) -> str:
+    """Run ``hybridpar train``, by torchrun where there are several ranks; return what it printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "hybridpar", "train", *SMALL, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_says_what_changed(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(1, f"run.dir={whole}")
+    first = train(2, f"run.dir={parts}", "train.steps=4", "plan=pipeline")
+    assert "under a new plan" not in first
+    said = train(1, f"run.dir={parts}", "train.steps=6", "resume=auto")
+    assert "continuing after step 4" in said
+    assert "the run had 2 ranks and goes on with 1, under a new plan" in said
+    changed = said[said.index("what differs") :]
+    assert changed.index("stages") < changed.index("front") < changed.index("middle")
+    said = train(3, f"run.dir={parts}", "train.steps=10", "resume=auto")
+    assert "the run had 1 rank and goes on with 3, under a new plan" in said
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-10)
+
+
+def test_as_many_ranks_go_on_under_their_own_plan(tmp_path: Path) -> None:
+    """Also where the configuration would give another one."""
+    train(2, f"run.dir={tmp_path}", "train.steps=4", "plan=pipeline")
+    said = train(2, f"run.dir={tmp_path}", "train.steps=6", "resume=auto")
+    assert "under a new plan" not in said
+    assert [s["kind"] for s in json.loads((tmp_path / "plan.json").read_text())["stages"]] == ["middle"]
