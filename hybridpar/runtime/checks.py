@@ -10,7 +10,7 @@ from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
-from hybridpar.runtime import resume, zero
+from hybridpar.runtime import zero
 from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
@@ -51,7 +51,6 @@ def check_fits(config: Config, plan: Plan) -> None:
     """Raise ConfigError unless a plan, maybe from a file, fits the configuration."""
     if plan.recipe.sharding == "zero1":
         zero.require_deepspeed()
-    resume.refuse_sharded(config, plan, [config.resume])
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
     for name, given, planned, remedy in (

@@ -131,9 +131,16 @@ class Job:
         dtype = DTYPES[plan.precision]
         self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
         self._updater = self._make_updater(optimizer, max_norm, engines, groups)
-        optimizers = self._updater.optimizers
         self.state = State(
-            traced, self._positions, self._blocks, optimizers, rank, self.place, self.replica, self.device
+            traced,
+            self._positions,
+            self._blocks,
+            self._updater.optimizers,
+            self._updater.engines,
+            rank,
+            self.place,
+            self.replica,
+            self.device,
         )
         """What a checkpoint of this rank holds."""
         self._executor = Executor(

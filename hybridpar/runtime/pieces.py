@@ -65,6 +65,18 @@ class Piece:
         """Return the piece of a tensor that the rank holds all of."""
         return Piece(tensor.detach(), tuple(tensor.shape), (0,) * tensor.ndim)
 
+    @staticmethod
+    def slice(tensor: torch.Tensor, shape: tuple[int, ...], dim: int | None, start: int) -> Piece:
+        """Return the piece of a tensor that is a slice along ``dim`` of one of ``shape``; None: all of it."""
+        return Piece(tensor.detach(), shape, tuple(start if d == dim else 0 for d in range(len(shape))))
+
+    def fill(self, full: torch.Tensor) -> None:
+        """Take the slice's values from those of the full tensor."""
+        source = full
+        for dim, (offset, length) in enumerate(zip(self.offsets, self.tensor.shape, strict=True)):
+            source = source.narrow(dim, offset, length)
+        self.tensor.copy_(source)
+
     def copied(self) -> Piece:
         """Return the piece with a copy of its values in the CPU's memory."""
         return Piece(self.tensor.detach().to("cpu", copy=True), self.shape, self.offsets)
@@ -162,9 +174,7 @@ class Stored:
     def load(self, pieces: Mapping[str, Piece]) -> None:
         """Fill pieces, whatever slices they are, with what was saved. Raises CheckpointError, also for damage."""
         for name, piece in pieces.items():
-            saved = self.tensors.get(name)
-            if saved is None:
-                raise CheckpointError(f"{self.folder} holds no {name}; it belongs to another model or optimizer")
+            saved = self._saved(name)
             if (tuple(saved.size), saved.properties.dtype) != (piece.shape, piece.tensor.dtype):
                 raise CheckpointError(
                     f"{self.folder}: {name} has the shape {list(saved.size)} in {saved.properties.dtype}, but the "
@@ -179,17 +189,34 @@ class Stored:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor. Raises CheckpointError as ``load`` does."""
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.folder} holds no {name}; it belongs to another model or optimizer")
-        saved = self.tensors[name]
+        saved = self._saved(name)
         piece = Piece.whole(torch.empty(tuple(saved.size), dtype=saved.properties.dtype))
         self.load({name: piece})
         return piece.tensor
+
+    def run(self, name: str, start: int, numel: int) -> torch.Tensor:
+        """Return elements of a flattened tensor, (numel,), from ``start`` on. Raises CheckpointError as ``load``.
+
+        No more of the tensor is put together than the rows in which they lie.
+        """
+        saved = self._saved(name)
+        if numel == prod(saved.size):
+            return self.read(name).flatten()
+        row = prod(saved.size[1:])
+        first, last = start // row, -(-(start + numel) // row)
+        rows = torch.empty((last - first, *saved.size[1:]), dtype=saved.properties.dtype)
+        self.load({name: Piece(rows, tuple(saved.size), (first, *(0 for _ in saved.size[1:])))})
+        return rows.flatten().narrow(0, start - first * row, numel)
 
     def check(self) -> None:
         """Read everything once. Raises CheckpointError for damage."""
         for index in self._where:
             self._read(index)
+
+    def _saved(self, name: str) -> TensorStorageMetadata:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} holds no {name}; it belongs to another model or optimizer")
+        return self.tensors[name]
 
     def _add(self, path: Path, size: int, chunk: Chunk) -> None:
         if chunk.dtype not in DTYPES:

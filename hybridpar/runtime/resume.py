@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,15 +111,6 @@ def reopened(folder: Path, data: Any, plan: Plan, *, same_run: bool) -> Resume:
 def alike(one: Plan, other: Plan) -> bool:
     """Whether two plans put the same work on the same ranks, whatever is predicted of them."""
     return bool(to_data(replace(one, prediction=None)) == to_data(replace(other, prediction=None)))
-
-
-def refuse_sharded(config: Config, plan: Plan, paths: Sequence[str | None]) -> None:
-    """Raise CheckpointError where checkpoints are asked for but DeepSpeed holds the optimizer state."""
-    if plan.recipe.sharding == "zero1" and (config.checkpoint.every is not None or any(paths)):
-        raise CheckpointError(
-            "checkpoints do not hold the sharded optimizer state of optimizer.sharding=zero1; set "
-            "optimizer.sharding=none, or checkpoint.every=null and resume=null"
-        )
 
 
 _KEYS = {

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from hybridpar.errors import CheckpointError
 from hybridpar.model.copies import named_tensors
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position
 from hybridpar.runtime.modules import BlockModules, Owned
+from hybridpar.runtime.optimizer_state import ShardedState, WholeState
 from hybridpar.runtime.pieces import Piece, Stored
+from hybridpar.runtime.update import ShardedEngine
 
-PARAMETER, BUFFER, OPTIMIZER, GENERATOR = "parameter/", "buffer/", "optimizer/", "generator/"
+PARAMETER, BUFFER, GENERATOR = "parameter/", "buffer/", "generator/"
 
 
 class State:
@@ -23,7 +24,7 @@ class State:
     Names: ``parameter/NAME``; ``optimizer/KEY/NAME`` for the optimizer's tensor KEY of a parameter;
     ``buffer/I/NAME`` for the buffer of the I-th of the ranks that hold it (batch norms differ between them);
     ``generator/RANK/cpu`` and ``/cuda``. A parameter that several ranks hold is written by the first of them. Of a
-    tied parameter there is one, by its first name.
+    tied parameter there is one, by its first name. A position has one of ``optimizers``, or of ``engines``.
     """
 
     def __init__(
@@ -32,18 +33,21 @@ class State:
         positions: tuple[Position, ...],
         blocks: Mapping[int, BlockModules],
         optimizers: Mapping[int, torch.optim.Optimizer],
+        engines: Mapping[int, ShardedEngine],
         rank: int,
         place: int,
         replica: int,
         device: torch.device,
     ) -> None:
-        self._traced, self._positions, self._blocks, self._optimizers = traced, positions, blocks, optimizers
+        self._traced, self._positions, self._blocks = traced, positions, blocks
         self._rank, self._place, self._replica, self._device = rank, place, replica, device
         self._shapes = {
             names[local]: tuple(parameter.shape)
             for module, names in zip(traced.modules, traced.names, strict=True)
             for local, parameter in module.named_parameters()
         }
+        self._whole = {index: WholeState(optimizer, self._shapes) for index, optimizer in optimizers.items()}
+        self._sharded = {index: ShardedState(engine, self._shapes) for index, engine in engines.items()}
 
     def names(self, module: nn.Module) -> dict[str, str]:
         """Return where each tensor of the model's state dict is saved, apart from those that no layer uses."""
@@ -62,15 +66,13 @@ class State:
         """Return what this rank writes. Raises CheckpointError for optimizer state that cannot be cut."""
         result: dict[str, Piece] = {}
         for position in self._positions:
-            optimizer, first = self._optimizers.get(position.index), position.ranks[0] == self._place
-            for owned in self._owned(position):
-                if not self._writes(position, owned):
-                    continue
-                result[PARAMETER + owned.name] = self._piece(owned, owned.tensor)
-                state = optimizer.state.get(owned.tensor, {}) if optimizer is not None else {}
-                for key, value in state.items():
-                    if value is not None and (first or value.shape == owned.tensor.shape):
-                        result[f"{OPTIMIZER}{key}/{owned.name}"] = self._state_piece(owned, key, value)
+            owned, index, first = self._owned(position), position.index, position.ranks[0] == self._place
+            written = [o for o in owned if self._writes(position, o)]
+            result |= {PARAMETER + o.name: self._piece(o) for o in written}
+            if index in self._whole:
+                result |= self._whole[index].pieces(written, first=first)
+            if index in self._sharded:
+                result |= self._sharded[index].pieces(owned)
         for name, (buffer, *_) in self._buffers().items():
             if self._first_of_copy(name):
                 result[f"{BUFFER}{self._copy(name)}/{name}"] = Piece.whole(buffer)
@@ -86,37 +88,18 @@ class State:
         CheckpointError for what does not fit.
         """
         for position in self._positions:
-            owned = self._owned(position)
-            stored.load({PARAMETER + o.name: self._piece(o, o.tensor) for o in owned})
-            if position.index in self._optimizers:
-                self._restore_optimizer(stored, self._optimizers[position.index], owned)
+            owned, index = self._owned(position), position.index
+            stored.load({PARAMETER + o.name: self._piece(o) for o in owned})
+            if index in self._whole:
+                self._whole[index].restore(stored, owned)
+            if index in self._sharded:
+                self._sharded[index].restore(stored, owned)
         for name, buffers in self._buffers().items():
             value = self._saved_buffer(stored, name, same_plan=same_plan)
             for buffer in buffers:
                 buffer.data.copy_(value.view_as(buffer))
         if same_plan:
             self._restore_generators(stored)
-
-    def _restore_optimizer(self, stored: Stored, optimizer: torch.optim.Optimizer, owned: list[Owned]) -> None:
-        keys = {name.split("/")[1] for name in stored.tensors if name.startswith(OPTIMIZER)}
-        data = optimizer.state_dict()
-        numbers = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-        for o in owned:
-            saved = {key: stored.tensors.get(f"{OPTIMIZER}{key}/{o.name}") for key in sorted(keys)}
-            state: dict[str, torch.Tensor] = {}
-            for key, found in saved.items():
-                if found is None:
-                    continue
-                name, dtype = f"{OPTIMIZER}{key}/{o.name}", found.properties.dtype
-                if tuple(found.size) == self._shapes[o.name]:
-                    state[key] = torch.empty_like(o.tensor, dtype=dtype, requires_grad=False)
-                    stored.load({name: self._piece(o, state[key])})
-                else:
-                    state[key] = stored.read(name)
-                    state[key] = state[key].reshape(()) if state[key].numel() == 1 else state[key]
-            if state and id(o.tensor) in numbers:
-                data["state"][numbers[id(o.tensor)]] = state
-        optimizer.load_state_dict(data)
 
     def _saved_buffer(self, stored: Stored, name: str, *, same_plan: bool) -> torch.Tensor:
         if same_plan:
@@ -131,22 +114,8 @@ class State:
         first = position.ranks[0] == self._place
         return self._replica == 0 and (first or (position.sharded and owned.dim is not None))
 
-    def _piece(self, owned: Owned, tensor: torch.Tensor) -> Piece:
-        if owned.dim is None:
-            return Piece.whole(tensor)
-        offsets = tuple(owned.start if dim == owned.dim else 0 for dim in range(tensor.ndim))
-        return Piece(tensor.detach(), self._shapes[owned.name], offsets)
-
-    def _state_piece(self, owned: Owned, key: str, value: object) -> Piece:
-        if isinstance(value, torch.Tensor) and value.shape == owned.tensor.shape:
-            return self._piece(owned, value)
-        if isinstance(value, torch.Tensor) and (value.numel() == 1 or owned.dim is None):
-            return Piece.whole(value)
-        what = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise CheckpointError(
-            f"the optimizer's {key} of {owned.name} is {what}, which a checkpoint cannot cut as it cuts the "
-            f"parameter {list(owned.tensor.shape)}; set checkpoint.every=null, or use another optimizer"
-        )
+    def _piece(self, owned: Owned) -> Piece:
+        return Piece.slice(owned.tensor, self._shapes[owned.name], owned.dim, owned.start)
 
     def _holders(self) -> Iterator[tuple[Position, int, nn.Module]]:
         for position in self._positions:

@@ -6,13 +6,14 @@ reduce and for an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hybridpar.planning.blocks import Position
+from hybridpar.runtime.fragment import Fragment
 from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
 from hybridpar.sections import ParameterGroup
@@ -36,6 +37,20 @@ class ShardedEngine(Protocol):
         """Set the learning rate."""
         ...
 
+    def fragments(self) -> Mapping[nn.Parameter, Fragment]:
+        """Return what this rank holds of the optimizer state, as views, by the parameters that it holds some of.
+
+        Raises CheckpointError for state that cannot be cut.
+        """
+        ...
+
+    def load(self, fragments: Mapping[nn.Parameter, Fragment]) -> None:
+        """Take over the state of all that ``fragments`` returns, and the parameters' values as they now are.
+
+        Raises CheckpointError for state that does not fit together.
+        """
+        ...
+
 
 class Updater:
     """Gradients and optimizers of one rank.
@@ -53,12 +68,12 @@ class Updater:
         blocks: dict[int, BlockModules],
         optimizer: OptimizerFactory,
         max_norm: float | None,
-        engines: dict[int, ShardedEngine] | None = None,
+        engines: Mapping[int, ShardedEngine] | None = None,
         replica: int = 0,
         groups: Sequence[ParameterGroup] = (),
     ) -> None:
         self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
-        self._engines = engines or {}
+        self.engines = engines or {}
         self._buckets: dict[int, torch.Tensor] = {}
         self._views: list[tuple[nn.Parameter, torch.Tensor]] = []
         """Of buckets: backwards add to them."""
@@ -69,7 +84,7 @@ class Updater:
         for index, modules in sorted(blocks.items()):
             position = by_index[modules.block.position]
             owned[position.index] += [o for o in modules.owned if o.tensor.requires_grad]
-            if position.index in self._engines:
+            if position.index in self.engines:
                 continue
             if position.reduced:
                 self._buckets[index] = self._flatten(index, modules.owned)
@@ -81,7 +96,7 @@ class Updater:
         self.optimizers = {
             index: optimizer(grouped(((o.name, o.tensor) for o in own), groups))
             for index, own in owned.items()
-            if own and index not in self._engines
+            if own and index not in self.engines
         }
         for made in self.optimizers.values():
             check_options_of(groups, made)
@@ -108,7 +123,7 @@ class Updater:
         """Forget all gradients."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.zero()
         if self._views:
             torch._foreach_zero_([view for _, view in self._views])
@@ -120,7 +135,7 @@ class Updater:
         for index, optimizer in self.optimizers.items():
             for group, relative in zip(optimizer.param_groups, self._relative[index], strict=True):
                 group["lr"] = rate * relative
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.set_rate(rate)
 
     def bucket(self, block: int) -> torch.Tensor:
@@ -159,4 +174,4 @@ class Updater:
 
     def sharded_update(self, position: int) -> None:
         """Reduce and update a position whose optimizer state is sharded."""
-        self._engines[position].step()
+        self.engines[position].step()

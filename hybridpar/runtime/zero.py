@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import nn
 
 from hybridpar.errors import ConfigError
 from hybridpar.planning.blocks import Position
+from hybridpar.runtime.fragment import Fragment, cut, join
 from hybridpar.runtime.job import EngineFactory
 from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.process import Process
@@ -95,6 +96,39 @@ class ZeroEngine:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = rate
 
+    def fragments(self) -> dict[nn.Parameter, Fragment]:
+        """Return this replica's share of the optimizer state, as views of it, by parameter.
+
+        Raises CheckpointError for state that is neither a number per element nor a single one.
+        """
+        if self._engine is None:
+            return {}
+        sharded, result = self._engine.optimizer, {}
+        for parameter in self._parameters:
+            mapping = _mapping(parameter)
+            if mapping is None:
+                continue
+            start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+            flat = sharded.single_partition_of_fp32_groups[mapping.param_group_index]
+            place = Fragment(start, mapping.lp_fragment_address.numel, at)
+            result[parameter] = cut(place, sharded.optimizer.state.get(flat, {}), flat.shape)
+        return result
+
+    def load(self, fragments: Mapping[nn.Parameter, Fragment]) -> None:
+        """Take over the state of all that ``fragments`` returns, and the parameters' values as they now are.
+
+        Raises CheckpointError where the fragments could not have been one state.
+        """
+        if self._engine is None:
+            return
+        sharded = self._engine.optimizer
+        sharded.refresh_fp32_params()
+        data = sharded.optimizer.state_dict()
+        for group, flat in enumerate(sharded.single_partition_of_fp32_groups):
+            own = [f for p, f in fragments.items() if _mapping(p).param_group_index == group]
+            data["state"][group] = join(own, flat)
+        sharded.optimizer.load_state_dict(data)
+
 
 class _Replicas:
     """DeepSpeed's model-parallel unit ("mpu"): the replicas of one position are the data-parallel group."""
@@ -122,6 +156,11 @@ class _Replicas:
 
     def get_model_parallel_world_size(self) -> int:
         return 1
+
+
+def _mapping(parameter: Any) -> Any:
+    """Return where DeepSpeed has put a parameter's float32 copy and state; None: on other replicas alone."""
+    return parameter._hp_mapping  # noqa: SLF001 - what its own public functions read
 
 
 def _import_deepspeed() -> Any:

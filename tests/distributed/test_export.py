@@ -141,7 +141,7 @@ def test_a_tied_parameter_is_written_under_each_of_its_names() -> None:
 
     source = defer(Tied)
     traced = trace(source.module, (3,), "tied")
-    state = State(traced, (), {}, {}, 0, 0, 0, torch.device("cpu"))
+    state = State(traced, (), {}, {}, {}, 0, 0, 0, torch.device("cpu"))
     assert state.names(source.module) == {
         "one.weight": "parameter/one.weight",
         "two.weight": "parameter/one.weight",

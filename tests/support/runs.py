@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from hybridpar.config import Config, compose
 from hybridpar.planner import load_model
@@ -16,6 +18,17 @@ from tests.support.trainer_worker import make_plan
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 ROOT = WORKER.parents[2]
+COMMON = (
+    "model=small_vgg",
+    "data=digits",
+    "profile=analytic",
+    "monitor=off",
+    "train.global_batch=48",
+    "train.steps=3",
+    "train.eval_every=null",
+    "train.device=cpu",
+    "train.mode=quiet",
+)
 
 
 def run(ranks: int, *arguments: str, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +48,31 @@ def run(ranks: int, *arguments: str, restarts: int = 0, **environment: str) -> s
         timeout=120,
         check=False,
     )
+
+
+def train_by_command(ranks: int, folder: Path, *overrides: str) -> tuple[dict[str, Any], list[float]]:
+    """Train as a user does; return the plan and the losses of all steps."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *(launcher if ranks > 1 else []),
+            "-m",
+            "hybridpar",
+            "train",
+            *COMMON,
+            f"run.dir={folder}",
+            *overrides,
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "plan.json").read_text()), [json.loads(line)["loss"] for line in lines]
 
 
 def small(*overrides: str) -> Config:

@@ -40,6 +40,14 @@ def test_any_slices_are_put_together_from_any_others(tmp_path: Path) -> None:
     assert stored.read("e").shape == (0, 2)
 
 
+def test_any_run_of_the_flattened_tensor_is_read(tmp_path: Path) -> None:
+    stored = Stored(save(tmp_path), 2)
+    for start in range(35):
+        for stop in range(start + 1, 36):
+            assert torch.equal(stored.run("m", start, stop - start), FULL.flatten()[start:stop])
+    assert torch.equal(stored.run("s", 0, 1), torch.tensor([3.0]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_all_kinds_of_numbers_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     value = torch.tensor([0, 1, 0, 1, 1]).to(dtype)[::2]
