@@ -240,12 +240,13 @@ class _Probe:
         shares = len(self.levels) * (1 + len(COLLECTIVES)) * OVERLAP_ROUNDS * len(OVERLAP_BYTES)
         length_s = min(OVERLAP_S, OVERLAP_SHARE * self.budget_s / shares / 6)
         self.report(f"computing during {what}, level {level}")
-        for size in OVERLAP_BYTES:
+        for size in reversed(OVERLAP_BYTES):  # what is left out for lack of time shall be that of latency
             payload_bytes = size
             while payload_bytes > LEAST_OVERLAP_BYTES and self._predicted_s(level, what, payload_bytes) > length_s:
                 payload_bytes //= 2
             if not self._overlap_at(level, what, groups, payload_bytes, length_s):
-                self.unmeasured.append(f"contention of {what} on level {level}: the budget is spent")
+                sizes = "" if size == OVERLAP_BYTES[-1] else " at the smaller size"
+                self.unmeasured.append(f"contention of {what} on level {level}{sizes}: the budget is spent")
                 return
 
     def _overlap_at(
@@ -340,7 +341,7 @@ class _Probe:
         found = [(o, self._waiting(o)) for o in self.overlaps if (o.level, o.what) == (level, own)]
         if not found:
             return {}
-        (small, waiting), (large, less) = found[0], found[-1]
+        (small, waiting), (large, less) = found[-1], found[0]
         if waiting - less < APART:
             return {"contention": rounded(large.contention)}
         slope = (small.contention - large.contention) / (waiting - less)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -199,4 +201,12 @@ def _worker_context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_Reader.__module__])
+    # torchrun sends SIGTERM to whole process groups. The trainer then ends after a step, which needs its readers:
+    # they and the server that forks them inherit that the signal is held back.
+    resource_tracker.ensure_running()  # which the server needs, and which lets the signal through again
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     return context

@@ -62,7 +62,8 @@ class Weights:
                     f"model.fresh: {pattern} matches no parameter of the model, whose last ones are "
                     f"{', '.join(list(saved)[-_SHOWN:])}"
                 )
-        wanted = {name: t for name, t in saved.items() if not any(fnmatchcase(name, p) for p in fresh)}
+        begun = {id(t) for name, t in saved.items() if any(fnmatchcase(name, p) for p in fresh)}
+        wanted = {name: t for name, t in saved.items() if id(t) not in begun}
         aliases: dict[int, str] = {id(t): name for name, t in saved.items() if name in shapes}
         there = {name: name if name in shapes else aliases.get(id(t), "") for name, t in wanted.items()}
         self._refuse("lacks", [name for name, found in there.items() if not found])

@@ -86,8 +86,10 @@ class Summary:
             raise HybridparError(f"schema {self.schema} is not {SCHEMA_VERSION}; train again with this version")
 
     def save(self, path: Path) -> None:
-        """Write the summary as JSON."""
-        path.write_text(json.dumps(to_data(self), indent=2) + "\n")
+        """Write the summary as JSON, all of it or nothing."""
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(to_data(self), indent=2) + "\n")
+        part.replace(path)
 
     @staticmethod
     def load(path: Path) -> Summary:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hybridpar.config import Config
 from hybridpar.errors import ConfigError
 from hybridpar.runtime.job import Evaluation
-from hybridpar.runtime.manifest import Position
+from hybridpar.runtime.manifest import FOLDER, Position, complete
 from hybridpar.schema import from_data
 
 Mode = Literal["auto", "progress", "plain", "quiet"]
@@ -131,6 +131,12 @@ def check_run_dir(config: Config, *, restarted: bool = False) -> None:
         raise ConfigError(
             f"run.dir: {path} holds a run already; give another folder, remove this one, or continue it with "
             "resume=auto"
+        )
+    finished = (path / "summary.json").exists() and not complete(path / FOLDER)
+    if config.run.dir is not None and config.resume == "auto" and finished and not restarted:
+        raise ConfigError(
+            f"resume=auto: the run in {path} has ended and left no checkpoint to go on from, and its records "
+            "would be lost; give another run.dir, and checkpoint.every=N to be able to continue"
         )
     there = next(p for p in (path, *path.parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):

@@ -49,6 +49,7 @@ class Keeper:
             self._unused,
             metric,
             self._best,
+            self._settings.best,
         )
         self._saver.save(job.state.pieces(), manifest)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from hybridpar.errors import CheckpointError
 from hybridpar.schema import read_json, to_data
 
+Metric = Literal["accuracy", "loss"]
 VERSION = 1
 FOLDER = "checkpoints"
 MANIFEST = "checkpoint.json"
@@ -69,7 +70,13 @@ class Manifest:
     """Of the evaluation just before; None where there was none."""
     best: float | None = None
     """The best metric so far."""
+    judged_by: Metric | None = None
+    """What the metrics are."""
     version: int = VERSION
+
+    def best_of(self, metric: Metric | None) -> float | None:
+        """Return the best ``metric`` so far; None where another one was looked at."""
+        return self.best if self.judged_by == metric else None
 
     @staticmethod
     def load(folder: Path) -> Manifest:
@@ -151,7 +158,7 @@ def clean(home: Path) -> None:
                 shutil.rmtree(path)
 
 
-def retain(home: Path, keep: int, best: Literal["accuracy", "loss"] | None) -> None:
+def retain(home: Path, keep: int, best: Metric | None) -> None:
     """Remove all checkpoints but the ``keep`` latest, and the one with the best metric if ``best`` names one.
 
     A folder that is removed loses its final name first, so that no half of it is ever taken for a checkpoint.
@@ -159,7 +166,8 @@ def retain(home: Path, keep: int, best: Literal["accuracy", "loss"] | None) -> N
     known = complete(home)
     stay = set(known[-keep:])
     if best is not None:
-        metrics = {p: m for p in known if (m := Manifest.load(p).metric) is not None}
+        judged = {p: m for p in known if (m := Manifest.load(p)).judged_by == best}
+        metrics = {p: m.metric for p, m in judged.items() if m.metric is not None}
         if metrics:
             stay.add((max if best == "accuracy" else min)(metrics, key=lambda p: metrics[p]))
     for path in known:

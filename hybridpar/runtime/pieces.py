@@ -208,11 +208,6 @@ class Stored:
         self.load({name: Piece(rows, tuple(saved.size), (first, *(0 for _ in saved.size[1:])))})
         return rows.flatten().narrow(0, start - first * row, numel)
 
-    def check(self) -> None:
-        """Read everything once. Raises CheckpointError for damage."""
-        for index in self._where:
-            self._read(index)
-
     def _saved(self, name: str) -> TensorStorageMetadata:
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} holds no {name}; it belongs to another model or optimizer")

@@ -59,7 +59,7 @@ def former_plan(config: Config, chain: str, *, restarted: bool = False) -> Plan 
     A checkpoint that is given by its path may be continued under any plan, and has no say here.
     """
     folder = chosen(config, restarted=restarted)
-    if folder is None or not (config.resume == "auto" or restarted):
+    if folder is None or config.run.dir is None or folder.parent != _home(config):
         return None
     manifest = Manifest.load(folder)
     plan = _plan(manifest, folder)
@@ -87,11 +87,19 @@ def opened(
                 "another checkpoint"
             )
     at, batch = manifest.position, order.global_batch
+    former = _plan(manifest, folder).global_batch
     if at.samples % batch:
         raise CheckpointError(
             f"{folder} was made {at.samples} samples into an epoch, where no step of train.global_batch={batch} "
-            f"begins; set a global batch that divides it, or {_plan(manifest, folder).global_batch} as it was"
+            f"begins; set a global batch that divides it, or {former} as it was"
         )
+    if former != batch and config.train.steps is None:
+        raise CheckpointError(
+            f"{folder} was made with train.global_batch={former}, but here it is {batch}: {at.step} steps and "
+            "train.epochs do not add up; give train.steps, the steps of the whole training"
+        )
+    if at.samples // batch >= order.steps:  # with drop_last it was the last step of its epoch
+        manifest = replace(manifest, position=Position(at.step, at.epoch + 1, 0))
     same_run = config.run.dir is not None and folder.parent == _home(config)
     unfinished = same_run and at.step == steps and not (_home(config).parent / "summary.json").exists()
     if at.step >= steps and not unfinished:

@@ -60,6 +60,7 @@ class Saver:
     def _write_all(self, pieces: Mapping[str, Piece], manifest: Manifest) -> None:
         folder, failure = folders.partial(self._home, manifest.position.step), None
         try:
+            self._require_finite(pieces, manifest.position.step)
             folder.mkdir(parents=True, exist_ok=True)
             write(folder, self._rank, pieces)
         except (OSError, CheckpointError) as e:
@@ -74,6 +75,19 @@ class Saver:
             failure = e
         if not self._agree(failed=failure is not None):
             raise self._error(failure, folder)
+
+    def _require_finite(self, pieces: Mapping[str, Piece], step: int) -> None:
+        """Raise CheckpointError rather than let a training that has diverged replace its last good checkpoint."""
+        for name, piece in pieces.items():
+            if piece.tensor.is_floating_point() and not bool(piece.tensor.isfinite().all()):
+                raise CheckpointError(
+                    f"{name} is not finite after step {step - 1}, and is not saved; lower optimizer.lr, or set "
+                    f"optimizer.clip, and continue with resume=auto from {self._last_good()}"
+                )
+
+    def _last_good(self) -> str:
+        known = folders.complete(self._home)
+        return str(known[-1]) if known else "the beginning: there is no checkpoint before it"
 
     def _agree(self, *, failed: bool) -> bool:
         """Return, once all ranks have come here, whether none has failed."""

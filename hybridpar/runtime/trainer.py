@@ -81,6 +81,7 @@ class _Training:
         if process.rank == 0:
             (self.folder / "config.yaml").write_text(config.resolved)
             plan.save(self.folder / "plan.json")
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on it is out of date
 
     def _load(self) -> tuple[Any, Any]:
         """Return training and test samples: data sets where this rank reads them, their sizes elsewhere."""
@@ -143,7 +144,7 @@ class _Training:
             if self.resumed is not None:
                 self.resumed.restore(job)
             saver = self._make_saver()
-            best = self.resumed.manifest.best if self.resumed else None
+            best = self.resumed.manifest.best_of(config.checkpoint.best) if self.resumed else None
             keeper = Keeper(saver, config.checkpoint, job, source.module, self._subject, best)
             feed = job.loader(self.data[0], drop_last=config.train.drop_last, workers=config.data.workers)
             test_feed = job.loader(self.data[1], train=False, workers=config.data.workers)

@@ -100,7 +100,8 @@ class Updater:
         }
         for made in self.optimizers.values():
             check_options_of(groups, made)
-        self._relative = {index: relative_rates(made) for index, made in self.optimizers.items()}
+        self._relative: dict[int, list[float]] = {}
+        """Once a rate is set: the ratios of the groups' own rates to their optimizer's."""
 
     def _flatten(self, block: int, owned: list[Owned]) -> torch.Tensor:
         total = sum(o.tensor.numel() for o in owned)
@@ -133,6 +134,8 @@ class Updater:
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of all optimizers; that of groups keeps its ratio to it."""
         for index, optimizer in self.optimizers.items():
+            if index not in self._relative:
+                self._relative[index] = relative_rates(optimizer)
             for group, relative in zip(optimizer.param_groups, self._relative[index], strict=True):
                 group["lr"] = rate * relative
         for engine in self.engines.values():

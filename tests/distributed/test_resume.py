@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybridpar.errors import CheckpointError
+from hybridpar.errors import CheckpointError, ConfigError, DivergenceError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan
@@ -243,6 +243,73 @@ def test_the_latest_and_the_best_stay(tmp_path: Path) -> None:
     assert stay == {best, 15}
 
 
+def test_what_a_best_checkpoint_was_judged_by_is_not_mixed(tmp_path: Path) -> None:
+    """A loss of 1.2 is not worse than an accuracy of 0.9."""
+    judged = ("checkpoint.every=100", "checkpoint.keep=1", "data.size=40", "train.eval_every=1")
+    train_here(tmp_path, *judged, "checkpoint.best=accuracy", "train.epochs=1")
+    train_here(tmp_path, *judged, "checkpoint.best=loss", "train.epochs=3", "resume=auto")
+    manifests = [Manifest.load(p) for p in folders.complete(tmp_path / "checkpoints")]
+    assert {m.judged_by for m in manifests} == {"loss"}
+    best = min(line["loss"] for line in lines(tmp_path / "evaluations.jsonl")[1:])
+    assert min(m.metric for m in manifests if m.metric is not None) == best
+
+
+def test_another_batch_needs_the_steps_of_the_whole_training(tmp_path: Path) -> None:
+    """Steps of one size and epochs of another do not add up."""
+    train_here(tmp_path, "checkpoint.every=5", "data.size=48", "train.steps=6")
+    other = ("checkpoint.every=5", "data.size=48", "train.global_batch=16", "resume=auto")
+    with pytest.raises(CheckpointError, match=r"global_batch=8, but here it is 16: .* give train.steps"):
+        train_here(tmp_path, *other, "train.epochs=9")
+    assert train_here(tmp_path, *other, "train.steps=8").steps == 8
+
+
+def test_an_epoch_that_would_have_no_step_left_is_over(tmp_path: Path) -> None:
+    """Of 20 samples the step after 16 is dropped from now on."""
+    train_here(tmp_path, "checkpoint.every=2", "data.size=20", "train.steps=2")
+    summary = train_here(
+        tmp_path, "checkpoint.every=2", "data.size=20", "train.steps=5", "train.drop_last=true", "resume=auto"
+    )
+    assert summary.steps == 5
+    assert [line["epoch"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 0, 1, 1, 2]
+
+
+def test_a_run_without_checkpoints_is_not_erased_by_going_on(tmp_path: Path) -> None:
+    train_here(tmp_path, "train.epochs=1")
+    records = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"has ended and left no checkpoint to go on from"):
+        train_here(tmp_path, "train.epochs=2", "resume=auto")
+    assert (tmp_path / "metrics.jsonl").read_text() == records
+
+
+def test_a_run_that_goes_on_has_no_summary_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old one once stood for a training that was killed before it wrote its own."""
+    train_here(tmp_path, *SAVING)
+    monkeypatch.setattr("hybridpar.runtime.trainer.summarise", None)
+    with pytest.raises(TypeError):
+        train_here(tmp_path, *SAVING, "train.steps=12", "resume=auto")
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    assert train_here(tmp_path, *SAVING, "train.steps=12", "resume=auto").steps == 12
+
+
+def test_parameters_that_are_not_finite_replace_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of a step is that before its update."""
+    step = Job.step
+
+    def spoiling(job: Job, *given: Any, **more: Any) -> float:
+        loss = step(job, *given, **more)
+        if job.steps == 3:
+            next(iter(job.parameters.values())).tensor.data.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(Job, "step", spoiling)
+    with pytest.raises((CheckpointError, DivergenceError)):
+        train_here(tmp_path, *SAVING, "checkpoint.asynchronous=false", "checkpoint.keep=1")
+    assert [p.name for p in folders.complete(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append, seen = pieces._append, []
 
@@ -322,11 +389,15 @@ def test_a_killed_rank_changes_nothing_of_the_result(tmp_path: Path, kills: list
 # SIGTERM
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_sigterm_ends_after_a_step_that_is_saved(tmp_path: Path, ranks: int) -> None:
-    """The launcher's own exit code says that it was told to end; what counts is what the ranks leave."""
+@pytest.mark.parametrize(("ranks", "workers"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 0), (2, 1)])
+def test_sigterm_ends_after_a_step_that_is_saved(tmp_path: Path, ranks: int, workers: int) -> None:
+    """The launcher's own exit code says that it was told to end; what counts is what the ranks leave.
+
+    It signals whole process groups: processes that read ahead are not to end before the ranks.
+    """
     shape = "single" if ranks == 1 else "data_parallel"
     arguments = (shape, "train.global_batch=24", "checkpoint.every=100000", "train.mode=quiet")
+    arguments = (*arguments, f"data.workers={workers}")
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     process = start(ranks, *arguments, f"run.dir={cut}", "train.steps=100000")
     metrics, deadline_s = cut / "metrics.jsonl", time.monotonic() + 90

@@ -154,14 +154,14 @@ def test_what_another_model_has_is_refused(tmp_path: Path) -> None:
 # Folders
 
 
-def manifest(step: int, metric: float | None = None) -> Manifest:
+def manifest(step: int, metric: float | None = None, judged_by: Any = None) -> Manifest:
     subject = Subject("small", "0123", "float64", "SGD", 0, "digits", 48)
-    return Manifest(Position(step, 0, 8), subject, 2, {}, {}, (), metric)
+    return Manifest(Position(step, 0, 8), subject, 2, {}, {}, (), metric, judged_by=judged_by)
 
 
-def committed(home: Path, step: int, metric: float | None = None) -> Path:
+def committed(home: Path, step: int, metric: float | None = None, judged_by: Any = None) -> Path:
     save(folders.partial(home, step))
-    return folders.commit(home, manifest(step, metric))
+    return folders.commit(home, manifest(step, metric, judged_by))
 
 
 def test_a_folder_of_the_final_name_is_complete(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_rank_whose_file_is_not_there_stops_the_commit(tmp_path: Path) -> None
 @pytest.mark.parametrize(("best", "stay"), [(None, [4, 5]), ("accuracy", [2, 4, 5]), ("loss", [1, 4, 5])])
 def test_the_latest_stay_and_the_best(tmp_path: Path, best: Any, stay: list[int]) -> None:
     for step, metric in ((1, 0.1), (2, 0.9), (3, None), (4, 0.5), (5, None)):
-        committed(tmp_path, step, metric)
+        committed(tmp_path, step, metric, best)
     folders.retain(tmp_path, 2, best)
     assert [int(p.name[5:]) for p in folders.complete(tmp_path)] == stay
     assert len(list(tmp_path.iterdir())) == len(stay)
