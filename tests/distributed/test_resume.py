@@ -21,14 +21,14 @@ from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import manifest as folders
-from hybridpar.runtime import pieces
+from hybridpar.runtime import pieces, resume
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.manifest import Manifest
 from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.pieces import Piece, Stored, write
 from tests.support.checkpoints import OPTIMIZERS, SAVING, make_job, normed_case, plan_of
-from tests.support.runs import WORKER, run, train_here
+from tests.support.runs import WORKER, run, small, train_here
 from tests.support.threads import run_ranks
 from tests.support.training import Case, assemble, make_case
 
@@ -241,6 +241,16 @@ def test_the_latest_and_the_best_stay(tmp_path: Path) -> None:
     best = min(losses, key=lambda step: losses[step])
     stay = {int(p.name[5:]) for p in folders.complete(tmp_path / "checkpoints")}
     assert stay == {best, 15}
+
+
+def test_a_restart_before_the_first_own_checkpoint_keeps_the_plan_that_is_asked_for(tmp_path: Path) -> None:
+    """``resume=PATH`` begins under any plan, also where torchrun begins it a second time."""
+    first = tmp_path / "first"
+    train_here(first, *SAVING)
+    chain = Manifest.load(folders.find(first)).subject.chain
+    asked = small(f"run.dir={tmp_path / 'second'}", f"resume={first}")
+    assert resume.former_plan(asked, chain, restarted=True) is None
+    assert resume.former_plan(small(f"run.dir={first}"), chain, restarted=True) is not None
 
 
 def test_what_a_best_checkpoint_was_judged_by_is_not_mixed(tmp_path: Path) -> None:
