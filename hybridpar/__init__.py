@@ -13,13 +13,25 @@ __version__ = "0.1.0"
 _API = {
     "plan": "hybridpar.api",
     "Job": "hybridpar.api",
+    "Callback": "hybridpar.runtime.callback",
     "CrossEntropy": "hybridpar.api",
     "OwnLoss": "hybridpar.api",
+    "OwnMetric": "hybridpar.api",
     "ParameterGroup": "hybridpar.sections",
     "wrap": "hybridpar.api",
 }
 
-__all__ = ["CrossEntropy", "Job", "OwnLoss", "ParameterGroup", "__version__", "plan", "wrap"]
+__all__ = [
+    "Callback",
+    "CrossEntropy",
+    "Job",
+    "OwnLoss",
+    "OwnMetric",
+    "ParameterGroup",
+    "__version__",
+    "plan",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

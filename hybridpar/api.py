@@ -35,11 +35,12 @@ from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.own_loss import OwnLoss
+from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory
 from hybridpar.sections import ParameterGroup
 
-__all__ = ["CrossEntropy", "Job", "OwnLoss", "ParameterGroup", "plan", "process", "wrap"]
+__all__ = ["CrossEntropy", "Job", "OwnLoss", "OwnMetric", "ParameterGroup", "plan", "process", "wrap"]
 
 
 @lru_cache(maxsize=1)
@@ -122,6 +123,8 @@ def wrap(
     rate: Callable[[int], float] | None = None,
     loss: Loss | None = None,
     groups: Sequence[ParameterGroup] = (),
+    metrics: Mapping[str, OwnMetric | Function] | None = None,
+    ema: float | None = None,
 ) -> Job:
     """Take this rank's part of a model and connect the ranks; every rank calls it with the same arguments.
 
@@ -141,6 +144,9 @@ def wrap(
             classes too, or ``OwnLoss(function)``; default: the former, without arguments.
         groups: ``[ParameterGroup("features.*", {"lr": 0.01, "weight_decay": 0})]``: parameters, by patterns of
             their names, for which the optimizer is to have other options. The first group that matches has them.
+        metrics: ``{"name": function}`` of (logits, labels), or ``OwnMetric``: further figures of ``job.evaluate``.
+        ema: decay of a moving average of the weights, which ``job.evaluate`` uses; ``Recipe(average=True)`` tells
+            the planner of its memory.
 
     A rank's number in its plan replica is ``job.place``; ``job.program().reads(job.place)`` are its samples.
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
@@ -161,6 +167,8 @@ def wrap(
         engines=zero.make_engines(place, optimizer) if plan.recipe.sharding == "zero1" else None,
         loss=loss,
         groups=groups,
+        metrics=metrics,
+        decay=ema,
     )
 
 

@@ -14,6 +14,7 @@ from hybridpar import __version__
 from hybridpar.config import Config, compose, expand
 from hybridpar.errors import ConfigError, HybridparError
 from hybridpar.names import nearest
+from hybridpar.usage import USAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,33 +26,6 @@ if TYPE_CHECKING:
 MULTIRUN = {"-m", "--multirun"}
 TERMINATED = 128 + 15
 """Exit code of a process that SIGTERM ends."""
-
-USAGE = """usage: hybridpar COMMAND [GROUP=CHOICE | KEY=VALUE ...]
-
-commands
-  plan      print what would run where, how fast, in how much memory, and why; needs no GPU
-  plan -m   the same for every combination of KEY=A,B ..., as one table
-  train     train; under torchrun, one process per rank: torchrun --nproc-per-node 4 -m hybridpar train ...
-  verify    compare two steps of train, layer by layer, with a single process; overrides and launch as of train;
-            exit code 1 where they differ
-  profile   measure time and memory of every layer on this machine and write them to out=FILE; under torchrun on
-            all ranks at once
-  probe     measure the links between the processes of a job and write the cluster to probe.out;
-            torchrun --nproc-per-node 4 -m hybridpar probe
-  export    write a checkpoint as a plain state dict: export RUN_OR_CHECKPOINT out=model.safetensors (or .pt)
-  config    print the resolved configuration
-
-examples
-  hybridpar plan model=vgg16 cluster=p100_4x1_40g train.global_batch=64
-  hybridpar plan plan=three_stage plan.tail.micro_batch=64 format=json out=plan.json
-  hybridpar plan model=vgg16 cluster=v100_2x8 train.global_batch=256 pictures=pictures/
-  hybridpar plan profile=from_file profile.path=profile.json cluster=v100_2x8
-  hybridpar plan model=vgg16 explain=true diff=plan.json
-  hybridpar plan model=vgg16 cluster=v100_2x8 plan.global_batch_range=[32,512]
-  hybridpar plan -m model=vgg16 cluster=p100_4x1_40g,v100_2x8 train.global_batch=64,128
-
-groups: model profile cluster plan data optimizer train monitor experiment; see the README and conf/
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -69,15 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(command: str, overrides: Sequence[str]) -> int:
     """Run a command and return its exit code; a mistake that all ranks of a node make is told once."""
     try:
-        if command == "export":
-            return export(overrides)
         function = _command(command)
         if MULTIRUN & set(overrides):
             _check_sweep(command)
-            plan_sweep([o for o in overrides if o not in MULTIRUN])
-        else:
-            measuring = command == "profile" and not any(o.startswith("profile=") for o in overrides)
-            return function(compose(["profile=measured", *overrides] if measuring else overrides)) or 0
+        return function(overrides) or 0
     except HybridparError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"hybridpar: {e}\n")
@@ -91,6 +60,13 @@ def _run(command: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _command(name: str) -> Callable[[Sequence[str]], int | None]:
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name}{hint}")
+    return COMMANDS[name]
+
+
 def _check_sweep(command: str) -> None:
     if command != "plan":
         raise ConfigError(f"{command} -m: only plans are swept; start one {command} per combination")
@@ -98,15 +74,20 @@ def _check_sweep(command: str) -> None:
         raise ConfigError("plan -m: a sweep needs one process; start it without torchrun")
 
 
-def _command(name: str) -> Callable[[Config], int | None]:
-    if name not in COMMANDS:
-        known = [*COMMANDS, "export"]
-        hint = nearest(name, known) or f"; there are {', '.join(known)}"
-        raise ConfigError(f"unknown command {name}{hint}")
-    return COMMANDS[name]
+def _configured(function: Callable[[Config], int | None]) -> Callable[[Sequence[str]], int | None]:
+    """Return the command that composes the configuration from its arguments and calls ``function`` with it."""
+    return lambda overrides: function(compose(overrides))
 
 
-def plan(config: Config) -> None:
+def plan(overrides: Sequence[str]) -> None:
+    """Plan once, or with ``-m`` every combination."""
+    if not MULTIRUN & set(overrides):
+        plan_once(compose(overrides))
+        return
+    plan_sweep([o for o in overrides if o not in MULTIRUN])
+
+
+def plan_once(config: Config) -> None:
     """Print the plan, as text or as JSON; save it where ``out``, and draw it where ``pictures`` says so."""
     from hybridpar.planner import make_plan, prepare  # noqa: PLC0415 - a command imports what it needs
     from hybridpar.planning.plan import Plan  # noqa: PLC0415
@@ -206,13 +187,13 @@ def train(config: Config) -> int:
     traced, source = load_model(config)
 
     def planned() -> Plan:
-        checks.check_config(config)
+        checks.check_config(config, process.place)
         subject = prepare(config, traced, process.world, _note)
         former = resume.former_plan(config, traced.chain.fingerprint, restarted=process.place.restarts > 0)
         kept = former if former is not None and former.world == process.world else None
         result = make_plan(config, subject, kept)
         check_world(result.plan, process.world)
-        checks.check(config, result.plan, traced.chain)
+        checks.check(config, result.plan, traced.chain, process.place)
         if config.train.mode != "quiet":
             dry_run.show(result, subject.chain, subject.profile, subject.cluster, _console())
             if former is not None and kept is None:
@@ -244,13 +225,25 @@ def verify(config: Config) -> int:
         verifying.check(config, result, traced)
         return result
 
-    found = verifying.verify(config, process.agree(planned), traced, source, process)
+    plan = process.agree(planned)
+    if config.train.autocast is not None:
+        _note(f"verified without train.autocast={config.train.autocast}, which rounds differently in every plan")
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, autocast=None))
+        traced, source = load_model(config)
+        plan = dataclasses.replace(plan, chain=traced.chain.fingerprint)
+    found = verifying.verify(config, plan, traced, source, process)
     if process.rank == 0:
         verification.show(found, _console())
     return 0 if found.first is None else 1
 
 
-def profile(config: Config) -> None:
+def profile(overrides: Sequence[str]) -> None:
+    """Measure the layers, by default as ``profile=measured`` says."""
+    chosen = any(o.startswith("profile=") for o in overrides)
+    measure(compose(overrides if chosen else ["profile=measured", *overrides]))
+
+
+def measure(config: Config) -> None:
     """Measure the layers on this machine, all ranks at once, and write the profile with its chain to ``out``."""
     from hybridpar.planner import load_model, measured  # noqa: PLC0415
     from hybridpar.report.progress import Progress  # noqa: PLC0415
@@ -291,21 +284,36 @@ def probe(config: Config) -> None:
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Write the state dict of a checkpoint to a file: ``export RUN_OR_CHECKPOINT out=FILE``."""
+    """Write the state dict of a checkpoint to a file: ``export RUN_OR_CHECKPOINT out=FILE [ema=true]``."""
     from hybridpar.runtime.export import SUFFIXES, export  # noqa: PLC0415
 
     outs = [a.removeprefix("out=") for a in arguments if a.startswith("out=")]
-    paths = [a for a in arguments if not a.startswith("out=")]
-    if len(outs) != 1 or len(paths) != 1:
+    averages = [a.removeprefix("ema=") for a in arguments if a.startswith("ema=")]
+    paths = [a for a in arguments if not a.startswith(("out=", "ema="))]
+    if len(outs) != 1 or len(paths) != 1 or averages not in ([], ["true"], ["false"]):
         raise ConfigError(
-            f"export {' '.join(arguments)}: takes a run's folder or a checkpoint's, and out=FILE with one of the "
-            f"suffixes {', '.join(SUFFIXES)}"
+            f"export {' '.join(arguments)}: takes a run's folder or a checkpoint's, out=FILE with one of the "
+            f"suffixes {', '.join(SUFFIXES)}, and ema=true for the moving average of the weights"
         )
-    done = export(Path(paths[0]).expanduser(), Path(outs[0]).expanduser())
+    done = export(Path(paths[0]).expanduser(), Path(outs[0]).expanduser(), ema=averages == ["true"])
     if done.unused:
         _note(f"left out, as no layer uses them: {', '.join(done.unused)}")
     _note(f"{done.tensors} tensors of {done.checkpoint} (step {done.step}) saved to {outs[0]}")
     return 0
+
+
+def doctor(config: Config) -> int:
+    """Tell what is installed and what a job of this configuration would run on; return 1 if anything is wrong."""
+    from hybridpar.doctor.diagnose import diagnose  # noqa: PLC0415
+    from hybridpar.report import doctor as report  # noqa: PLC0415
+
+    found = diagnose(config)
+    if os.environ.get("RANK", "0") == "0":
+        if config.format == "json":
+            sys.stdout.write(json.dumps(report.as_data(found), indent=2) + "\n")
+        else:
+            report.show(found, _console())
+    return 1 if found.wrong else 0
 
 
 def show_config(config: Config) -> None:
@@ -313,13 +321,15 @@ def show_config(config: Config) -> None:
     sys.stdout.write(config.resolved)
 
 
-COMMANDS: dict[str, Callable[[Config], int | None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "plan": plan,
-    "train": train,
-    "verify": verify,
+    "train": _configured(train),
+    "verify": _configured(verify),
     "profile": profile,
-    "probe": probe,
-    "config": show_config,
+    "probe": _configured(probe),
+    "export": export,
+    "doctor": _configured(doctor),
+    "config": _configured(show_config),
 }
 
 

@@ -56,7 +56,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_OPEN = re.compile(r"^(model|optimizer)\.options\.")
+_OPEN = re.compile(r"^((model|optimizer)\.options\.|metrics[.=])")
 """Mappings that take any key: their sections or whoever gets the options check the names."""
 
 
@@ -76,6 +76,8 @@ class Config:
     data: DataSpec
     optimizer: OptimizerConfig
     loss: LossConfig
+    metrics: dict[str, str]
+    """Own figures of evaluations: ``module:name`` by their names."""
     train: TrainConfig
     monitor: MonitorConfig
     run: RunConfig
@@ -166,7 +168,7 @@ class Config:
             from hybridpar.runtime.optimizer import state_count  # noqa: PLC0415 - torch takes seconds to import
 
             states = state_count(self.optimizer)
-        return Recipe(self.optimizer.clip is not None, self._sharding, states)
+        return Recipe(self.optimizer.clip is not None, self._sharding, states, self.train.ema is not None)
 
 
 def conf_dir() -> Path:
@@ -193,6 +195,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         data=from_data(DataSpec, data.get("data"), "data", _FieldError),
         optimizer=from_data(OptimizerConfig, data.get("optimizer"), "optimizer", _FieldError),
         loss=from_data(LossConfig, data.get("loss"), "loss", _FieldError),
+        metrics=from_data(dict[str, str], data.get("metrics"), "metrics", _FieldError),
         train=from_data(TrainConfig, data.get("train"), "train", _FieldError),
         monitor=from_data(MonitorConfig, data.get("monitor"), "monitor", _FieldError),
         run=from_data(RunConfig, data.get("run"), "run", _FieldError),

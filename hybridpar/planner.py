@@ -50,6 +50,7 @@ def load_model(config: Config) -> tuple[Traced, Source]:
     """Build the configured model, whose weights are made or read later, and trace it. Raises ModelError."""
     from hybridpar.model.build import build  # noqa: PLC0415 - torch takes seconds to import
     from hybridpar.model.deferred import defer  # noqa: PLC0415
+    from hybridpar.model.freeze import freeze  # noqa: PLC0415
     from hybridpar.model.trace import trace  # noqa: PLC0415
 
     model = config.model
@@ -58,7 +59,9 @@ def load_model(config: Config) -> tuple[Traced, Source]:
         from hybridpar.model.weights import Weights  # noqa: PLC0415 - as above
 
         source = Weights(source, Path(model.weights).expanduser(), model.fresh)
-    return trace(source.module, model.in_shape, model.name, model.input_dtype), source
+    freeze(source.module, model.frozen)
+    autocast = config.train.autocast
+    return trace(source.module, model.in_shape, model.name, model.input_dtype, autocast=autocast), source
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Shelf:
         """Gather chain, profile and cluster like :func:`prepare`."""
         if config.profile.kind == "from_file":
             return prepare(config, report=report)
-        model = json.dumps(to_data(config.model), sort_keys=True)
+        model = json.dumps([to_data(config.model), config.train.autocast], sort_keys=True)
         if model not in self.traced:
             self.traced[model] = load_model(config)[0]
         if config.profile.kind == "analytic":

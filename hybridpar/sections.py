@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from hybridpar.errors import ConfigError, PlanError
+from hybridpar.model.chain import Autocast
 from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
 from hybridpar.names import nearest
 from hybridpar.planning.plan import Kind, OrderRule, Precision
@@ -58,6 +59,8 @@ class ModelConfig:
     """A file with the state dict to begin with."""
     fresh: tuple[str, ...] = ()
     """Patterns of parameters that keep their initial values nevertheless."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained."""
 
     def __post_init__(self) -> None:
         _require(
@@ -283,6 +286,9 @@ class LossConfig:
             _require(fits, "loss.class_weights", list(self.class_weights), "must be finite numbers, none below 0")
 
 
+Logger = Literal["tensorboard", "wandb", "mlflow"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The training itself."""
@@ -294,18 +300,37 @@ class TrainConfig:
     drop_last: bool = False
     seed: int = 0
     precision: Precision = "float32"
+    """Of parameters, gradients and the optimizer's state."""
+    autocast: Autocast | None = None
+    """In which the layers compute, with parameters in float32; None: in ``precision``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int | None = 1
     """Epochs between evaluations; None: only at the end."""
     log_every: int = 10
     mode: Literal["auto", "progress", "plain", "quiet"] = "auto"
+    loggers: tuple[Logger, ...] = ("tensorboard",)
+    """Where rank 0 shows scalars, besides ``metrics.jsonl`` and ``evaluations.jsonl``."""
     timeout_s: float = 120.0
     """Of one communication: longer than any rank computes or reads between two of them."""
+    ema: float | None = None
+    """Decay of a moving average of the weights; None: no average."""
+    callbacks: tuple[str, ...] = ()
+    """``module:Class`` each, made on every rank."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "epochs", "steps", "eval_every", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name}", value, "must be at least 1")
+        once = len(set(self.loggers)) == len(self.loggers)
+        _require(once, "train.loggers", list(self.loggers), "must name each one once")
+        fits = self.ema is None or 0 <= self.ema < 1
+        _require(fits, "train.ema", self.ema, "must lie in [0, 1), as 0.999, or null")
+        _require(
+            self.autocast is None or self.precision == "float32",
+            "train.autocast",
+            self.autocast,
+            f"needs parameters in float32, but train.precision={self.precision}; change one of them",
+        )
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "must lie in 0..2**63-1")
         _require(self.timeout_s > 0, "train.timeout_s", self.timeout_s, "must be above 0 seconds")
 
@@ -350,8 +375,9 @@ class CheckpointConfig:
     """Steps between checkpoints; None: no checkpoints."""
     keep: int = 2
     """Latest ones that stay."""
-    best: Literal["accuracy", "loss"] | None = None
-    """Of an evaluation: a checkpoint is also made after the best one so far, and the best one stays."""
+    best: str | None = None
+    """Of an evaluation, ``accuracy``, ``loss`` or an own metric: a checkpoint is also made after the best one so
+    far, and the best one stays."""
     asynchronous: bool = True
     """Write while the training goes on; needs the memory for a copy on the CPU."""
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from hybridpar.data.keys import Keys
+from hybridpar.data.mixing import Mix, Mixing
 from hybridpar.data.sampler import EpochOrder
 from hybridpar.data.samples import Batch, Samples
 from hybridpar.errors import DataError
@@ -26,13 +27,25 @@ Intervals = Callable[[int], tuple[tuple[int, int], ...]]
 class _Request(NamedTuple):
     indices: NDArray[np.int64]
     keys: Keys
+    pairs: NDArray[np.int64] | None = None
+    """(2, n): which of them each sample is, and with which one it is mixed; None: they are not mixed."""
+    mix: Mix | None = None
+
+    def read(self, samples: Samples) -> Batch:
+        """Read the samples, and mix them."""
+        batch = samples.read(self.indices, self.keys)
+        if self.pairs is None or self.mix is None:
+            return batch
+        first, second = torch.from_numpy(self.pairs)
+        inputs = batch.inputs
+        return Batch(self.mix.apply(inputs[first], inputs[second]), batch.labels[first])
 
 
 class _Requests:
     """What to read in each step of an epoch, in order; steps in which nothing is read are left out."""
 
-    def __init__(self, order: EpochOrder, intervals: Intervals) -> None:
-        self.order = order
+    def __init__(self, order: EpochOrder, intervals: Intervals, mixing: Mixing | None = None) -> None:
+        self.order, self.mixing = order, mixing
         self.epoch = 0
         self.start_step = 0
         self._intervals = intervals
@@ -55,8 +68,15 @@ class _Requests:
 
     def at(self, step: int) -> _Request:
         """Return what to read in ``step``."""
-        positions = self.order.start(step) + self.work(step)
-        return _Request(self.order.indices(self.epoch, positions), self.order.keys(self.epoch, positions))
+        work, pairs, mixed = self.work(step), None, None
+        if self.mixing is not None:
+            # Each with the one before it in the step; those of an interval are there but for the first one's.
+            both = np.stack([work, (work - 1) % self.order.count(step)])
+            work = np.unique(both)
+            pairs, mixed = np.searchsorted(work, both), self.mixing.of(self.epoch, step)
+        positions = self.order.start(step) + work
+        order, epoch = self.order, self.epoch
+        return _Request(order.indices(epoch, positions), order.keys(epoch, positions), pairs, mixed)
 
     def __iter__(self) -> Iterator[_Request]:
         return (self.at(step) for step in self.steps if len(self.work(step)))
@@ -70,7 +90,7 @@ class _Reader(Dataset[Batch | DataError]):
 
     def __getitem__(self, request: _Request) -> Batch | DataError:
         try:
-            return self._samples.read(*request)
+            return request.read(self._samples)
         except DataError as e:
             return e
 
@@ -89,6 +109,8 @@ class StepLoader:
     a process that has threads may hang; so a script that starts them needs ``if __name__ == "__main__":``, and the
     samples must be picklable. ``pin`` puts the tensors into page-locked memory, for copies to a CUDA device.
 
+    With ``mixing`` inputs are mixed with those of the samples before them in the step; labels stay their own.
+
     One iteration at a time: a new one, ``set_epoch`` or ``close`` ends the one before. Raises DataError when the
     order is for another number of samples, and while iterating for samples that cannot be read.
     """
@@ -102,6 +124,7 @@ class StepLoader:
         workers: int = 0,
         pin: bool = False,
         prefetch: int = 2,
+        mixing: Mixing | None = None,
     ) -> None:
         if len(dataset) != order.size:
             raise DataError(
@@ -109,7 +132,7 @@ class StepLoader:
                 "size of the data set"
             )
         self._samples = dataset
-        self._requests = _Requests(order, intervals)
+        self._requests = _Requests(order, intervals, mixing)
         self._workers = workers
         self._pin = pin
         self._prefetch = prefetch
@@ -142,7 +165,7 @@ class StepLoader:
             if not len(self._requests.work(step)):
                 yield None
                 continue
-            inputs, labels = self._samples.read(*self._requests.at(step))
+            inputs, labels = self._requests.at(step).read(self._samples)
             yield Batch(inputs.pin_memory(), labels.pin_memory()) if self._pin else Batch(inputs, labels)
 
     def _read_ahead(self, iteration: int) -> Iterator[Batch | None]:

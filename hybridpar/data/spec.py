@@ -35,6 +35,10 @@ class DataSpec:
     """Training samples of ``synthetic``."""
     test_size: int = 2_000
     """Test samples of ``synthetic``."""
+    mixup: float | None = None
+    """Alpha of mixup on training samples; None: none."""
+    cutmix: float | None = None
+    """Alpha of CutMix on training images; None: none."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -43,6 +47,9 @@ class DataSpec:
             raise ConfigError(
                 f"data.size is {self.size} and data.test_size {self.test_size}; both must be positive"
             )
+        for key, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if alpha is not None and alpha <= 0:
+                raise ConfigError(f"data.{key}: {alpha} must be above 0, as 0.2 or 1.0, or null")
         if self.augment != "none" and self.name in {"synthetic", "custom"}:
             raise ConfigError(
                 f"data.augment={self.augment} does not work with data set {self.name}; set data.augment=none "

@@ -17,6 +17,11 @@ from hybridpar.schema import to_data
 
 SCHEMA_VERSION = 1
 
+Autocast = Literal["bfloat16"]
+"""What layers compute in where their parameters stay float32, as ``torch.autocast`` has it."""
+LOWERED_BYTES = 2
+"""Per element in one of these."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -87,6 +92,8 @@ class Layer:
     """Each feature of dim 1 is worked on by itself, so the layer runs on a slice of features unchanged."""
     random: Literal["none", "keyed", "unkeyed"] = "none"
     batch_norm: bool = False
+    lowered: bool = False
+    """The output is of the chain's autocast dtype, not of the parameters'."""
 
     @cached_property
     def parameter_count(self) -> int:
@@ -113,6 +120,10 @@ class Chain:
     tied: tuple[tuple[str, tuple[int, ...]], ...] = ()
     input_dtype: Literal["float", "int"] = "float"
     """Integer inputs (token ids) have 8 bytes per element and need no gradient."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained, by their names: they have neither gradients nor optimizer state."""
+    autocast: Autocast | None = None
+    """The layers compute under ``torch.autocast`` in this dtype, and were described so."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -137,6 +148,10 @@ class Chain:
         """Shape of the output for one sample."""
         return self.layers[-1].out_shape
 
+    def out_itemsize(self, layer: int, itemsize: int) -> int:
+        """Bytes per element of what a layer gives, if parameters have ``itemsize``; -1: of the model's input."""
+        return LOWERED_BYTES if layer >= 0 and self.layers[layer].lowered else itemsize
+
     @property
     def parameter_count(self) -> int:
         """Number of distinct parameter elements."""
@@ -146,11 +161,22 @@ class Chain:
     def gathered(self) -> tuple[int, ...]:
         """Per layer, the elements of its weight if its backward adds the gradient where it lies, else 0.
 
-        So do linear layers (``hybridpar.model.linear``) whose weight is theirs alone.
+        So do linear layers (``hybridpar.model.linear``) whose weight is theirs alone, and trained.
         """
-        tied = {name for name, _ in self.tied}
+        tied = {name for name, _ in self.tied} | set(self.frozen)
         weights = ((layer.linear, layer.parameters[:1]) for layer in self.layers)
         return tuple(p[0].count if linear and p[0].name not in tied else 0 for linear, p in weights)
+
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
+        """Per layer, the elements of its parameters that are trained."""
+        frozen = set(self.frozen)
+        return tuple(sum(p.count for p in layer.parameters if p.name not in frozen) for layer in self.layers)
+
+    @cached_property
+    def first_trained(self) -> int:
+        """The first layer with parameters to train: no backward goes on before it. 0 where there is none."""
+        return next((i for i, count in enumerate(self.trained) if count), 0)
 
     @cached_property
     def tail_start(self) -> int:
@@ -168,5 +194,12 @@ class Chain:
     @cached_property
     def fingerprint(self) -> str:
         """Hash over everything the chain says; a profile or plan made for another chain is noticed by it."""
-        text = json.dumps(to_data(self), sort_keys=True)
+        data = to_data(self)
+        if not self.frozen:
+            del data["frozen"]  # a model without frozen parameters is known by what it always was
+        if self.autocast is None:  # and so is one without autocast
+            del data["autocast"]
+            for layer in data["layers"]:
+                del layer["lowered"]
+        text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -26,6 +28,8 @@ META_FAILURES = (RuntimeError, NotImplementedError, TypeError)
 
 
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
+_NORMS = {_BATCH_NORM, torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_group_norm.default}
+"""They give statistics beside their output."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Footprint:
     """Random numbers were drawn that depend on no key."""
     differentiable: bool
     """The output has a gradient."""
+    dtype: torch.dtype
+    """Of the output."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class _Meter(TorchDispatchMode):
     ) -> Any:
         del types
         out = _batch_norm(*args) if func is _BATCH_NORM and args[0].is_meta else func(*args, **(kwargs or {}))
+        if func in _NORMS and _mixed(args):
+            out = (out[0], *(t.float() for t in out[1:]))
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
@@ -86,22 +94,33 @@ def measure(
     requires_grad: bool,
     training_dtype: torch.dtype,
     name: str,
+    autocast: torch.dtype | None = None,
+    *,
+    ends: bool = False,
 ) -> Footprint:
     """Run a layer forward at two batch sizes, in training mode, and see what it keeps for its backward.
 
     ``in_shape`` leaves out dim 0. Works on a copy on the meta device, or on zeros on the CPU where the layer reads
-    values. Storages are counted once; those of parameters and buffers are left out. Raises ModelError where the
-    layer fails, mixes up dim 0, or keeps an amount that is not affine in the samples.
+    values. Storages are counted once; those of parameters and buffers are left out. With ``autocast`` it runs
+    under ``torch.autocast`` of a CPU in that dtype; a layer that ``ends`` the model then gives ``training_dtype``,
+    as the loss takes it. Raises ModelError where the layer fails, mixes up dim 0, or keeps an amount that is not
+    affine in the samples.
     """
 
     def attempt(device: str) -> list[_Run]:
+        if device == "meta" and autocast is not None:  # to which meta tensors are blind
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return on("cpu")
+        return on(device)
+
+    def on(device: str) -> list[_Run]:
         copy = runnable(module, device)
         runs = []
-        with borrowed(), torch.device(device), torch.enable_grad():
+        with borrowed(), torch.device(device), torch.enable_grad(), lowering("cpu", autocast):
             for samples in BATCHES:
                 set_keys(copy, Keys(0, 0, torch.arange(samples)))
                 x = torch.zeros(samples, *in_shape, dtype=in_dtype, requires_grad=requires_grad)
-                runs.append(_run(copy, x, training_dtype))
+                runs.append(_run(copy, x, training_dtype, ends=ends))
         set_keys(copy, None)
         return runs
 
@@ -133,7 +152,15 @@ def measure(
         aliases_input=first.aliases_input,
         draws=first.draws,
         differentiable=first.out.requires_grad,
+        dtype=first.out.dtype,
     )
+
+
+@contextmanager
+def lowering(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Run layers under autocast in ``dtype`` on a type of device; None: as they are."""
+    with nullcontext() if dtype is None else torch.autocast(device, dtype):
+        yield
 
 
 def remedy(part: nn.Module) -> str:
@@ -170,7 +197,7 @@ def _on_any_device(attempt: Callable[[str], list[_Run]], name: str) -> list[_Run
         raise ModelError(f"layer {name} fails in a forward call: {type(e).__name__}: {e}") from e
 
 
-def _run(module: nn.Module, x: torch.Tensor, training_dtype: torch.dtype) -> _Run:
+def _run(module: nn.Module, x: torch.Tensor, training_dtype: torch.dtype, *, ends: bool) -> _Run:
     kept: dict[int, torch.Tensor] = {}
     meter = _Meter()
 
@@ -180,10 +207,10 @@ def _run(module: nn.Module, x: torch.Tensor, training_dtype: torch.dtype) -> _Ru
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), meter:
         out = module(x)
+        out = out.to(training_dtype) if ends and isinstance(out, torch.Tensor) else out
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"the output is a {type(out).__name__}, not a tensor")
-    ends = {storage_id(x), storage_id(out)}
-    apart = ends | {storage_id(t) for t in tensors(module)}
+    apart = {storage_id(x), storage_id(out)} | {storage_id(t) for t in tensors(module)}
     inside = [t for key, t in kept.items() if key not in apart]
     return _Run(
         out=out,
@@ -201,6 +228,12 @@ def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor
     """Give output, mean and inverse deviation of a batch norm in training, which torch takes long over on meta."""
     del rest
     return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+def _mixed(args: tuple[Any, ...]) -> bool:
+    """Whether a norm has float32 parameters and an input of less: its statistics are float32, but not on fakes."""
+    x, *rest = args
+    return x.itemsize < 4 and any(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in rest)
 
 
 def storage_id(tensor: torch.Tensor) -> int:

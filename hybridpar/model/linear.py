@@ -23,6 +23,9 @@ class GatheringLinear(nn.Module):
 
     ``weight.grad`` is complete after a backward, as ever, but it never goes through autograd: tensor hooks of the
     weight do not see it.
+
+    Under autocast the matrix products are of its dtype, and a gradient is added in the weight's. Input and weight
+    are kept as they are and lowered again for the backward, so that nothing is kept beside them.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -39,14 +42,28 @@ class GatheringLinear(nn.Module):
         return y
 
     def gather(self, gradient: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the weight's gradient, given the output's (samples, out) and the input (samples, in)."""
+        """Add the weight's gradient, given the output's (samples, out) and the input (samples, in).
+
+        Both of one dtype; if it is not the weight's, the product is made before it is added.
+        """
         weight = self.weight
-        if weight.grad is not None:
+        if gradient.dtype != weight.dtype:
+            self._add(torch.mm(gradient.t(), x))
+        elif weight.grad is not None:
             weight.grad.addmm_(gradient.t(), x)
         elif self.home is not None:
             weight.grad = torch.mm(gradient.t(), x, out=self.home)
         else:
             weight.grad = torch.mm(gradient.t(), x)
+
+    def _add(self, product: torch.Tensor) -> None:
+        """Add a gradient of another dtype."""
+        weight = self.weight
+        if weight.grad is not None:
+            weight.grad.add_(product)
+        else:
+            home = torch.empty_like(weight, requires_grad=False) if self.home is None else self.home
+            weight.grad = home.copy_(product)
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:
@@ -58,7 +75,7 @@ class _Map(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: GatheringLinear
     ) -> torch.Tensor:
-        ctx.layer, needs = layer, ctx.needs_input_grad
+        ctx.layer, ctx.dtype, needs = layer, x.dtype, ctx.needs_input_grad
         ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         return F.linear(x, weight, bias)
 
@@ -66,8 +83,9 @@ class _Map(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
-        of_input = gradient @ weight if weight is not None else None
+        kind = gradient.dtype
+        of_bias = gradient.sum(0, dtype=ctx.layer.bias.dtype) if ctx.needs_input_grad[2] else None
+        of_input = (gradient @ weight.to(kind)).to(ctx.dtype) if weight is not None else None
         if x is not None:
-            ctx.layer.gather(gradient, x)
+            ctx.layer.gather(gradient, x.to(kind))
         return of_input, None, of_bias, None

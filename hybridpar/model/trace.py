@@ -7,19 +7,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import fx, nn
 
 from hybridpar.errors import ModelError
-from hybridpar.model.chain import Chain, Layer, Linear, Parameter
+from hybridpar.model.chain import Autocast, Chain, Layer, Linear, Parameter
 from hybridpar.model.copies import named_tensors
 from hybridpar.model.cut import ELEMENTWISE, cut
 from hybridpar.model.footprint import Footprint, measure
 from hybridpar.model.graph import capture, input_node, module_of
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
+from hybridpar.model.linear import GatheringLinear
 from hybridpar.model.named import Named, Naming, compare, named_layers
 from hybridpar.model.samples import check_samples
 
@@ -48,6 +49,7 @@ def trace(
     name: str,
     input_dtype: Literal["float", "int"] = "float",
     layers: Naming | None = None,
+    autocast: Autocast | None = None,
 ) -> Traced:
     """Cut ``module`` into a chain of layers wherever exactly one tensor crosses, and measure each layer.
 
@@ -56,7 +58,8 @@ def trace(
     activations become out of place. Layers are measured in training mode.
 
     Where ``layers`` is given, or the module has a method ``hybridpar_layers``, its layers are taken instead of
-    those found by tracing; see ``model/named.py``.
+    those found by tracing; see ``model/named.py``. With ``autocast`` the layers are described as they compute
+    under ``torch.autocast`` in that dtype on a CPU; the last one's output stays as the parameters are.
 
     Raises ModelError where the model cannot be traced, takes several inputs, gives no single tensor, or loses the
     samples of dim 0 or mixes them.
@@ -73,16 +76,31 @@ def trace(
     names = _full_names(module, parts, [piece.name for piece in pieces])
     described: list[Layer] = []
     checked: set[str] = set()
-    differentiable = False
+    differentiable, lowered = False, None if autocast is None else getattr(torch, autocast)
+    entering = dtype
     for part, piece, full_names in zip(parts, pieces, names, strict=True):
         shape = described[-1].out_shape if described else tuple(in_shape)
         in_dtype = floating if described else dtype
-        footprint = measure(part, shape, in_dtype, differentiable, floating, piece.name)
-        differentiable = footprint.differentiable
+        ends = autocast is not None and piece is pieces[-1]
+        run = part if autocast is None else _as_run(part, shape)
+        footprint = measure(run, shape, entering, differentiable, floating, piece.name, lowered, ends=ends)
+        differentiable, entering = footprint.differentiable, footprint.dtype
         described.append(_describe(part, piece.nodes, piece.name, shape, footprint, full_names))
+        if lowered is not None and footprint.dtype == lowered:
+            described[-1] = replace(described[-1], lowered=True)
         check_samples(part, piece.nodes, described[-1], in_dtype, checked)
-    chain = Chain(model=name, layers=tuple(described), tied=_tied(described), input_dtype=input_dtype)
+    chain = Chain(name, tuple(described), _tied(described), input_dtype, _frozen(parts, names), autocast)
     return Traced(chain, tuple(parts), tuple(names))
+
+
+def _as_run(part: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
+    """Return what stands for a layer in a run; it keeps less under autocast."""
+    return GatheringLinear(part.weight, part.bias) if _is_flat(part, in_shape) else part
+
+
+def _is_flat(part: nn.Module, in_shape: tuple[int, ...]) -> TypeGuard[nn.Linear]:
+    """Whether a layer is a single linear map over dim 1."""
+    return type(part) is nn.Linear and len(in_shape) == 1
 
 
 @dataclass(frozen=True)
@@ -215,7 +233,6 @@ def _describe(
     local = dict(part.named_parameters())
     keyed = any(isinstance(m, KeyedDropout) and m.p > 0 for m in part.modules())
     functions = {_function_name(n) for n in nodes}
-    flat = type(part) is nn.Linear and len(in_shape) == 1
     return Layer(
         name=name,
         kind=_kind(part, nodes),
@@ -229,7 +246,7 @@ def _describe(
         saves_output=footprint.saves_output,
         aliases_input=footprint.aliases_input,
         linear=Linear(part.in_features, part.out_features, part.bias is not None)
-        if flat and isinstance(part, nn.Linear)
+        if _is_flat(part, in_shape)
         else None,
         channelwise=_is_channelwise(part, nodes, in_shape, footprint.out_shape),
         random="unkeyed" if footprint.draws else "keyed" if keyed else "none",
@@ -284,6 +301,17 @@ def _is_flattening(nodes: list[fx.Node]) -> bool:
         return False
     to_rows = len(sizes) == 2 and isinstance(sizes[0], fx.Node) and isinstance(sizes[1], int) and sizes[1] == -1
     return to_rows and all(_function_name(n) in _SHAPE_READS for n in reads)
+
+
+def _frozen(parts: list[nn.Module], names: list[dict[str, str]]) -> tuple[str, ...]:
+    """Return the parameters that are not to be trained, in the order of the layers."""
+    found = {
+        full[local]: None
+        for part, full in zip(parts, names, strict=True)
+        for local, parameter in part.named_parameters()
+        if not parameter.requires_grad
+    }
+    return tuple(found)
 
 
 def _tied(layers: list[Layer]) -> tuple[tuple[str, tuple[int, ...]], ...]:

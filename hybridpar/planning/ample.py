@@ -81,9 +81,9 @@ class _Most:
         block = program.blocks[index]
         position, described = program.positions[block.position], kept(block, shard, chain)
         trailing = math.prod(block.shape(chain, "out")[1:])
-        entering = described.input * itemsize
-        leaving = length(block.features(chain, shard, "out")) * trailing * itemsize
-        states = 2 + program.plan.recipe.optimizer_states
+        entering = described.bytes(0, itemsize)
+        leaving = length(block.features(chain, shard, "out")) * trailing * block.out_itemsize(chain, itemsize)
+        states = 2 + program.plan.recipe.optimizer_states + program.plan.recipe.average
         held = bucket_elements(chain, position, block, position.ranks[shard])
         own = max(held, sum(described.parameters)) * itemsize
         total = float(states * own + sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)]))

@@ -109,6 +109,10 @@ class Block:
     leaves: State = "full"
     spans: tuple[tuple[Span, ...], ...] = ()
     recompute: bool = False
+    backward: bool = True
+    """Whether a backward runs: this block, or one before it, has parameters to train."""
+    answers: bool = True
+    """Whether its backward gives the gradient of its input: a block before it has parameters to train."""
 
     def fraction(self, chain: Chain, shard: int, layer: int) -> float:
         """Share of a layer's work that a shard does."""
@@ -128,6 +132,10 @@ class Block:
         if side == "out" or self.layers[0] == len(chain.layers):
             return chain.layers[self.layers[1] - 1].out_shape
         return chain.layers[self.layers[0]].in_shape
+
+    def out_itemsize(self, chain: Chain, itemsize: int) -> int:
+        """Bytes per element of the output and its gradient, if parameters have ``itemsize``."""
+        return chain.out_itemsize(self.layers[1] - 1, itemsize)
 
     def features(self, chain: Chain, shard: int, side: Literal["in", "out"]) -> Interval:
         """Interval of dim 1 that the shard's input or output covers."""
@@ -173,7 +181,19 @@ def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
     for position in positions(plan):
         for b in blocks_of(position, plan, chain):
             index = len(result)
-            result.append(Block(index, position.index, b.layers, b.enters, b.leaves, b.spans, b.recompute))
+            result.append(
+                Block(
+                    index,
+                    position.index,
+                    b.layers,
+                    b.enters,
+                    b.leaves,
+                    b.spans,
+                    b.recompute,
+                    b.backward,
+                    b.answers,
+                )
+            )
     return tuple(result)
 
 
@@ -190,7 +210,7 @@ def blocks_of(position: Position, plan: Plan, chain: Chain) -> tuple[Block, ...]
 def _whole_cut(layers: Interval, chain: Chain, least: Bucket | None, recompute: bool) -> tuple[Block, ...]:
     """Cut at gradient buckets, if there are any."""
     cut = [layers] if least is None else _buckets(layers, chain, least)
-    return tuple(Block(0, 0, own, recompute=recompute) for own in cut)
+    return tuple(_passed(Block(0, 0, own, recompute=recompute), chain) for own in cut)
 
 
 @lru_cache(maxsize=4096)
@@ -206,7 +226,13 @@ def _sharded_cut(
     cut = _sharded_blocks(sharding, layers, weights, chain)
     if least is not None:
         cut = [part for whole in cut for part in _shard_buckets(whole, chain, least)]
-    return tuple(replace(block, recompute=recompute) for block in cut)
+    return tuple(_passed(replace(block, recompute=recompute), chain) for block in cut)
+
+
+def _passed(block: Block, chain: Chain) -> Block:
+    """Return a block that knows how far a backward goes through the chain."""
+    first, last = block.layers
+    return replace(block, backward=last > chain.first_trained, answers=first > chain.first_trained)
 
 
 class Side(NamedTuple):
@@ -255,8 +281,8 @@ def _buckets(layers: Interval, chain: Chain, least: Bucket) -> list[Interval]:
     """Cut from the back, because the last layers' gradients are ready first."""
     cuts, size = [layers[1]], 0
     for i in range(layers[1] - 1, layers[0], -1):
-        size += chain.layers[i].parameter_count * least.itemsize
-        if size >= least.bytes and any(x.parameters for x in chain.layers[layers[0] : i]):
+        size += chain.trained[i] * least.itemsize
+        if size >= least.bytes and any(chain.trained[layers[0] : i]):
             cuts.append(i)
             size = 0
     cuts.append(layers[0])
@@ -267,9 +293,9 @@ def _shard_buckets(block: Block, chain: Chain, least: Bucket) -> list[Block]:
     """Cut a block before its row-sharded linear, whose input lies in slices, if it is a bucket of its own."""
     first, last = block.layers
     for at in range(first + 1, last):
-        before, behind = chain.layers[first:at], chain.layers[at:last]
-        size = sum(layer.parameter_count for layer in behind) * least.itemsize // len(block.spans)
-        large = size >= least.bytes and any(layer.parameters for layer in before)
+        before, behind = chain.trained[first:at], chain.trained[at:last]
+        size = sum(behind) * least.itemsize // len(block.spans)
+        large = size >= least.bytes and any(before)
         if large and block.spans[0][at - first].mode == "row":
             count = at - first
             return [

@@ -134,7 +134,7 @@ class Books:
         samples, described = own.samples[key[1]], own.kept
         entering = None if first else self.values.get(("input", key)) or Storage(own.in_bytes * samples)
         out = entering if described.output_is_input else Storage(own.out_bytes * samples)
-        if self.train:
+        if self.train and own.block.backward:
             shared = [] if entering is None else [entering]
             if not own.recompute and described.output_kept and out is not None and out is not entering:
                 shared.append(out)
@@ -163,7 +163,7 @@ class Books:
     def _backward(self, key: Key) -> bool:
         """Return whether it is the first one that makes the gradients of its block."""
         own = self.own[key[0]]
-        if key[0] > 0:
+        if own.block.answers:
             self._put("input gradient", key, Storage(own.in_bytes * own.samples[key[1]]))
         self._drop("gradient", key)
         shared, inside, large = self.held.pop(key)
@@ -289,9 +289,10 @@ class Own:
         self.samples = [length(intervals[self.shard]) for intervals in program.micro_batches[block.position]]
         self.out_features = length(block.features(chain, self.shard, "out"))
         self.in_features = length(block.features(chain, self.shard, "in"))
-        self.out_bytes = self.out_features * math.prod(block.shape(chain, "out")[1:]) * self.itemsize
+        trailing = math.prod(block.shape(chain, "out")[1:])
+        self.out_bytes = self.out_features * trailing * block.out_itemsize(chain, self.itemsize)
         """Per sample of the output, and of the input below."""
-        self.in_bytes = self.kept.input * self.itemsize
+        self.in_bytes = self.kept.bytes(0, self.itemsize)
         self.makes_gradients = program.mode == "train" and not position.reduced
         self.gradient_bytes = 0
         if self.makes_gradients:

@@ -65,7 +65,7 @@ class Bounds:
             speed = costs.speed(plan, rank)
             total, least = passes.of(index)
             if not zero:
-                total += costs.update(chain, plan.itemsize, own, index)
+                total += costs.update(plan, chain, own, index)
             work.append(total / speed)
             quickest = min(quickest, least / speed)
         reductions = 0.0
@@ -105,7 +105,7 @@ class _Passes:
             each = {size: self._seconds(index, size) for size in counts}
             fresh = 0.0
             if counts:
-                fresh = sum(self.costs.fresh(self.chain, self.position, block, index) for block in self.own)
+                fresh = sum(self.costs.fresh(self.chain, self.position, b, index) for b in self.own if b.backward)
             total = sum(count * each[size] for size, count in counts.items())
             self.known[key] = total - fresh, min(each.values(), default=fresh) - fresh
         return self.known[key]
@@ -114,5 +114,5 @@ class _Passes:
         return sum(
             self.costs.passes(self.chain, block, index, size, kind)
             for block in self.own
-            for kind in ("forward", "backward")
+            for kind in ("forward", "backward")[: 1 + block.backward]
         )

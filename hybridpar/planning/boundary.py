@@ -13,7 +13,7 @@ from hybridpar.planning.layout import Layout, Transfer, exchange
 
 @dataclass(frozen=True)
 class Boundary:
-    """The exchanges between a block and the next one.
+    """The exchanges between a block and the next one; no gradient where nothing before it is trained.
 
     A pass that is ``summed`` is one all-reduce per micro-batch instead: every rank holds a summand of exactly what
     every rank wants.
@@ -38,15 +38,18 @@ def boundaries(
             block_side(before, positions[before.position], chain, "out"),
             block_side(after, positions[after.position], chain, "in"),
             samples,
+            after.answers,
         )
         for before, after in pairwise(blocks)
     )
 
 
 @lru_cache(maxsize=1024)
-def _between(before: Side, after: Side, samples: int) -> Boundary:
+def _between(before: Side, after: Side, samples: int, both_ways: bool) -> Boundary:
     """Return a boundary. Plans that differ elsewhere share it, and so do blocks of one position."""
     (out, out_gradient), (enter, enter_gradient) = before.layouts(samples), after.layouts(samples)
+    if not both_ways:
+        return Boundary(exchange(out, enter), (), _is_sum(out, enter), gradient_summed=False)
     return Boundary(
         exchange(out, enter),
         exchange(enter_gradient, out_gradient),

@@ -218,7 +218,7 @@ class _RankData:
         for block in self.program.blocks:
             for m in self._own(self.program.positions[block.position]):
                 tokens["output", block.index, m] = 1
-                if self.train:
+                if self.train and block.backward:
                     tokens["input gradient", block.index, m] = 1
                 if block.index == self.last:
                     tokens["loss", self.last, m] = 1
@@ -232,7 +232,8 @@ class _RankData:
         for block in self.program.blocks:
             if block.position != position.index or self.rank not in position.ranks:
                 continue
-            tokens |= {("input gradient", block.index, m): 1 for m in self._own(position)}
+            if block.backward:
+                tokens |= {("input gradient", block.index, m): 1 for m in self._own(position)}
             reduced = position.reduced and not is_zero(self.program.plan, position)
             if reduced and bucket_elements(self.program.chain, position, block, self.rank):
                 tokens["bucket", block.index, 0] = 1

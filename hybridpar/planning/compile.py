@@ -82,7 +82,9 @@ class _Compiler:
         self.arriving: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
         self.unwaited: list[dict[int, None]] = [{} for _ in self.world]
         self.boundaries = boundaries(self.positions, self.blocks, chain, samples)
-        self.trailing = [math.prod(b.shape(chain, "out")[1:]) * plan.itemsize for b in self.blocks]
+        self.trailing = [
+            math.prod(b.shape(chain, "out")[1:]) * b.out_itemsize(chain, plan.itemsize) for b in self.blocks
+        ]
         """Bytes per sample and feature of every block's output."""
         self.leaving: dict[tuple[Content, int, int, int], list[Transfer]] = defaultdict(list)
         for i, boundary in enumerate(self.boundaries):
@@ -216,7 +218,7 @@ class _Compiler:
         for rank in task.ranks:
             self._await(rank, "gradient", task.block, task.micro_batch)
             self._act(rank, Action("backward", task.block, task.micro_batch))
-        if task.block > 0:
+        if self.blocks[task.block].answers:
             self._deliver("gradient", task.block - 1, task)
         for rank in task.ranks:
             self.backwards[task.block, rank] -= 1
@@ -236,10 +238,10 @@ class _Compiler:
         self._await_gradients(rank, position)
         if self.plan.recipe.clipping:
             self._wait_once(rank, self.shared["norm"].index)
-        if not is_zero(self.plan, position):
+        size = self.plan.itemsize * parameter_count(self.chain, position.layers, trained=True)
+        if not (is_zero(self.plan, position) and size):
             self._act(rank, Action("update", position.index))
             return
-        size = self.plan.itemsize * parameter_count(self.chain, position.layers)
         group = position.gradients(rank)
         zero = self._once(
             f"zero {position.name}",

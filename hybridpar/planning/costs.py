@@ -20,6 +20,8 @@ from hybridpar.profiling.record import Profile
 NORM_SHARE = 1 / 5
 """Of an optimizer step's memory traffic: a norm reads the gradients once; SGD with momentum reads parameters,
 gradients and momenta and writes parameters and momenta."""
+AVERAGE_SHARE = 3 / 5
+"""Likewise: a moving average reads parameters and averages, and writes averages."""
 COPY_PASSES = 2
 """A copy reads and writes every byte."""
 
@@ -106,7 +108,8 @@ class Costs:
         """
         key = (block.layers, block.spans[index] if block.spans else (), position.reduced)
         if key not in self._saved:
-            layers = (i for i in range(*block.layers) if chain.gathered[i] or not position.reduced)
+            own = (i for i in range(*block.layers) if chain.trained[i])
+            layers = (i for i in own if chain.gathered[i] or not position.reduced)
             self._saved[key] = sum(
                 self.profile.accumulate_time(i, block.fraction(chain, index, i)) for i in layers
             )
@@ -184,10 +187,11 @@ class Costs:
             own = (p.index for p in program.positions if rank in p.ranks)
             return NORM_SHARE * sum(self._update_time(program, rank, i) for i in own)
         if action.kind == "copy" and action.transfer is not None and not action.transfer.whole:
-            following = program.blocks[(action.block or 0) + 1]
-            trailing = math.prod(following.shape(program.chain, "in")[1:])
+            before = program.blocks[action.block or 0]
+            trailing = math.prod(before.shape(program.chain, "out")[1:])
             elements = length(action.transfer.samples) * length(action.transfer.features) * trailing
-            return COPY_PASSES * elements * program.plan.itemsize / self.cluster.device.memory_bytes_per_s
+            size = elements * before.out_itemsize(program.chain, program.plan.itemsize)
+            return COPY_PASSES * size / self.cluster.device.memory_bytes_per_s
         return 0.0
 
     def operation(self, program: Program, operation: Operation) -> float:
@@ -230,21 +234,20 @@ class Costs:
             self._passes[key] = seconds
         return self._passes[key]
 
-    def update(self, chain: Chain, itemsize: int, blocks: list[Block], index: int) -> float:
+    def update(self, plan: Plan, chain: Chain, blocks: list[Block], index: int) -> float:
         """Return the seconds of an optimizer step for blocks of one position on its rank number ``index``."""
         total = sum(self._elements(chain, block, index) for block in blocks)
-        return total * itemsize * self.profile.update_s_per_byte
+        passes = 1 + AVERAGE_SHARE * plan.recipe.average
+        return total * plan.itemsize * self.profile.update_s_per_byte * passes
 
     def _elements(self, chain: Chain, block: Block, index: int) -> float:
-        """Return the parameter elements of a block on its rank number ``index``."""
+        """Return the trained elements of a block on its rank number ``index``."""
         if not block.spans:
-            return parameter_count(chain, block.layers)
+            return parameter_count(chain, block.layers, trained=True)
         key = (block.layers, block.spans[index])
         if key not in self._held:
             layers = range(*block.layers)
-            self._held[key] = sum(
-                chain.layers[i].parameter_count * block.fraction(chain, index, i) for i in layers
-            )
+            self._held[key] = sum(chain.trained[i] * block.fraction(chain, index, i) for i in layers)
         return self._held[key]
 
     def _loss_time(self, program: Program, rank: int, action: Action) -> float:
@@ -258,7 +261,7 @@ class Costs:
     def _update_time(self, program: Program, rank: int, position: int) -> float:
         own = [b for b in program.blocks if b.position == position]
         index = program.positions[position].ranks.index(rank)
-        return self.update(program.chain, program.plan.itemsize, own, index)
+        return self.update(program.plan, program.chain, own, index)
 
 
 def wire_bytes(operation: Operation, replicas: int = 1) -> int:

@@ -25,6 +25,7 @@ WORDS = {
     "recompute": "recomputation",
     "clipping": "gradient clipping",
     "optimizer_states": "optimizer states",
+    "average": "average of the weights",
 }
 """What a user calls a field; one that is missing here goes by its own name."""
 COUNTED_AS: dict[Kind, str] = {"front": "replicas", "middle": "segments", "tail": "shards"}

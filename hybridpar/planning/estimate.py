@@ -69,7 +69,7 @@ class Estimator:
         self.machine = Machine(
             Wiring(cluster),
             min(cluster.memory_bytes(r) for r in range(cluster.world)),
-            self.request.recipe.optimizer_states,
+            self.request.recipe.optimizer_states + self.request.recipe.average,
             self.request.usual_bucket,
             drafting.sharded,
         )

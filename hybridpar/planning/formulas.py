@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybridpar.model.chain import LOWERED_BYTES
 from hybridpar.planning.part import Part
 from hybridpar.planning.placement import Placement
 from hybridpar.planning.sharding import Sharded
@@ -239,10 +240,13 @@ class Formulas:
         part = self.parts[-1]
         by_start = {start: self.machine.sharded(start, part.width) for start in set(part.start.tolist())}
         found = [by_start[start] for start in part.start.tolist()]
-        itemsize = part.tables.itemsize
+        tables = part.tables
+        chain, itemsize = tables.chain, tables.itemsize
+        before = [chain.out_itemsize(start - 1, itemsize) for start in part.start.tolist()]
+        within = LOWERED_BYTES if chain.autocast else itemsize
         return (
-            np.array([f.entering * itemsize for f in found]),
-            np.array([f.inside * itemsize for f in found]),
+            np.array([f.entering * size for f, size in zip(found, before, strict=True)]),
+            np.array([f.inside * within for f in found]),
             np.array([float(f.sums) for f in found]),
         )
 
@@ -294,7 +298,7 @@ class Formulas:
             total: Any = 0.0
             for i, part in enumerate(self.parts):
                 if owner[i]:
-                    total = total + owner[i] * states * part.bytes + owner[i] * self._kept_bytes(i)
+                    total = total + owner[i] * (part.held + (states - 1) * part.bytes + self._kept_bytes(i))
             worst = np.maximum(worst, total)
         return np.asarray(np.maximum(worst - limit, 0.0))
 

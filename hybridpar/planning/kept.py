@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from hybridpar.model.chain import Chain
+from hybridpar.model.chain import LOWERED_BYTES, Chain
 from hybridpar.planning.blocks import Block
 from hybridpar.planning.layout import Interval, length
 
@@ -23,13 +23,15 @@ class Use:
     """What it keeps beyond input and output: elements per sample, bytes per sample, elements, bytes."""
     parameters: tuple[int, ...]
     """Elements of each parameter on this shard."""
+    trained: tuple[int, ...]
+    """Likewise, of those that are trained."""
     gathers: bool
     """The gradient of the first parameter has its place from step to step, and no backward makes another."""
 
     @property
     def made(self) -> tuple[int, ...]:
         """Elements of the parameters whose gradients a backward makes before it adds them."""
-        return self.parameters[self.gathers :]
+        return self.trained[self.gathers :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +41,16 @@ class Kept:
     uses: tuple[Use, ...]
     sizes: tuple[int, ...]
     """Elements per sample of every storage."""
+    lowered: tuple[bool, ...]
+    """Which storages are of the chain's autocast dtype."""
     saved: frozenset[int]
     """The input's storage, and those that a layer saves."""
     first_saver: dict[int, int]
     """By storage the earliest layer that saves it, after whose backward it is free."""
 
-    @property
-    def input(self) -> int:
-        """Elements per sample of the input."""
-        return self.sizes[0]
+    def bytes(self, storage: int, itemsize: int) -> int:
+        """Return the bytes per sample of a storage, if an element of the parameters has ``itemsize``."""
+        return self.sizes[storage] * (LOWERED_BYTES if self.lowered[storage] else itemsize)
 
     @property
     def output(self) -> int:
@@ -76,7 +79,7 @@ class Kept:
 
     def inside(self, samples: int, itemsize: int) -> list[int]:
         """Return the bytes of every storage kept, apart from the input's and the output's."""
-        found = [self.sizes[s] * samples * itemsize for s in self.saved if s not in (0, self.output)]
+        found = [self.bytes(s, itemsize) * samples for s in self.saved if s not in (0, self.output)]
         return found + [extra_bytes(use, samples, itemsize) for use in self.uses]
 
 
@@ -105,12 +108,14 @@ def _sharded(block: Block, shard: int, chain: Chain) -> Kept:
 def _followed(block: Block, shard: int, chain: Chain) -> Kept:
     entering = length(block.features(chain, shard, "in")) * math.prod(block.shape(chain, "in")[1:])
     current, sizes, uses, first_saver = 0, [entering], list[Use](), dict[int, int]()
+    lowered = [block.layers[0] > 0 and chain.layers[block.layers[0] - 1].lowered]
     for offset, layer in enumerate(chain.layers[slice(*block.layers)]):
         width = length(block.spans[shard][offset].outputs) if block.spans else layer.out_shape[0]
         source = current
         if not layer.aliases_input:
             current = len(sizes)
             sizes.append(width * math.prod(layer.out_shape[1:]))
+            lowered.append(layer.lowered)
         saved = dict.fromkeys([source] * layer.saves_input + [current] * layer.saves_output)
         for storage in saved:
             first_saver.setdefault(storage, offset)
@@ -124,6 +129,9 @@ def _followed(block: Block, shard: int, chain: Chain) -> Kept:
         )
         fraction = block.fraction(chain, shard, block.layers[0] + offset)
         parameters = tuple(round(p.count * fraction) for p in layer.parameters)
+        frozen = set(chain.frozen)
+        own_trained = zip(layer.parameters, parameters, strict=True)
+        trained = tuple(count for p, count in own_trained if p.name not in frozen)
         gathers = chain.gathered[block.layers[0] + offset] > 0
-        uses.append(Use(source, current, tuple(saved), extra, parameters, gathers))
-    return Kept(tuple(uses), tuple(sizes), frozenset(first_saver) | {0}, first_saver)
+        uses.append(Use(source, current, tuple(saved), extra, parameters, trained, gathers))
+    return Kept(tuple(uses), tuple(sizes), tuple(lowered), frozenset(first_saver) | {0}, first_saver)

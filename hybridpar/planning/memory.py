@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridpar.planning.books import FIGURE_BYTES, Books
 from hybridpar.planning.layout import length
-from hybridpar.planning.parameters import bucket_elements, is_zero
+from hybridpar.planning.parameters import bucket_elements, held_elements, is_zero
 from hybridpar.planning.program import METRICS, Program
 
 
@@ -23,6 +23,7 @@ class Memory:
     gradients: int
     """In buckets, and those that gather in place; they stay from step to step."""
     optimizer: int
+    """And the average of the weights."""
     batch: int
     """The step's own input samples, held all through it."""
     control: int
@@ -76,12 +77,14 @@ def memory_of(books: Books) -> Memory:
     for block in program.blocks:
         position = program.positions[block.position]
         if rank in position.ranks:
-            own = bucket_elements(chain, position, block, rank) * plan.itemsize
-            parameters += own + sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
+            parameters += held_elements(chain, position, block, rank) * plan.itemsize
+            parameters += sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
             if program.mode == "train":
+                own = bucket_elements(chain, position, block, rank) * plan.itemsize
                 gradients += own if position.reduced else sum(books.own[block.index].kept.gathered) * plan.itemsize
                 states = own * plan.recipe.optimizer_states
                 optimizer += -(-states // len(position.ranks)) if is_zero(plan, position) else states
+                optimizer += own * plan.recipe.average
     batch, control = _read(program, rank)
     lists = books.saved, books.moving, books.accumulated, books.transient
     return Memory(parameters, gradients, optimizer, batch, control, *map(tuple, lists))

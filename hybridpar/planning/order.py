@@ -194,7 +194,7 @@ class _Graph:
                 self._add(Task("forward", block.index, m, ranks), ticks, self._forward_key(block, start))
                 if block.index == last:
                     self._add(Task("loss", block.index, m, ranks), 1, (1, -block.index - 1, start))
-                if flow.train:
+                if flow.train and block.backward:
                     self._add(Task("backward", block.index, m, ranks), ticks, (1, -block.index, start))
         for m, ranks, _, _ in self._pieces(flow.positions[-1]):
             self._depend(self.at["loss", last, m, ranks[0]], self.at["forward", last, m, ranks[0]])
@@ -224,10 +224,14 @@ class _Graph:
             self._depend(later, earlier)
 
     def _add_caps(self, caps: tuple[int, ...]) -> None:
-        first_block = {}  # type: dict[int, int]
+        first_block, first_trained = {}, {}  # type: dict[int, int], dict[int, int]
         for b in self.flow.blocks:
             first_block.setdefault(b.position, b.index)
+            if b.backward:
+                first_trained.setdefault(b.position, b.index)
         for position, cap in zip(self.flow.positions, caps, strict=True):
+            if position.index not in first_trained:
+                continue  # nothing is kept for a backward
             block, chunk_list = first_block[position.index], self.chunks[position.index]
             starts = [min(i[0] for i in intervals) for intervals in chunk_list]
             stops = [max(i[1] for i in intervals) for intervals in chunk_list]
@@ -238,7 +242,9 @@ class _Graph:
                     held = bisect_left(begins, stops[m] - cap)
                     if held:
                         later = self.at["forward", block, m, rank]
-                        self._depend(later, self.at["backward", block, own[held - 1], rank])
+                        self._depend(
+                            later, self.at["backward", first_trained[position.index], own[held - 1], rank]
+                        )
 
     def _add_updates(self) -> None:
         """Norms and updates wait for the last backward of every block, on all replicas.

@@ -16,33 +16,42 @@ def is_zero(plan: Plan, position: Position) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def parameter_count(chain: Chain, layers: Interval) -> int:
-    """Return the number of distinct parameter elements in a run of layers."""
+def parameter_count(chain: Chain, layers: Interval, *, trained: bool = False) -> int:
+    """Return the number of distinct parameter elements in a run of layers, or of those that are trained."""
+    left_out = set(chain.frozen) if trained else ()
     own = {p.name: p.count for layer in chain.layers[layers[0] : layers[1]] for p in layer.parameters}
-    return sum(own.values())
+    return sum(count for name, count in own.items() if name not in left_out)
 
 
-def bucket_count(chain: Chain, position: Position, block: Block) -> int:
-    """Return the number of gradient elements that a block's bucket holds.
-
-    A parameter that several layers share belongs to the first of them, whose backward completes its gradient.
-    """
-    first = position.layers[0]
-    before, after = (first, block.layers[0]), (first, block.layers[1])
-    return parameter_count(chain, after) - parameter_count(chain, before)
+def held_elements(chain: Chain, position: Position, block: Block, rank: int) -> int:
+    """Return the number of parameter elements that a block has on one of its ranks, frozen ones included."""
+    return _elements(chain, position, block, rank, trained=False)
 
 
 def bucket_elements(chain: Chain, position: Position, block: Block, rank: int) -> int:
-    """Return the number of parameter elements that a block has on one of its ranks."""
+    """Return the number of gradient elements that a block has on one of its ranks; a bucket holds them.
+
+    A parameter that several layers share belongs to the first of them, whose backward completes its gradient.
+    """
+    return _elements(chain, position, block, rank, trained=True)
+
+
+def _elements(chain: Chain, position: Position, block: Block, rank: int, *, trained: bool) -> int:
     if not block.spans:
-        return bucket_count(chain, position, block)
+        first = position.layers[0]
+        before, after = (first, block.layers[0]), (first, block.layers[1])
+        return parameter_count(chain, after, trained=trained) - parameter_count(chain, before, trained=trained)
+    left_out = set(chain.frozen) if trained else set[str]()
     shard, total = position.ranks.index(rank), 0
     for span, layer in zip(block.spans[shard], chain.layers[slice(*block.layers)], strict=False):
         if layer.linear is None:
             continue
-        rows, columns, bias = layer.linear.out_features, layer.linear.in_features, layer.linear.bias
+        names = [p.name for p in layer.parameters]
+        columns = layer.linear.in_features * (names[0] not in left_out)
+        bias = layer.linear.bias and names[-1] not in left_out
+        rows = layer.linear.out_features
         if span.mode == "column":
             total += length(span.outputs) * (columns + bias)
         else:
-            total += length(span.inputs) * rows + rows * bias * (shard == 0)
+            total += length(span.inputs) * rows * (columns > 0) + rows * bias * (shard == 0)
     return total

@@ -113,10 +113,16 @@ class Part:
         return self.forward + self.backward
 
     @cached_property
-    def bytes(self) -> Array:
+    def held(self) -> Array:
         """Parameter bytes of one rank of a segment, by choice of cuts."""
         held = self.tables.parameters[self.stop] - self.tables.parameters[self.start]
         return np.asarray(held / (self.width if self.tail else self.degree))
+
+    @cached_property
+    def bytes(self) -> Array:
+        """Likewise, of the parameters that are trained."""
+        trained = self.tables.trained[self.stop] - self.tables.trained[self.start]
+        return np.asarray(trained / (self.width if self.tail else self.degree))
 
     @cached_property
     def saved(self) -> Array:

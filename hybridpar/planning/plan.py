@@ -84,6 +84,8 @@ class Recipe:
     """Optimizer state of the front: replicated, or sharded by DeepSpeed ZeRO-1."""
     optimizer_states: int = 1
     """Tensors of a parameter's size that the optimizer keeps (SGD with momentum 1, AdamW 2)."""
+    average: bool = False
+    """Every rank keeps a moving average of the parameters that it trains."""
 
 
 @dataclass(frozen=True)

@@ -130,11 +130,9 @@ class _Rank:
                 bucket = bucket_elements(self.chain, position, own.block, self.rank) * self.itemsize
                 gathered = [] if position.reduced else [count * self.itemsize for count in own.kept.gathered]
                 large += split(bucket * position.reduced, *gathered).large
-                large += (
-                    of_block.large
-                    * plan.recipe.optimizer_states
-                    / (len(position.ranks) if is_zero(plan, position) else 1)
-                )
+                trained = [n * self.itemsize for use in own.kept.uses for n in use.trained]
+                sharing = len(position.ranks) if is_zero(plan, position) else 1
+                large += split(*trained).large * (plan.recipe.optimizer_states / sharing + plan.recipe.average)
         large += split(counted.batch).large
         return Bytes(counted.persistent - large, large)
 

@@ -37,6 +37,11 @@ class Tables:
         return np.cumsum([0.0, *(layer.parameter_count * self.itemsize for layer in self.chain.layers)])
 
     @cached_property
+    def trained(self) -> Array:
+        """Bytes of the parameters to train of all layers before each."""
+        return np.cumsum([0.0, *(count * self.itemsize for count in self.chain.trained)])
+
+    @cached_property
     def saved(self) -> Array:
         """Bytes per sample that all layers before each keep for their backward passes."""
         kept = [0.0]
@@ -44,7 +49,7 @@ class Tables:
             own = layer.saved.elements_per_sample * self.itemsize + layer.saved.bytes_per_sample
             following = self.chain.layers[i + 1 : i + 2]
             if layer.saves_output or (following and following[0].saves_input):
-                own += layer.out_elements * self.itemsize
+                own += layer.out_elements * self.chain.out_itemsize(i, self.itemsize)
             kept.append(float(own))
         return np.cumsum(kept)
 
@@ -52,7 +57,8 @@ class Tables:
     def crossing(self) -> Array:
         """Bytes per sample that cross before each layer."""
         sizes = [self.chain.layers[0].in_elements, *(layer.out_elements for layer in self.chain.layers)]
-        return np.array(sizes, dtype=float) * self.itemsize
+        bytes_each = [self.chain.out_itemsize(i, self.itemsize) for i in range(-1, len(self.chain.layers))]
+        return np.array([s * b for s, b in zip(sizes, bytes_each, strict=True)], dtype=float)
 
     @cached_property
     def crossed(self) -> Array:

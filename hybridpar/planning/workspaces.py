@@ -78,7 +78,7 @@ class Workspaces:
         ``fresh``: the backward finds no gradients of its parameters and leaves them.
         """
         spans = block.spans[shard] if block.spans else ()
-        key = (block.layers, spans, samples * itemsize, kind, fresh, block.recompute, block.index > 0)
+        key = (block.layers, spans, samples * itemsize, kind, fresh, block.recompute, block.answers)
         if key not in self._passes:
             walk = _Passes(self, chain, block, shard, samples, itemsize)
             if kind == "backward":
@@ -100,7 +100,7 @@ class _Passes:
         self.workspaces, self.chain, self.block, self.shard = workspaces, chain, block, shard
         self.samples, self.itemsize = samples, itemsize
         self.kept = kept(block, shard, chain)
-        self.sizes = [elements * samples * itemsize for elements in self.kept.sizes]
+        self.sizes = [self.kept.bytes(s, itemsize) * samples for s in range(len(self.kept.sizes))]
         self.now, self.peak = [0.0, 0.0], [0.0, 0.0]
 
     def forward(self, *, graph: bool) -> None:
@@ -122,8 +122,10 @@ class _Passes:
         """Run the layers backward, from an output gradient that is there before and stays meanwhile."""
         gradient: float | None = None
         for i in reversed(range(len(self.kept.uses))):
-            use = self.kept.uses[i]
-            made = use.result != use.source and (i > 0 or self.block.index > 0)
+            use, layer = self.kept.uses[i], self.block.layers[0] + i
+            if layer < self.chain.first_trained:
+                break
+            made = use.result != use.source and layer > self.chain.first_trained
             if made:
                 self._add(self.sizes[use.source])
             sizes = [count * self.itemsize for count in use.made]
@@ -158,7 +160,7 @@ class _Passes:
         table = profile.layers[layer].forward_workspace_bytes
         if kind == "backward":
             table = profile.layers[layer].backward_workspace_bytes
-            gradients = (self.chain.layers[layer].parameter_count - self.chain.gathered[layer]) * self.itemsize
+            gradients = (self.chain.trained[layer] - self.chain.gathered[layer]) * self.itemsize
         if not table or not self.samples:
             return 0.0
         whole = tuple(max(0.0, size - gradients) for size in table[0])

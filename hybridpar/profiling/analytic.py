@@ -35,6 +35,15 @@ KEYED_MASK_BYTES = 92
 
 
 @dataclass(frozen=True)
+class _Items:
+    """Bytes per element of a layer's input, of its output and of its parameters."""
+
+    inputs: int
+    outputs: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class _Work:
     """What one pass of one layer does."""
 
@@ -58,7 +67,8 @@ def estimate(
     """Estimate the times of every layer of ``chain`` on ``device`` (seconds).
 
     ``micro_batches`` are samples, ascending; ``fractions`` are shares of a linear layer's output features,
-    descending from 1. Raises ProfileError where the device has no rate for ``dtype`` or the dtype is unknown.
+    descending from 1. Under autocast layers compute at the rate of its dtype, or of ``dtype`` where the device has
+    none for it. Raises ProfileError where the device has no rate for ``dtype`` or the dtype is unknown.
     """
     if dtype not in ITEM_BYTES:
         raise ProfileError(f"dtype {dtype!r} is unknown; use {', '.join(ITEM_BYTES)}")
@@ -68,16 +78,19 @@ def estimate(
             f"give cluster.device.flops_per_s.{dtype}, or train in another dtype"
         )
     rate, item_bytes = device.flops_per_s[dtype], ITEM_BYTES[dtype]
+    rate = device.flops_per_s.get(chain.autocast or dtype, rate)
     layers = []
     for i, (layer, gathered) in enumerate(zip(chain.layers, chain.gathered, strict=True)):
         shares = tuple(fractions) if layer.linear else (1.0,)
+        items = _Items(chain.out_itemsize(i - 1, item_bytes), chain.out_itemsize(i, item_bytes), item_bytes)
         forward = tuple(
-            tuple(_forward(layer, b, share, item_bytes).time(device, rate) for b in micro_batches)
-            for share in shares
+            tuple(_forward(layer, b, share, items).time(device, rate) for b in micro_batches) for share in shares
         )
         backward = tuple(
             tuple(
-                _backward(layer, b, share, item_bytes, gathered, first=i == 0).time(device, rate)
+                _backward(layer, b, share, items, gathered, chain.trained[i], ahead=i - chain.first_trained).time(
+                    device, rate
+                )
                 for b in micro_batches
             )
             for share in shares
@@ -96,7 +109,7 @@ def estimate(
     )
 
 
-def _forward(layer: Layer, samples: int, share: float, item_bytes: int) -> _Work:
+def _forward(layer: Layer, samples: int, share: float, items: _Items) -> _Work:
     """Count a forward: the layer's operations; input and parameters read, output and saved values written.
 
     No operation reads more than one parameter, so that a table from which rows are looked up is not read whole.
@@ -106,27 +119,35 @@ def _forward(layer: Layer, samples: int, share: float, item_bytes: int) -> _Work
     outputs = samples * layer.out_elements * share
     flops = samples * layer.flops_per_sample * share
     parameters = min(layer.parameter_count * share, flops)
-    elements = samples * layer.in_elements + outputs + parameters
-    moved_bytes = elements * item_bytes + layer.saved.total_bytes(samples, item_bytes)
+    moved_bytes = (
+        samples * layer.in_elements * items.inputs + outputs * items.outputs + parameters * items.parameters
+    )
+    moved_bytes += layer.saved.total_bytes(samples, items.parameters)
     if layer.random == "keyed":
         moved_bytes += outputs * KEYED_MASK_BYTES
     return _Work(flops, moved_bytes, 1)
 
 
-def _backward(layer: Layer, samples: int, share: float, item_bytes: int, gathered: int, *, first: bool) -> _Work:
+def _backward(
+    layer: Layer, samples: int, share: float, items: _Items, gathered: int, trained: int, *, ahead: int
+) -> _Work:
     """Count a backward: as many operations as the forward for each gradient, the input's and the parameters'.
 
     Reads the output's gradient, what the forward kept, and the parameters; writes the input's gradient, which the
-    first layer does not need, and adds onto the parameters', of which ``gathered`` elements lie in place.
+    first layer to train does not need, and adds onto those of the ``trained`` elements, of which ``gathered`` lie
+    in place. ``ahead``: how many layers behind the first one to train; none before it has a backward.
     """
-    parameters = layer.parameter_count * share
+    if ahead < 0:
+        return _Work(0.0, 0.0, 0)
+    parameters, first = trained * share, ahead == 0
     gradients = int(parameters > 0) + int(not first)
     if layer.aliases_input or not gradients:
         return _Work(0.0, 0.0, 1)
     inputs, outputs = samples * layer.in_elements, samples * layer.out_elements * share
-    elements = outputs * (1 + int(layer.saves_output)) + inputs * int(layer.saves_input)
-    elements += (parameters - gathered * share) * GRADIENT_TRANSFERS + gathered * share * GATHERED_TRANSFERS
+    moved_bytes = outputs * (1 + int(layer.saves_output)) * items.outputs
+    moved_bytes += inputs * (int(layer.saves_input) + int(not first)) * items.inputs
+    elements = (parameters - gathered * share) * GRADIENT_TRANSFERS + gathered * share * GATHERED_TRANSFERS
     if not first:
-        elements += inputs + parameters
-    moved_bytes = elements * item_bytes + layer.saved.total_bytes(samples, item_bytes)
+        elements += layer.parameter_count * share
+    moved_bytes += elements * items.parameters + layer.saved.total_bytes(samples, items.parameters)
     return _Work(gradients * samples * layer.flops_per_sample * share, moved_bytes, gradients)

@@ -60,6 +60,8 @@ class Bench:
     quota: float = 1.0
     """Share of a core that this rank may use."""
     notes: list[str] = field(default_factory=list)
+    autocast: torch.dtype | None = None
+    """In which layers compute under autocast."""
     busy_s: float = 0.0
     """CPU or GPU seconds of all visits."""
     passed_s: float = 0.0

@@ -300,7 +300,7 @@ def _accumulation(bench: Bench, entry: Entry) -> list[float]:
     strand, modules = entry.made[0]
     layers, x = calls(bench, strand, modules, entry.size), make_input(bench, strand, entry.size)
     spans = accumulation_pass(bench, modules, layers, x)
-    doubled = [gather_twice(bench, module, entry.size) for module in modules]
+    doubled = [gather_twice(bench, module, entry.size, bench.autocast) for module in modules]
     bench.wait()
     added_s = [sum(starmap(bench.seconds, own)) for own in spans]
     for own, pair in enumerate(doubled):

@@ -13,7 +13,7 @@ from torch import nn
 
 from hybridpar.model.chain import Chain, Layer, Parameter
 from hybridpar.model.copies import blank
-from hybridpar.model.footprint import set_keys
+from hybridpar.model.footprint import lowering, set_keys
 from hybridpar.model.keyed import Keys
 from hybridpar.model.linear import GatheringLinear
 from hybridpar.profiling.bench import Bench, Mark
@@ -44,6 +44,8 @@ class Strand:
     """Of a linear layer's features; below 1 only where the strand is one."""
     cut: Literal["columns", "rows"] = "columns"
     """Which features: its outputs, or its inputs."""
+    lowered: bool = False
+    """The input is of the chain's autocast dtype."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -72,7 +74,9 @@ def single(chain: Chain, index: int, fractions: Sequence[float]) -> list[Strand]
     """One layer alone, once per share and cut; names are left out, so that equal layers have equal strands."""
     layer, first = chain.layers[index], index == 0
     parameters = tuple(Parameter(str(i), p.shape) for i, p in enumerate(layer.parameters))
-    full = Strand((replace(layer, name="", parameters=parameters),), first and chain.input_dtype == "int", first)
+    described = replace(layer, name="", parameters=parameters)
+    lowered = not first and chain.layers[index - 1].lowered
+    full = Strand((described,), first and chain.input_dtype == "int", first, lowered=lowered)
     narrow = [f for f in fractions if f < 1.0] if layer.linear else []
     cuts: tuple[Literal["columns", "rows"], ...] = ("columns", "rows")
     return [full, *(replace(full, share=f, cut=cut) for cut in cuts for f in narrow)]
@@ -134,7 +138,18 @@ def _part_of(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
 
 def calls(bench: Bench, strand: Strand, modules: Sequence[nn.Module], size: int) -> list[Call]:
     """Return the layers of a strand ready to run ``size`` samples."""
-    return [_callable(bench, *pair, size) for pair in zip(strand.layers, modules, strict=True)]
+    made = [_callable(bench, *pair, size) for pair in zip(strand.layers, modules, strict=True)]
+    return made if bench.autocast is None else [_lowered(bench, call) for call in made]
+
+
+def _lowered(bench: Bench, call: Call) -> Call:
+    """Return a layer that runs under autocast."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with lowering(bench.device.type, bench.autocast):
+            return call(x)
+
+    return run
 
 
 def _callable(bench: Bench, layer: Layer, module: nn.Module, size: int) -> Call:
@@ -162,7 +177,8 @@ def make_input(bench: Bench, strand: Strand, size: int) -> torch.Tensor:
     shape = (size, *strand.in_shape)
     if strand.integers:
         return torch.randint(0, 2, shape, device=bench.device)
-    x = torch.rand(shape, device=bench.device, dtype=bench.dtype)
+    dtype = bench.autocast if strand.lowered and bench.autocast else bench.dtype
+    x = torch.rand(shape, device=bench.device, dtype=dtype)
     return x if strand.first else x.requires_grad_().clone()
 
 
@@ -194,7 +210,9 @@ def timed_pass(clock: Clock, layers: Sequence[Call], x: torch.Tensor) -> list[tu
     return list(itertools.chain(*zip(forward, backward, strict=True)))
 
 
-def gather_twice(clock: Clock, layer: nn.Module, size: int) -> list[tuple[Mark, Mark]] | None:
+def gather_twice(
+    clock: Clock, layer: nn.Module, size: int, autocast: torch.dtype | None = None
+) -> list[tuple[Mark, Mark]] | None:
     """Begin and end of a weight's gradient of ``size`` samples, added to the one there, and then in its place.
 
     None where the layer does not gather it in place, or has none.
@@ -202,7 +220,8 @@ def gather_twice(clock: Clock, layer: nn.Module, size: int) -> list[tuple[Mark, 
     if not isinstance(layer, GatheringLinear) or layer.weight.grad is None:
         return None
     weight = layer.weight
-    x, gradient = (torch.rand(size, n, device=weight.device, dtype=weight.dtype) for n in weight.shape[::-1])
+    dtype = autocast or weight.dtype
+    x, gradient = (torch.rand(size, n, device=weight.device, dtype=dtype) for n in weight.shape[::-1])
     spans = []
     with torch.no_grad():
         for overwriting in (False, True):

@@ -53,9 +53,12 @@ def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
     source = "measured" if profile.source == "measured" else "estimated from the device's data sheet"
     unkeyed = [layer.name for layer in chain.layers if layer.random == "unkeyed"]
     random = f"\nrandom numbers that depend on the plan (no parity with one process): {', '.join(unkeyed)}"
+    trained = parameter_count(chain, (0, len(chain.layers)), trained=True)
+    lowered = f" with {chain.autocast} autocast" if chain.autocast else ""
+    frozen = f" ({in_thousands(trained)} trained)" if chain.frozen else ""
     return (
-        f"{plan.model}: {len(chain.layers)} layers, {in_thousands(chain.parameter_count)} parameters, "
-        f"input {shape}, global batch {plan.global_batch}, {plan.precision}\n"
+        f"{plan.model}: {len(chain.layers)} layers, {in_thousands(chain.parameter_count)} parameters{frozen}, "
+        f"input {shape}, global batch {plan.global_batch}, {plan.precision}{lowered}\n"
         f"{cluster.name}: {cluster.world} ranks on {plural(len(cluster.nodes), 'node')}, {cluster.device.name}, "
         f"layer times {source} ({profile.device}){random if unkeyed else ''}"
     )

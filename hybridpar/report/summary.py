@@ -63,10 +63,10 @@ class Summary:
     test_top5: float
     test_loss: float
     test_samples: int
-    samples_per_s: float
+    samples_per_s: float | None
     """Of a full step of median duration."""
-    measured_step_s: float
-    """Median over the full steps after the warm-up."""
+    measured_step_s: float | None
+    """Median over the full steps under this plan after the warm-up; None where a run only evaluated under it."""
     predicted_step_s: float | None
     measured_memory_bytes: tuple[int, ...]
     """Peak per rank."""
@@ -76,7 +76,7 @@ class Summary:
     stages: tuple[StageSummary, ...]
     gpu: GpuUse
     total_s: float
-    """From the first step to the last evaluation."""
+    """From the first step to the last evaluation; of what came before a restart, the steps alone."""
     replicas: int = 1
     """Of the plan. The stages stand on the ranks of the first one, and in each of the others alike."""
     schema: int = SCHEMA_VERSION
@@ -111,8 +111,8 @@ def _results(s: Summary) -> Table:
         "Training": f"{s.steps} steps of {s.global_batch} samples in {s.epochs} epochs, {s.total_s:.1f} s",
         "Test accuracy": f"{s.test_accuracy:.4f} (top 5 {s.test_top5:.4f}, loss {s.test_loss:.4f}) "
         f"on {s.test_samples} samples",
-        "Throughput": f"{s.samples_per_s:.1f} samples/s",
-        "Step time": f"{_milliseconds(s.measured_step_s)} measured, {_predicted(s)}",
+        "Throughput": "unknown" if s.samples_per_s is None else f"{s.samples_per_s:.1f} samples/s",
+        "Step time": f"{_measured(s)}, {_predicted(s)}",
         "GPU": _gpu(s.gpu),
     }
     for name, value in rows.items():
@@ -120,11 +120,15 @@ def _results(s: Summary) -> Table:
     return table
 
 
+def _measured(s: Summary) -> str:
+    return "no step" if s.measured_step_s is None else f"{_milliseconds(s.measured_step_s)} measured"
+
+
 def _predicted(s: Summary) -> str:
     if s.predicted_step_s is None:
         return "no prediction"
-    error = s.predicted_step_s / s.measured_step_s - 1
-    return f"{_milliseconds(s.predicted_step_s)} predicted ({error:+.0%}, {s.prediction_source} profile)"
+    error = "" if s.measured_step_s is None else f"{s.predicted_step_s / s.measured_step_s - 1:+.0%}, "
+    return f"{_milliseconds(s.predicted_step_s)} predicted ({error}{s.prediction_source} profile)"
 
 
 def _gpu(use: GpuUse) -> str:

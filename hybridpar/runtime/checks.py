@@ -6,26 +6,33 @@ import os
 
 from hybridpar.config import Config
 from hybridpar.data import datasets
+from hybridpar.data.mixing import Mixing
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
+from hybridpar.model.freeze import check_trained
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import zero
+from hybridpar.runtime.boards import check_loggers
+from hybridpar.runtime.callback import make_callbacks
 from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
+from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.optimizer import make_factory
+from hybridpar.runtime.own_metric import OwnMetrics, make_metrics
 from hybridpar.runtime.process import Place
 
 
 def check_config(config: Config, place: Place | None = None) -> None:
-    """Raise HybridparError for what is wrong whatever the plan: optimizer, loss, and the run's folder on rank 0.
+    """Raise HybridparError for what is wrong whatever the plan: optimizer, loss, on rank 0 run folder and loggers.
 
     ``place`` is that of this process, by default as the environment tells.
     """
     place = place or Place.read(os.environ)
     if place.rank == 0:
         check_run_dir(config, restarted=place.restarts > 0)
+        check_loggers(config.train.loggers)
     make_factory(config.optimizer)
     make_loss(config.loss, config.model.classes)
     if config.optimizer.sharding == "zero1":
@@ -41,7 +48,16 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     """
     place = place or Place.read(os.environ)
     check_config(config, place)
+    check_trained(chain)
+    if config.data.mixup is not None or config.data.cutmix is not None:
+        if chain.input_dtype == "int":
+            raise ConfigError("data.mixup and data.cutmix cannot mix the integers that the model takes; drop them")
+        Mixing(config.train.seed, chain.in_shape, config.data.mixup, config.data.cutmix)
     check_groups(config.optimizer.parameter_groups, chain)
+    metrics = OwnMetrics(make_metrics(config.metrics), chain)
+    metrics.check_plan(plan)
+    make_callbacks(config.train.callbacks)
+    Judge.of(config.checkpoint.best, metrics.metrics)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.out_shape[0])
     check_fits(config, plan)
@@ -51,6 +67,7 @@ def check_fits(config: Config, plan: Plan) -> None:
     """Raise ConfigError unless a plan, maybe from a file, fits the configuration."""
     if plan.recipe.sharding == "zero1":
         zero.require_deepspeed()
+    ema, decay = config.train.ema, "a decay" if plan.recipe.average else "null"
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
     for name, given, planned, remedy in (
@@ -58,6 +75,7 @@ def check_fits(config: Config, plan: Plan) -> None:
         ("train.precision", config.train.precision, plan.precision, plan.precision),
         ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
         ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
+        ("train.ema", ema is not None, plan.recipe.average, decay),
     ):
         if given != planned:
             raise ConfigError(

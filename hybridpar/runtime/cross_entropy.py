@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +14,18 @@ from hybridpar.data.samples import IGNORED, check_labels
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.plan import Plan
-from hybridpar.runtime.loss import TOP, Figures, Logits, Outcome, count_found, count_hits, share_of
+from hybridpar.runtime.loss import (
+    TOP,
+    Figures,
+    Logits,
+    Outcome,
+    as_figures,
+    best_classes,
+    count_found,
+    share_of,
+)
 from hybridpar.schema import from_data
 from hybridpar.sections import LossConfig
-
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-"""Class numbers travel among floating figures as the bits of integers; float32 would round those above 2^24."""
 
 
 class CrossEntropy:
@@ -35,7 +41,8 @@ class CrossEntropy:
         (1 - e) w_y (L - l_y) + e / C  sum_c w_c (L - l_c)
         = a L - t,   a = (1 - e) w_y + e / C sum_c w_c,   t = (1 - e) w_y l_y + e / C sum_c w_c l_c
 
-    and the step's loss is the sum of these over the sum of w_y. With m_i the largest logit of shard i, s_i the sum
+    and the step's loss is the sum of these over the sum of w_y. Of a mixed sample it is the sum over both labels
+    by their shares, since a and t are linear in the target. With m_i the largest logit of shard i, s_i the sum
     of its exponentials relative to m_i and t_i its part of t: M = max m_i, L = M + log sum_i s_i exp(m_i - M), and
     t = sum t_i. The gradient of a logit is a exp(l - L) - e w_c / C, minus (1 - e) w_y for the target's. So shards
     exchange three figures per sample, whatever the smoothing and the weights (as in Shoeybi et al., Megatron-LM,
@@ -103,16 +110,18 @@ class CrossEntropy:
         count = min(TOP, values.shape[1])
         best, classes = values.topk(count, dim=1)
         padding = values.new_full((len(values), TOP - count), float("-inf"))
-        ids = (classes + logits.first).to(_INTEGERS[values.dtype]).view(values.dtype)
+        ids = as_figures(classes + logits.first, values.dtype)
         return torch.cat([torch.stack(figures, dim=1), best, padding, ids, padding], dim=1)
 
     def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
         """Combine the figures of all shards into the loss; ``weight`` divides the gradient."""
         values, labels = logits.values, logits.labels
-        weights, counted = self._weights(labels, values.dtype), labels != self.ignored
+        shares = [(self._weights(y, values.dtype) * share, y, share) for y, share in logits.targets]
+        weights = _sum(w for w, _, _ in shares)
+        counted = _sum((y != self.ignored).to(values.dtype) * share for _, y, share in shares)
         factors = weights * (1 - self.smoothing)
         if self.smoothing:
-            factors += counted.to(values.dtype) * (self.smoothing * self._mean)
+            factors += counted * (self.smoothing * self._mean)
         if logits.whole:
             logarithms = values.log_softmax(dim=1)
             losses = -self._target(logarithms, logits)
@@ -123,39 +132,40 @@ class CrossEntropy:
         loss_sum = losses.sum(dtype=torch.float64)
         own_weight, samples = weights.sum(dtype=torch.float64), counted.sum(dtype=torch.float64)
         if not train:
-            hits = count_hits(values, labels, self.ignored) if logits.whole else self._hits(figures, labels)
+            hits = count_found(best_classes(logits, figures), labels, self.ignored)
             return Outcome(loss_sum, own_weight, samples, *hits, None)
-        share = share_of(weight).to(values.dtype)
-        gradient = logarithms.exp_().mul_((factors * share)[:, None])
-        own, index = _own(logits)
-        on_target = own * weights * (share * (self.smoothing - 1))
-        gradient.scatter_add_(1, index[:, None], on_target[:, None])
+        per_weight = share_of(weight).to(values.dtype)
+        gradient = logarithms.exp_().mul_((factors * per_weight)[:, None])
+        for own_weights, y, _ in shares:
+            own, index = _own(logits, y)
+            on_target = own * own_weights * (per_weight * (self.smoothing - 1))
+            gradient.scatter_add_(1, index[:, None], on_target[:, None])
         if self.smoothing:
-            gradient.addr_(counted * share, self._spread(logits), alpha=-1)
+            gradient.addr_(counted * per_weight, self._spread(logits), alpha=-1)
         zero = torch.zeros_like(loss_sum)
         return Outcome(loss_sum, own_weight, samples, zero, zero, gradient)
 
     def _target(self, values: torch.Tensor, logits: Logits) -> torch.Tensor:
-        """Return this shard's part of ``(1 - e) w_y v_y + e / C  sum_c w_c v_c``, (samples,); 0 where ignored."""
-        labels = logits.labels
+        """Return this shard's part of ``(1 - e) w_y v_y + e / C  sum_c w_c v_c``, (samples,); 0 where ignored.
+
+        Of mixed samples the sum over both labels by their shares.
+        """
+        if logits.others is None:
+            return self._target_of(values, logits, logits.labels)
+        return _sum(self._target_of(values, logits, y) * share for y, share in logits.targets)
+
+    def _target_of(self, values: torch.Tensor, logits: Logits, labels: torch.Tensor) -> torch.Tensor:
         if logits.whole:
             weights = None if self.class_weights is None else self.class_weights.to(values)
             target = F.nll_loss(values, labels, weights, ignore_index=self.ignored, reduction="none")
             target *= self.smoothing - 1
         else:
-            own, index = _own(logits)
+            own, index = _own(logits, labels)
             factors = own * self._weights(labels, values.dtype) * (1 - self.smoothing)
             target = values.gather(1, index[:, None])[:, 0] * factors
         if self.smoothing:
             target = torch.where(labels == self.ignored, target, target + values @ self._spread(logits))
         return target
-
-    def _hits(self, figures: Figures, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count targets that are first, and among the first five, of all shards' candidates."""
-        stacked = torch.stack(figures)
-        values = torch.cat(tuple(stacked[:, :, 3 : 3 + TOP]), dim=1)
-        classes = torch.cat(tuple(stacked[:, :, 3 + TOP :]), dim=1).view(_INTEGERS[stacked.dtype])
-        return count_found(classes.gather(1, values.topk(TOP, dim=1).indices), labels, self.ignored)
 
     def _weights(self, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return w_y per sample, 0 where the label is ignored."""
@@ -173,9 +183,16 @@ class CrossEntropy:
         return (self.class_weights[logits.first : logits.first + width] * share).to(logits.values.dtype)
 
 
-def _own(logits: Logits) -> tuple[torch.Tensor, torch.Tensor]:
+def _sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    first, *others = parts
+    for other in others:
+        first = first + other
+    return first
+
+
+def _own(logits: Logits, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return whether each target lies in this shard, and its column (0 where it does not)."""
-    index = logits.labels - logits.first
+    index = labels - logits.first
     own = (index >= 0) & (index < logits.values.shape[1])
     return own, torch.where(own, index, 0)
 

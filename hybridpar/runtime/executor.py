@@ -17,8 +17,9 @@ from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.lookup import Key, Lookups
 from hybridpar.runtime.loss import Logits, Loss, Outcome
-from hybridpar.runtime.modules import BlockModules
+from hybridpar.runtime.modules import BlockModules, crossing_dtype
 from hybridpar.runtime.origin import Watch
+from hybridpar.runtime.own_metric import OwnMetrics
 from hybridpar.runtime.step import Metrics, Started, StepState
 from hybridpar.runtime.update import Updater
 
@@ -50,8 +51,11 @@ class Executor:
         name: str | None = None,
         watch: Watch | None = None,
         loss: Loss | None = None,
+        own: OwnMetrics | None = None,
     ) -> None:
         self.loss = loss or CrossEntropy()
+        self.own = own
+        """Metrics of evaluations besides those of the program."""
         self.rank, self.name = rank, name or f"rank {rank}"
         self.blocks, self.communicators, self.updater = blocks, communicators, updater
         self.seed, self.dtype, self.device = seed, dtype, device
@@ -67,14 +71,17 @@ class Executor:
         first_sample: int,
         inputs: torch.Tensor | None,
         labels: torch.Tensor | None,
+        share: float | None = None,
     ) -> Metrics:
         """Run one step.
 
         ``inputs`` (own samples, ...) and ``labels`` (own samples,) belong to ``program.reads(rank)``, one interval
-        after the other; None on ranks that read nothing. ``first_sample`` is the sample id of work number 0.
-        Raises ActionError if an action fails.
+        after the other; None on ranks that read nothing. ``first_sample`` is the sample id of work number 0;
+        ``share`` tells of inputs that are mixed with those of the samples before them. Raises ActionError if an
+        action fails.
         """
         state = self._begin(program, step, inputs, labels)
+        state.share = share
         train = program.mode == "train"
         self._first_sample = first_sample
         context = contextlib.nullcontext() if train else torch.no_grad()
@@ -152,13 +159,14 @@ class Executor:
         block, micro_batch = key
         x = self._batch_slice(state, micro_batch) if block == 0 else state.inputs.pop(key)
         train = state.program.mode == "train"
-        if train and block > 0:
-            x = x.detach().requires_grad_()
         modules = self.blocks[block]
-        with torch.set_grad_enabled(graph := train and not modules.block.recompute):
+        described = modules.block
+        if train and described.answers:
+            x = x.detach().requires_grad_()
+        with torch.set_grad_enabled(graph := train and described.backward and not described.recompute):
             y = modules(x, keys := self._keys(state, key) if train and modules.draws else None)
         self.watch.see(state.program, modules, micro_batch, state.program.numbers(*key, self.rank), (x, y), keys)
-        if train:
+        if train and described.backward:
             state.saved[key] = x, get_gradient_edge(y) if graph and y.requires_grad else None
         state.outputs[key] = y.detach()
 
@@ -189,6 +197,8 @@ class Executor:
     def _loss(self, state: StepState, key: Key) -> None:
         logits, figures = self._logits(state, key, state.outputs.pop(key)), state.figures.pop(key)
         weight = self.loss.weight(state.labels)  # all of them are known before the first loss of a step
+        if self.own is not None and state.program.mode == "evaluate" and self._reports(state):
+            self.own.add(logits, figures, self.loss.ignored)
         outcome = self.loss.combine(logits, figures, weight, train=state.program.mode == "train")
         if outcome.gradient is not None:
             state.gradients[key] = outcome.gradient
@@ -196,18 +206,25 @@ class Executor:
 
     def _logits(self, state: StepState, key: Key, values: torch.Tensor) -> Logits:
         """Return this rank's logits of a micro-batch with their labels and classes."""
-        labels = state.labels[slice(*state.program.numbers(*key, self.rank))]
+        start, stop = state.program.numbers(*key, self.rank)
+        labels, others = state.labels[start:stop], None
+        if state.share is not None:
+            others = torch.cat([state.labels[start - 1 : start] if start else state.labels[-1:], labels[:-1]])
         first = self._features(state, key[0], "out")[0]
         whole = not state.program.positions[-1].sharded
-        return Logits(values, labels, first, state.program.chain.out_shape[0], whole)
+        classes, share = state.program.chain.out_shape[0], 1.0 if state.share is None else state.share
+        return Logits(values, labels, first, classes, whole, others, share)
 
     def _report(self, state: StepState, outcome: Outcome) -> None:
-        """Add to the metrics, once per sample: of all shards only the first one reports."""
+        """Add to the metrics, once per sample."""
+        if self._reports(state):
+            o = outcome
+            state.metrics += torch.stack([o.loss_sum, o.weight, o.samples, o.top1, o.top5])
+
+    def _reports(self, state: StepState) -> bool:
+        """Whether this rank's logits count: of all shards only the first one reports."""
         last = state.program.positions[-1]
-        if last.sharded and last.ranks[0] != self.rank:
-            return
-        o = outcome
-        state.metrics += torch.stack([o.loss_sum, o.weight, o.samples, o.top1, o.top5])
+        return not last.sharded or last.ranks[0] == self.rank
 
     def _backward(self, state: StepState, key: Key) -> None:
         x, edge = state.saved.pop(key)
@@ -216,7 +233,7 @@ class Executor:
             edge = self._recompute(state, key, x)
         if edge is not None:
             torch.autograd.backward((edge,), (gradient,))
-        if key[0] > 0:
+        if self.blocks[key[0]].block.answers:
             assert x.grad is not None
             state.input_gradients[key] = x.grad.contiguous()
 
@@ -242,9 +259,9 @@ class Executor:
             features = self._features(state, boundary, "out")
         if key not in values:
             start, stop = state.program.interval(*key, self.rank)
-            trailing = state.program.blocks[boundary].shape(state.program.chain, "out")[1:]
-            shape = (stop - start, features[1] - features[0], *trailing)
-            values[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            before, chain = state.program.blocks[boundary], state.program.chain
+            shape = (stop - start, features[1] - features[0], *before.shape(chain, "out")[1:])
+            values[key] = torch.empty(shape, dtype=crossing_dtype(before, chain, self.dtype), device=self.device)
         return self._part(state, values[key], key, features, transfer)
 
     def _features(self, state: StepState, block: int, side: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from hybridpar.errors import CheckpointError, ConfigError
 from hybridpar.runtime.manifest import Manifest, find
 from hybridpar.runtime.pieces import Stored
-from hybridpar.runtime.state import BUFFER, PARAMETER, mean_buffer
+from hybridpar.runtime.state import AVERAGE, BUFFER, PARAMETER, mean_buffer
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
@@ -29,18 +29,20 @@ class Exported:
     """Tensors of the model that none of its layers uses: they were never trained, and are left out."""
 
 
-def export(path: Path, out: Path) -> Exported:
+def export(path: Path, out: Path, *, ema: bool = False) -> Exported:
     """Write the state dict of a checkpoint, or of the latest one of a run, to ``out``, by its suffix's format.
 
     A parameter that has several names is written under each. Batch-norm statistics are the mean over those who
-    held them, as in an evaluation. ``out`` is replaced as a whole, or left as it was. Raises ConfigError for
-    ``out``, CheckpointError for the checkpoint.
+    held them, as in an evaluation. ``ema``: of what was trained the moving average. ``out`` is replaced as a
+    whole, or left as it was. Raises ConfigError for ``out``, CheckpointError for the checkpoint.
     """
     check_out(out)
     folder = find(path)
     manifest = Manifest.load(folder)
     stored = Stored(folder, manifest.ranks)
-    tensors = {name: _value(stored, saved) for name, saved in manifest.names.items()}
+    if ema and not any(name.startswith(AVERAGE) for name in stored.tensors):
+        raise CheckpointError(f"ema=true: {folder} holds no average of the weights; it was made without train.ema")
+    tensors = {name: _value(stored, saved, ema=ema) for name, saved in manifest.names.items()}
     partial = out.with_name(f".{out.name}.partial")
     try:
         _write(tensors, partial, out.suffix)
@@ -61,7 +63,10 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"out: {out} lies in no existing folder; make it first")
 
 
-def _value(stored: Stored, saved: str) -> torch.Tensor:
+def _value(stored: Stored, saved: str, *, ema: bool) -> torch.Tensor:
+    average = AVERAGE + saved.removeprefix(PARAMETER)
+    if ema and saved.startswith(PARAMETER) and average in stored.tensors:
+        return stored.read(average)
     if saved.startswith(PARAMETER):
         return stored.read(saved)
     if saved.startswith(BUFFER):

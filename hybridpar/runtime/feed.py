@@ -10,6 +10,7 @@ import torch
 
 from hybridpar.data.keys import Keys
 from hybridpar.data.loader import StepLoader
+from hybridpar.data.mixing import Mixing
 from hybridpar.data.sampler import EpochOrder
 from hybridpar.data.samples import Batch, Indices
 
@@ -25,6 +26,8 @@ class StepBatch(NamedTuple):
     """Of the step, over all ranks."""
     first_sample: int
     """Sample id of the step's first sample."""
+    share: float | None = None
+    """Each input is mixed with that of the sample before it in the step, and has this share; None: it is not."""
 
 
 class Elsewhere:
@@ -49,8 +52,8 @@ class Feed:
     Every rank gets a StepBatch for every step. Raises DataError while iterating for samples that cannot be read.
     """
 
-    def __init__(self, loader: StepLoader, order: EpochOrder) -> None:
-        self._loader, self._order = loader, order
+    def __init__(self, loader: StepLoader, order: EpochOrder, mixing: Mixing | None = None) -> None:
+        self._loader, self._order, self._mixing = loader, order, mixing
         self._epoch = self._start = 0
 
     @property
@@ -68,10 +71,11 @@ class Feed:
     def __iter__(self) -> Iterator[StepBatch]:
         self._loader.set_epoch(self._epoch, self._start)
         first, self._start = self._start, 0
-        self._epoch += 1
+        epoch, self._epoch = self._epoch, self._epoch + 1
         for step, batch in enumerate(self._loader, first):
             inputs, labels = batch if batch is not None else (None, None)
-            yield StepBatch(inputs, labels, self._order.count(step), self._order.start(step))
+            share = None if self._mixing is None else self._mixing.of(epoch, step).share
+            yield StepBatch(inputs, labels, self._order.count(step), self._order.start(step), share)
 
     def close(self) -> None:
         """End the processes that read ahead."""

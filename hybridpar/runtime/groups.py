@@ -16,14 +16,16 @@ from hybridpar.sections import ParameterGroup
 
 def check_groups(groups: Sequence[ParameterGroup], chain: Chain) -> None:
     """Raise ConfigError for a group that no parameter of the model belongs to."""
-    names = list(dict.fromkeys(p.name for layer in chain.layers for p in layer.parameters))
+    frozen = set(chain.frozen)
+    everywhere = dict.fromkeys(p.name for layer in chain.layers for p in layer.parameters)
+    names = [name for name in everywhere if name not in frozen]
     left = set(names)
     for group in groups:
         matched = {name for name in names if group.has(name)}
         if not matched:
             raise ConfigError(
                 f"optimizer.groups: {group.match} matches no parameter of {chain.model}, whose first ones are "
-                f"{', '.join(names[:5])}; give a pattern of such names"
+                f"{', '.join(names[:5])} (frozen ones have no group); give a pattern of such names"
             )
         if not matched & left:
             raise ConfigError(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from hybridpar.data.loader import StepLoader
+from hybridpar.data.mixing import Mixing
 from hybridpar.data.sampler import EpochOrder
 from hybridpar.data.samples import MapSamples, Samples
 from hybridpar.errors import DataError, PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
+from hybridpar.model.freeze import check_trained
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position, blocks, positions
 from hybridpar.planning.check import check
@@ -32,6 +35,7 @@ from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.origin import Origin, Watch
+from hybridpar.runtime.own_metric import Function, OwnMetric, OwnMetrics
 from hybridpar.runtime.state import State
 from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
@@ -55,6 +59,8 @@ class Evaluation:
     top5: float
     """Share of the samples whose class is among the five largest logits."""
     samples: int
+    own: Mapping[str, float] = field(default_factory=dict)
+    """The user's own metrics by their names."""
 
 
 @lru_cache(maxsize=16)
@@ -89,10 +95,13 @@ class Job:
         loss: by default the cross-entropy, without smoothing and weights.
         groups: parameters for which the optimizer is to have other options; ``rate`` keeps the ratio of their
             learning rates to the optimizer's.
+        decay: of a moving average of the weights, which evaluations then use; None: no average.
+        metrics: further figures of evaluations, by name: functions of (logits, labels), or ``OwnMetric``.
 
     Raises:
         PlanError: the plan is for another model, asks for clipping or sharding that is not given, or has the
             logits where an own loss cannot use them.
+        ModelError: all parameters of the model are frozen.
         ConfigError: the optimizer refuses the parameters, a group has none, or the loss has another number of
             classes.
 
@@ -114,6 +123,8 @@ class Job:
         engines: EngineFactory | None = None,
         loss: Loss | None = None,
         groups: Sequence[ParameterGroup] = (),
+        metrics: Mapping[str, OwnMetric | Function] | None = None,
+        decay: float | None = None,
     ) -> None:
         self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
         self.replica, self.place = plan.locate(rank)
@@ -125,12 +136,13 @@ class Job:
         """Learning rate by step; None leaves it to the optimizer."""
         self._communicators, self._next_sample = communicators, 0
         self._loss = loss or CrossEntropy()
+        self._metrics = OwnMetrics(metrics or {}, self.chain)
         self._check(max_norm, engines, groups)
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
         dtype = DTYPES[plan.precision]
         self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
-        self._updater = self._make_updater(optimizer, max_norm, engines, groups)
+        self._updater = self._make_updater(optimizer, max_norm, engines, groups, decay)
         self.state = State(
             traced,
             self._positions,
@@ -141,6 +153,7 @@ class Job:
             self.place,
             self.replica,
             self.device,
+            self._updater.average,
         )
         """What a checkpoint of this rank holds."""
         self._executor = Executor(
@@ -154,6 +167,7 @@ class Job:
             name=f"rank {rank}",
             watch=Watch(rank),
             loss=self._loss,
+            own=self._metrics if metrics else None,
         )
 
     def _check(
@@ -172,7 +186,9 @@ class Job:
             )
         if plan.recipe.sharding != "none" and engines is None:
             raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
+        check_trained(self.chain)
         self._loss.check_plan(plan, self.chain)
+        self._metrics.check_plan(plan)
         check_groups(groups, self.chain)
         if groups and plan.recipe.sharding != "none":
             raise PlanError(
@@ -193,12 +209,13 @@ class Job:
         max_norm: float | None,
         engines: EngineFactory | None,
         groups: Sequence[ParameterGroup],
+        decay: float | None,
     ) -> Updater:
         sharded = {
             p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(self.plan, p)
         }
         return Updater(
-            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica, groups
+            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica, groups, decay
         )
 
     def _blocks_of(self, position: Position) -> list[BlockModules]:
@@ -213,6 +230,11 @@ class Job:
     def parameters(self) -> dict[str, Owned]:
         """Parameters of this rank by their full names in the model; a shard says which slice it is."""
         return {o.name: o for o in owned_parameters(list(self._blocks.values()))}
+
+    @property
+    def metrics(self) -> Mapping[str, OwnMetric]:
+        """The user's own metrics of evaluations."""
+        return self._metrics.metrics
 
     @property
     def reads(self) -> bool:
@@ -253,12 +275,15 @@ class Job:
         seed: int | None = None,
         drop_last: bool = False,
         workers: int = 0,
+        mixup: float | None = None,
+        cutmix: float | None = None,
     ) -> Feed:
         """Return what feeds this rank from a data set: all that its steps need, and nothing else.
 
         ``dataset`` is a ``hybridpar.data`` data set, a map-style one of (tensor, int), or on ranks that read
         nothing its size alone. Training shuffles by ``seed`` (the job's by default), evaluation goes through all
-        samples once, in order. Raises DataError where the data set does not fit.
+        samples once, in order. ``mixup`` and ``cutmix`` are alphas, see ``hybridpar.data.mixing``. Raises
+        DataError where the data set does not fit.
         """
         if isinstance(dataset, int):
             dataset = Elsewhere(dataset)
@@ -267,15 +292,16 @@ class Job:
             if hasattr(dataset, "read")
             else MapSamples(dataset, self.chain.in_shape, self.chain.out_shape[0], ignored=self._loss.ignored)
         )
-        batch, size = self.plan.global_batch, len(samples)
-        order = (
-            EpochOrder(size, batch, self.seed if seed is None else seed, drop_last)
-            if train
-            else EpochOrder.sequential(size, batch)
-        )
+        batch, size, seed = self.plan.global_batch, len(samples), self.seed if seed is None else seed
+        mixing = None
+        if train and (mixup is not None or cutmix is not None):
+            mixing = Mixing(seed, self.chain.in_shape, mixup, cutmix)
+        order = EpochOrder(size, batch, seed, drop_last) if train else EpochOrder.sequential(size, batch)
         mode: Mode = "train" if train else "evaluate"
         intervals = lambda count: self.program(mode, count).reads(self.place)  # noqa: E731 - two lines say no more
-        return Feed(StepLoader(samples, order, intervals, workers=workers, pin=self.device.type == "cuda"), order)
+        on_gpu = self.device.type == "cuda"
+        loader = StepLoader(samples, order, intervals, workers=workers, pin=on_gpu, mixing=mixing)
+        return Feed(loader, order, mixing)
 
     def step(self, batch: GivenBatch, *, samples: int | None = None) -> float:
         """Train on one step's samples and return their mean loss, the same on every rank.
@@ -297,11 +323,24 @@ class Job:
     def evaluate(self, batches: Iterable[StepBatch | tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
         """Return loss and accuracy over ``batches``: of ``loader(..., train=False)``, or whole batches.
 
-        Ends with the first batch whose loss is not finite.
+        With the average of the weights, if there is one. Ends with the first batch whose loss is not finite.
 
         Before, the running statistics of batch norms become the mean over the replicas. Raises as ``step`` does.
         """
+        with self.averaged():
+            return self._evaluated(batches)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model have the average of its weights, if there is one, within a ``with`` block.
+
+        No step may run inside.
+        """
+        average = self._updater.average
+        return contextlib.nullcontext() if average is None else average.in_place()
+
+    def _evaluated(self, batches: Iterable[StepBatch | tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
         self._average_statistics()
+        self._metrics.begin(self.device)
         sums = [0.0] * 5
         for batch in batches:
             whole = None if isinstance(batch, StepBatch) else len(batch[1])
@@ -312,11 +351,22 @@ class Job:
         loss_sum, weight, counted, top1, top5 = sums
         if not weight or not counted:
             raise DataError("there are no samples to evaluate on whose label counts")
-        return Evaluation(loss_sum / weight, top1 / counted, top5 / counted, round(counted))
+        own = self._own_figures(round(counted))
+        return Evaluation(loss_sum / weight, top1 / counted, top5 / counted, round(counted), own)
+
+    def _own_figures(self, samples: int) -> dict[str, float]:
+        """Sum the own metrics over all ranks; after the last program, so it stands in none."""
+        total = self._metrics.total
+        if total.numel() and self.plan.world > 1:
+            size, ranks = total.numel() * total.element_size(), tuple(range(self.plan.replica_world))
+            across = self.plan.replicas > 1
+            operation = Operation(0, "all_reduce", "metrics", "control", ranks, size, across=across)
+            self._communicators.all_reduce(operation, total).wait()
+        return self._metrics.figures(samples)
 
     def _run(self, batch: StepBatch, mode: Mode) -> Metrics:
         program = self.program(mode, batch.samples)
-        return self._executor.run(program, self.steps, batch.first_sample, batch.inputs, batch.labels)
+        return self._executor.run(program, self.steps, batch.first_sample, *batch[:2], batch.share)
 
     def _own(self, batch: GivenBatch, mode: Mode, samples: int | None) -> StepBatch:
         """Return this rank's part of a batch."""

@@ -7,22 +7,27 @@ import math
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from hybridpar.config import Config
 from hybridpar.errors import ConfigError
+from hybridpar.runtime.boards import Board
 from hybridpar.runtime.job import Evaluation
 from hybridpar.runtime.manifest import FOLDER, Position, complete
 from hybridpar.schema import from_data
 
 Mode = Literal["auto", "progress", "plain", "quiet"]
+_LATEST = 50
+"""Steps whose mean time tells how long the others will take."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,12 @@ class StepRecord:
     samples_per_s: float
     time_s: float
     """Seconds since the epoch, at the end of the step."""
+    plan: str = ""
+    """Fingerprint of the plan that it ran under."""
 
 
 class Journal:
-    """Writes ``metrics.jsonl``, ``evaluations.jsonl`` and TensorBoard files, and shows progress.
+    """Writes ``metrics.jsonl`` and ``evaluations.jsonl``, passes scalars on to boards, and shows progress.
 
     ``steps`` is the length of the whole training. A run that goes on from ``position`` keeps what was written
     before it, and loses what came after. Close it, or use it as a context manager.
@@ -57,6 +64,7 @@ class Journal:
         mode: Mode = "auto",
         log_every: int = 10,
         position: Position | None = None,
+        boards: Sequence[Board] = (),
     ) -> None:
         self.console = Console()
         if mode == "auto":
@@ -68,7 +76,8 @@ class Journal:
         evaluated = _records(folder / "evaluations.jsonl", position, "evaluation")
         self._metrics = _rewritten(folder / "metrics.jsonl", kept)
         self._evaluations = _rewritten(folder / "evaluations.jsonl", evaluated)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=position.step if position else None)
+        self._boards = boards
+        self._latest_s: deque[float] = deque(maxlen=_LATEST)
         self._progress: Progress | None = None
         if mode == "progress":
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -80,19 +89,24 @@ class Journal:
         """Note a step."""
         _write(self._metrics, vars(record))
         self._scalars(record.step, loss=record.loss, lr=record.lr, samples_per_s=record.samples_per_s)
-        text = f"epoch {record.epoch + 1}  loss {record.loss:.4f}  {record.samples_per_s:.1f} samples/s"
+        rate = "" if record.lr is None else f"lr {record.lr:.3g}  "
+        text = f"epoch {record.epoch + 1}  loss {record.loss:.4f}  {rate}{record.samples_per_s:.1f} samples/s"
+        self._latest_s.append(record.step_s)
         if self._progress is not None:
             self._progress.update(self._task, advance=1, description=text)
         elif (record.step + 1) % self._log_every == 0 or record.step + 1 == self._steps:
-            self.say(f"step {record.step + 1}/{self._steps}  {text}")
+            self.say(f"step {record.step + 1}/{self._steps}  {text}  {self._left(record.step + 1)} left")
 
     def evaluation(self, step: int, epoch: int, result: Evaluation) -> None:
         """Note an evaluation on the test split after ``step`` steps."""
-        _write(self._evaluations, {"step": step, "epoch": epoch, **vars(result)})
+        known = {name: value for name, value in vars(result).items() if name != "own"}
+        _write(self._evaluations, {"step": step, "epoch": epoch, **known, **result.own})
         self._scalars(step, test_loss=result.loss, test_accuracy=result.top1, test_top5=result.top5)
+        self._scalars(step, **{f"test_{name}": value for name, value in result.own.items()})
+        own = "".join(f"{name} {value:.4f}  " for name, value in result.own.items())
         self.say(
             f"epoch {epoch + 1}  test accuracy {result.top1:.4f}  top 5 {result.top5:.4f}  "
-            f"loss {result.loss:.4f}  ({result.samples} samples)"
+            f"loss {result.loss:.4f}  {own}({result.samples} samples)"
         )
 
     def say(self, text: str) -> None:
@@ -107,7 +121,8 @@ class Journal:
             self._progress.stop()
         self._metrics.close()
         self._evaluations.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -118,9 +133,13 @@ class Journal:
         self.close()
 
     def _scalars(self, step: int, **values: float | None) -> None:
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        known = {name: value for name, value in values.items() if value is not None}
+        for board in self._boards:
+            board.scalars(step, known)
+
+    def _left(self, done: int) -> timedelta:
+        """Return the time that the steps after ``done`` take if they are as fast as the latest ones."""
+        return timedelta(seconds=round((self._steps - done) * sum(self._latest_s) / len(self._latest_s)))
 
 
 def check_run_dir(config: Config, *, restarted: bool = False) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.saver import Saver
 from hybridpar.schema import to_data
@@ -15,7 +18,7 @@ class Keeper:
     """Keeps the checkpoints of a job on one rank; all ranks call its methods equally often.
 
     ``module`` is the model as the user made it, whose state dict names the tensors; ``best`` is the best metric of
-    the evaluations before, if ``checkpoint.best`` names one.
+    the evaluations before, if there is a ``judge``.
     """
 
     def __init__(
@@ -26,19 +29,24 @@ class Keeper:
         module: nn.Module,
         subject: Subject,
         best: float | None,
+        judge: Judge | None = None,
     ) -> None:
+        self._judge = judge
         self._saver, self._settings, self._job, self._subject = saver, settings, job, subject
         self._names = job.state.names(module)
         self._unused = tuple(sorted(module.state_dict().keys() - self._names.keys()))
         self._best = best
 
-    def keep(self, position: Position, evaluation: Evaluation | None = None, *, last: bool = False) -> None:
-        """Begin to save the job as it stands, if it is time to; ``last``: no later step is run."""
+    def keep(self, position: Position, evaluation: Evaluation | None = None, *, last: bool = False) -> Path | None:
+        """Begin to save the job as it stands, if it is time to; ``last``: no later step is run.
+
+        Returns the folder that the checkpoint will have when it is complete.
+        """
         metric = self._metric(evaluation)
         improved = metric is not None and self._improves(metric)
         every = self._settings.every
         if every is None or not (last or improved or position.step % every == 0):
-            return
+            return None
         job = self._job
         manifest = Manifest(
             position,
@@ -51,7 +59,7 @@ class Keeper:
             self._best,
             self._settings.best,
         )
-        self._saver.save(job.state.pieces(), manifest)
+        return self._saver.save(job.state.pieces(), manifest)
 
     def farewell(self) -> str:
         """Return what is said where SIGTERM has ended the training."""
@@ -62,15 +70,12 @@ class Keeper:
 
     def _metric(self, evaluation: Evaluation | None) -> float | None:
         """Return what ``checkpoint.best`` goes by."""
-        best = self._settings.best
-        if best is None or evaluation is None:
-            return None
-        return evaluation.top1 if best == "accuracy" else evaluation.loss
+        return None if self._judge is None or evaluation is None else self._judge.metric(evaluation)
 
     def _improves(self, metric: float) -> bool:
         """Note a metric; return whether it is the best so far."""
-        sign = 1 if self._settings.best == "accuracy" else -1
-        if self._best is not None and sign * metric <= sign * self._best:
+        assert self._judge is not None
+        if not self._judge.better(metric, self._best):
             return False
         self._best = metric
         return True

@@ -24,18 +24,21 @@ class Log:
     """What a summary needs from the steps and the evaluations of one process."""
 
     steps: list[tuple[int, float]] = field(default_factory=list)
-    """Samples and seconds of every step."""
+    """Samples and seconds of every step under the present plan, also before this process began."""
     loss: float = 0.0
     epochs: int = 0
     evaluation: Evaluation | None = None
     measured_since_s: float = 0.0
-    """Seconds since the epoch, at the end of the warm-up."""
+    """Seconds since the epoch, at the end of this process's warm-up."""
     total_s: float = 0.0
+    """As in the summary."""
     stopped: bool = False
     """Whether a signal ended the training before its last step."""
 
-    def typical(self) -> tuple[int, float]:
-        """Return the samples of a full step, and its median seconds after the warm-up."""
+    def typical(self) -> tuple[int, float] | None:
+        """Return the samples of a full step, and its median seconds after the warm-up; None: no step was made."""
+        if not self.steps:
+            return None
         full = max(samples for samples, _ in self.steps)
         times = [seconds for samples, seconds in self.steps if samples == full]
         return full, statistics.median(times[min(WARM_UP_STEPS, len(times) // 5) :])
@@ -57,7 +60,7 @@ def summarise(
     """
     prediction = plan.prediction
     assert log.evaluation is not None
-    samples, step_s = log.typical()
+    typical = log.typical()
     cuda = device.type == "cuda"
     summary = Summary(
         model=config.model.name,
@@ -76,8 +79,8 @@ def summarise(
         test_top5=log.evaluation.top5,
         test_loss=log.evaluation.loss,
         test_samples=log.evaluation.samples,
-        samples_per_s=samples / step_s,
-        measured_step_s=step_s,
+        samples_per_s=typical[0] / typical[1] if typical else None,
+        measured_step_s=typical[1] if typical else None,
         predicted_step_s=prediction.step_s if prediction else None,
         measured_memory_bytes=tuple(memory),
         predicted_memory_bytes=prediction.memory_bytes * plan.replicas if prediction else None,

@@ -7,6 +7,7 @@ import math
 import time
 
 from hybridpar.errors import DivergenceError
+from hybridpar.runtime.callback import Callbacks
 from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.job import Evaluation, Job
 from hybridpar.runtime.journal import Journal, StepRecord
@@ -15,7 +16,8 @@ from hybridpar.runtime.log import WARM_UP_STEPS, Log
 from hybridpar.runtime.manifest import Position
 from hybridpar.runtime.origin import Origin
 from hybridpar.runtime.process import Process
-from hybridpar.runtime.stop import Stop
+from hybridpar.runtime.resume import fingerprint
+from hybridpar.runtime.stop import Agreement, Stop
 
 
 class Loop:
@@ -32,6 +34,7 @@ class Loop:
         steps: of the whole training.
         eval_every: epochs between evaluations; None: only one, at the end.
         begin: how far the training has come already.
+        callbacks: the user's; they may ask for the end before ``steps``.
     """
 
     def __init__(
@@ -47,14 +50,19 @@ class Loop:
         steps: int,
         eval_every: int | None,
         begin: Position,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.job, self.process, self.feed, self.test_feed = job, process, feed, test_feed
         self.journal, self.keeper, self.stop = journal, keeper, stop
         self.steps, self.eval_every, self.begin = steps, eval_every, begin
+        self.callbacks, self._end = callbacks or Callbacks(()), Agreement(process, "end")
         self.log = Log()
+        self._plan = fingerprint(job.plan)
         if journal is not None and journal.earlier:
-            self.log.steps = [(record.samples, record.step_s) for record in journal.earlier]
+            same = [record for record in journal.earlier if record.plan == self._plan]
+            self.log.steps = [(record.samples, record.step_s) for record in same]
             self.log.loss = journal.earlier[-1].loss
+            self.log.total_s = sum(record.step_s for record in journal.earlier)
 
     def run(self) -> Log:
         """Train to the end, or to where a signal ends it. Raises DivergenceError for a loss that is not finite."""
@@ -65,17 +73,24 @@ class Loop:
                 self.begin.epoch + bool(self.begin.samples),
             )
             return log
+        self.callbacks.start(self.job)
         for epoch in itertools.count(self.begin.epoch):
             at = self._epoch(epoch)
             log.epochs = epoch + 1
             log.stopped = not self._done and self.stop.after(self.job.steps)
             amid = log.stopped and at.samples > 0  # who ends a job may not wait for an evaluation
             evaluation = self._evaluate(epoch) if not amid and self._evaluates(epoch) else None
-            self.keeper.keep(at, evaluation, last=self._done or log.stopped)
+            self._keep(at, evaluation, last=self._done or log.stopped)
             if self._done or log.stopped:
                 break
-        log.total_s = time.perf_counter() - began_s
+        log.total_s += time.perf_counter() - began_s
+        self.callbacks.end()
         return log
+
+    def _keep(self, at: Position, evaluation: Evaluation | None = None, *, last: bool = False) -> None:
+        folder = self.keeper.keep(at, evaluation, last=last)
+        if folder is not None:
+            self._end.wanted |= self.callbacks.checkpoint(at, folder)
 
     @property
     def _done(self) -> bool:
@@ -95,21 +110,25 @@ class Loop:
             before_s = now_s
             self._require_finite(loss, f"at step {step}")
             at = Position(step + 1, epoch, batch.first_sample + batch.samples)
+            if self.callbacks and self._end.after(self.job.steps):
+                self.steps = self.job.steps
             if done < count:
                 if self._done or self.stop.after(self.job.steps):
                     return at
-                self.keeper.keep(at)
+                self._keep(at)
         return Position(self.job.steps, epoch + 1, 0)
 
     def _note(self, step: int, epoch: int, loss: float, rate: float | None, samples: int, step_s: float) -> None:
         """Write a step down."""
         self.log.loss = loss
         self.log.steps.append((samples, step_s))
-        if step < min(WARM_UP_STEPS, max(1, self.steps // 5)):
+        first = self.begin.step
+        if step < first + min(WARM_UP_STEPS, max(1, (self.steps - first) // 5)):
             self.log.measured_since_s = time.time()
+        record = StepRecord(step, epoch, loss, rate, samples, step_s, samples / step_s, time.time(), self._plan)
         if self.journal is not None:
-            record = StepRecord(step, epoch, loss, rate, samples, step_s, samples / step_s, time.time())
             self.journal.step(record)
+        self._end.wanted |= self.callbacks.step(record)
 
     def _evaluates(self, epoch: int) -> bool:
         return self._done or (self.eval_every is not None and (epoch + 1) % self.eval_every == 0)
@@ -120,6 +139,8 @@ class Loop:
         if self.journal is not None:
             self.journal.evaluation(self.job.steps, epoch, result)
         self._require_finite(result.loss, f"in the evaluation after step {self.job.steps - 1}")
+        if self.callbacks and any(self.process.gather(self.callbacks.evaluation(self.job.steps, epoch, result))):
+            self.steps = self.job.steps
         return result
 
     def _require_finite(self, loss: float, where: str) -> None:

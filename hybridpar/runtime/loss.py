@@ -49,6 +49,17 @@ class Logits(NamedTuple):
     """Of the whole model."""
     whole: bool = False
     """Whether there are no other shards, so that nothing is exchanged."""
+    others: torch.Tensor | None = None
+    """(samples,) int64, labels of what the samples are mixed with; None: they are not mixed."""
+    share: float = 1.0
+    """Of the loss of ``labels`` in a mixed sample's; that of ``others`` has the rest."""
+
+    @property
+    def targets(self) -> tuple[tuple[torch.Tensor, float], ...]:
+        """Labels with their shares of the loss."""
+        if self.others is None:
+            return ((self.labels, 1.0),)
+        return (self.labels, self.share), (self.others, 1.0 - self.share)
 
 
 class Loss(Protocol):
@@ -84,6 +95,29 @@ class Loss(Protocol):
 def share_of(weight: torch.Tensor) -> torch.Tensor:
     """Return 1 / weight, float64 scalar; 0 where nothing counts in the whole step: torch has no gradient there."""
     return torch.where(weight > 0, 1 / weight, 0)
+
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""Class numbers travel among floating figures as the bits of integers; float32 would round those above 2^24."""
+
+
+def as_figures(classes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return class numbers in the guise of figures of ``dtype``."""
+    return classes.to(_INTEGERS[dtype]).view(dtype)
+
+
+def best_classes(logits: Logits, figures: Figures) -> torch.Tensor:
+    """Return the classes of the largest logits, (samples, up to 5), the largest first.
+
+    Of shards from the last figures that they exchange in an evaluation: five largest logits, and their classes.
+    """
+    if logits.whole:
+        return logits.values.topk(min(TOP, logits.values.shape[1]), dim=1).indices
+    stacked = torch.stack(figures)
+    values = torch.cat(tuple(stacked[:, :, -2 * TOP : -TOP]), dim=1)
+    classes = torch.cat(tuple(stacked[:, :, -TOP:]), dim=1).view(_INTEGERS[stacked.dtype])
+    best = values.topk(min(TOP, logits.classes), dim=1).indices
+    return classes.gather(1, best).to(torch.int64)
 
 
 def count_hits(values: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,12 +12,12 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hybridpar.errors import CheckpointError
+from hybridpar.runtime.judge import Judge
 from hybridpar.schema import read_json, to_data
 
-Metric = Literal["accuracy", "loss"]
 VERSION = 1
 FOLDER = "checkpoints"
 MANIFEST = "checkpoint.json"
@@ -70,11 +70,11 @@ class Manifest:
     """Of the evaluation just before; None where there was none."""
     best: float | None = None
     """The best metric so far."""
-    judged_by: Metric | None = None
+    judged_by: str | None = None
     """What the metrics are."""
     version: int = VERSION
 
-    def best_of(self, metric: Metric | None) -> float | None:
+    def best_of(self, metric: str | None) -> float | None:
         """Return the best ``metric`` so far; None where another one was looked at."""
         return self.best if self.judged_by == metric else None
 
@@ -100,13 +100,18 @@ def partial(home: Path, step: int) -> Path:
     return home / f".step-{step:08d}.partial"
 
 
+def final(home: Path, step: int) -> Path:
+    """Return the folder that it has when it is complete."""
+    return home / f"step-{step:08d}"
+
+
 def commit(home: Path, manifest: Manifest) -> Path:
     """Complete a checkpoint whose tensors are written, and return its final folder.
 
     Raises CheckpointError where the files of some ranks are not visible here, OSError as the file system does.
     """
     step = manifest.position.step
-    folder, final = partial(home, step), home / f"step-{step:08d}"
+    folder, complete_folder = partial(home, step), final(home, step)
     missing = [r for r in range(manifest.ranks) if not (folder / f"rank-{r}.json").is_file()]
     if missing:
         raise CheckpointError(
@@ -117,9 +122,9 @@ def commit(home: Path, manifest: Manifest) -> Path:
         file.flush()
         os.fsync(file.fileno())
     sync(folder)
-    folder.rename(final)
+    folder.rename(complete_folder)
     sync(home)
-    return final
+    return complete_folder
 
 
 def sync(folder: Path) -> None:
@@ -158,18 +163,18 @@ def clean(home: Path) -> None:
                 shutil.rmtree(path)
 
 
-def retain(home: Path, keep: int, best: Metric | None) -> None:
-    """Remove all checkpoints but the ``keep`` latest, and the one with the best metric if ``best`` names one.
+def retain(home: Path, keep: int, judge: Judge | None) -> None:
+    """Remove all checkpoints but the ``keep`` latest, and the best one by ``judge``.
 
     A folder that is removed loses its final name first, so that no half of it is ever taken for a checkpoint.
     """
     known = complete(home)
     stay = set(known[-keep:])
-    if best is not None:
-        judged = {p: m for p in known if (m := Manifest.load(p)).judged_by == best}
-        metrics = {p: m.metric for p, m in judged.items() if m.metric is not None}
+    if judge is not None:
+        judged = {p: m for p in known if (m := Manifest.load(p)).judged_by == judge.name}
+        metrics = {p.name: m.metric for p, m in judged.items() if m.metric is not None}
         if metrics:
-            stay.add((max if best == "accuracy" else min)(metrics, key=lambda p: metrics[p]))
+            stay.add(home / judge.best(metrics))
     for path in known:
         if path not in stay:
             gone = home / f".{path.name}.partial"

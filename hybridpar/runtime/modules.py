@@ -10,7 +10,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
+from hybridpar.model.footprint import lowering
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.linear import GatheringLinear
 from hybridpar.model.trace import Traced
@@ -32,11 +34,22 @@ class Owned:
 
 
 class BlockModules(nn.Module):
-    """The layers of one block on one rank, run one after the other."""
+    """The layers of one block on one rank, run one after the other.
 
-    def __init__(self, block: Block, layers: list[nn.Module], owned: list[Owned]) -> None:
+    ``autocast`` is the dtype in which they compute; None: in that of the parameters. They then give ``leaving``,
+    whatever a device's list of operations for autocast says of the last one.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        layers: list[nn.Module],
+        owned: list[Owned],
+        autocast: torch.dtype | None = None,
+        leaving: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.block = block
+        self.block, self._autocast, self._leaving = block, autocast, leaving
         self.layers = nn.ModuleList(layers)
         self.owned = owned
         self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
@@ -50,8 +63,11 @@ class BlockModules(nn.Module):
         """Run the layers on (samples, ...); ``keys`` belong to the samples."""
         for dropout in self._dropouts:
             dropout.keys = keys
-        for layer in self.layers:
-            x = layer(x)
+        with lowering(x.device.type, self._autocast):
+            for layer in self.layers:
+                x = layer(x)
+        if self._leaving is not None:
+            x = x.to(self._leaving)
         for dropout in self._dropouts:
             dropout.keys = None  # else every block held its sample ids until its next micro-batch
         return x
@@ -98,7 +114,11 @@ class ModuleFactory:
                 self._place_dropouts(layer, span)
             layers.append(layer)
             owned += parameters
-        return BlockModules(block, layers, owned)
+        chain = self._traced.chain
+        if chain.autocast is None:
+            return BlockModules(block, layers, owned)
+        leaving = crossing_dtype(block, chain, self._dtype)
+        return BlockModules(block, layers, owned, getattr(torch, chain.autocast), leaving)
 
     def _value(self, name: str) -> torch.Tensor:
         return self._source.materialize(name, self._seed, self._dtype)
@@ -145,6 +165,14 @@ class ModuleFactory:
         for module in layer.modules():
             if isinstance(module, KeyedDropout):
                 module.feature_offset = span.inputs[0] if span is not None else 0
+
+
+def crossing_dtype(block: Block, chain: Chain, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a block's output and of its gradient, if parameters have ``dtype``."""
+    if chain.autocast is None or not chain.layers[block.layers[1] - 1].lowered:
+        return dtype
+    lowered: torch.dtype = getattr(torch, chain.autocast)
+    return lowered
 
 
 def owned_parameters(blocks: list[BlockModules]) -> Iterator[Owned]:

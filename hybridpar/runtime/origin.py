@@ -77,7 +77,7 @@ class Watch:
         if self._found is not None:
             return
         x, y = values[0].detach(), values[1].detach()
-        total = y.sum()
+        total = y.sum(dtype=torch.promote_types(y.dtype, torch.float32))
         if y.device.type != "cpu":
             self._sums.append((self._origin(program, modules, micro_batch, samples, None), total))
         elif not math.isfinite(total):

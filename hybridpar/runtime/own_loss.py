@@ -81,7 +81,8 @@ class OwnLoss:
         del figures
         with torch.set_grad_enabled(train):
             values = logits.values.detach().requires_grad_(train)
-            value = self.function(values, logits.labels)
+            parts = [(self.function(values, labels), share) for labels, share in logits.targets]
+            value = parts[0][0] if logits.others is None else sum(part * share for part, share in parts)
         if not isinstance(value, torch.Tensor) or value.dim() or (train and not value.requires_grad):
             gave = type(value).__name__
             if isinstance(value, torch.Tensor):

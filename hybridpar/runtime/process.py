@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NoReturn
 
@@ -85,10 +85,10 @@ class Place:
 class Process:
     """One rank of a job. Before ``connect`` the ranks talk through a store only; ``connect`` makes process groups.
 
-    All ranks call ``agree``, ``share``, ``connect`` and ``gather`` in the same order. ``device`` is one GPU per
-    rank, or the CPU with one thread per rank where several ranks share the machine. ``timeout_s`` is the longest
-    that one communication may take. Raises LaunchError where there are fewer GPUs than ranks but ``device`` is
-    ``cuda``, and where the other processes cannot be reached.
+    All ranks call ``agree``, ``share``, ``tell``, ``connect`` and ``gather`` in the same order. ``device`` is one
+    GPU per rank, or the CPU with one thread per rank where several ranks share the machine. ``timeout_s`` is the
+    longest that one communication may take. Raises LaunchError where there are fewer GPUs than ranks but
+    ``device`` is ``cuda``, and where the other processes cannot be reached.
     """
 
     def __init__(self, device: DeviceChoice = "auto", timeout_s: float = 120.0) -> None:
@@ -100,6 +100,8 @@ class Process:
         """This rank's process groups by communicator name, once connected."""
         self._shared = 0
         self._store = _open_store(self.place, self.timeout)
+        if self.world > 1:  # nodes whose ranks did not fail count no restart
+            self.place = replace(self.place, restarts=max(self.tell(self.place.restarts)))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
@@ -140,6 +142,15 @@ class Process:
             self._store.add(f"{key}/heard", 1)
             raise SystemExit(answer["exit"])
         return answer["data"]
+
+    def tell(self, value: Any) -> list[Any]:
+        """Return the JSON data of every rank, in rank order, on every rank; needs the store only."""
+        key = f"told/{self._shared}"
+        self._shared += 1
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        keys = [f"{key}/{rank}" for rank in range(self.world)]
+        self._store.wait(keys, PLANNING_TIMEOUT)
+        return [json.loads(self._store.get(k)) for k in keys]
 
     def propose(self, key: str, value: str) -> None:
         """Post a value for all ranks, unless one of them has done so before."""
@@ -336,14 +347,24 @@ def _warm_up(plan: Plan, rank: int, groups: dict[str, dist.ProcessGroup], device
 
 
 def _open_store(place: Place, timeout: timedelta) -> Store:
-    """Open the store that torchrun serves; a restarted job must not read what the one before left there."""
+    """Open the job's store; a restarted job must not read what the one before left there.
+
+    The launcher's own store outlives restarts, and torch then tells them apart by a count that each node keeps for
+    itself: only the nodes whose ranks failed count. Otherwise every start has a store of its own.
+    """
     if place.world == 1:
         return HashStore()
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if kept and place.world > place.local_world and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise LaunchError(
+            "torchrun --max-restarts on several nodes: the nodes do not find each other after a restart; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on every node, and use --rdzv-backend=c10d"
+        )
     try:
         store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
     except (ValueError, dist.DistError) as e:
         raise LaunchError(f"the other processes cannot be reached: {e}; start the job with torchrun") from e
-    return PrefixStore(f"hybridpar/{place.restarts}", store)
+    return PrefixStore(f"hybridpar/{place.restarts if kept else 0}", store)
 
 
 def _device(choice: DeviceChoice, place: Place) -> torch.device:

@@ -93,8 +93,13 @@ class Reference:
             self._replicas[layer, rank] = copy.deepcopy(whole, shared)
         return self._replicas[layer, rank]
 
-    def step(self, inputs: torch.Tensor, labels: torch.Tensor, first_sample: int) -> None:
-        """Train on a whole step: inputs (samples, ...), labels (samples,); sample ids count from the first's."""
+    def step(
+        self, inputs: torch.Tensor, labels: torch.Tensor, first_sample: int, share: float | None = None
+    ) -> None:
+        """Train on a whole step: inputs (samples, ...), labels (samples,); sample ids count from the first's.
+
+        ``share``: of each sample in its input, which is mixed with that of the sample before it.
+        """
         if self._rate is not None:
             for group, relative in zip(self._optimizer.param_groups, self._relative, strict=True):
                 group["lr"] = self._rate(self._step) * relative
@@ -110,7 +115,10 @@ class Reference:
                 else self._run(self._layers[index], x, ids)
             )
             self.outputs.append(x.detach())
-        loss: torch.Tensor = self._criterion(x, labels.to(self._device))
+        labels = labels.to(self._device)
+        loss: torch.Tensor = self._criterion(x, labels)
+        if share is not None:
+            loss = loss * share + self._criterion(x, labels.roll(1)) * (1.0 - share)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._max_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self._max_norm)

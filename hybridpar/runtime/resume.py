@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +118,20 @@ def reopened(folder: Path, data: Any, plan: Plan, *, same_run: bool) -> Resume:
     return Resume(folder, manifest, same_run, alike(_plan(manifest, folder), plan))
 
 
+def fingerprint(plan: Plan) -> str:
+    """Return 12 hexadecimal digits, equal for plans that are ``alike``."""
+    text = json.dumps(to_data(replace(plan, prediction=None)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def alike(one: Plan, other: Plan) -> bool:
     """Whether two plans put the same work on the same ranks, whatever is predicted of them."""
-    return bool(to_data(replace(one, prediction=None)) == to_data(replace(other, prediction=None)))
+    return fingerprint(one) == fingerprint(other)
 
 
 _KEYS = {
     "model": "model.name",
-    "chain": "a chain of layers (model.options, model.in_shape, model.classes)",
+    "chain": "a chain of layers (model.options, model.in_shape, model.classes, train.autocast)",
     "precision": "train.precision",
     "optimizer": "optimizer.name",
     "seed": "train.seed",

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from hybridpar.errors import CheckpointError
 from hybridpar.runtime import manifest as folders
+from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest
 from hybridpar.runtime.pieces import Piece, write
 from hybridpar.sections import CheckpointConfig
@@ -22,18 +23,25 @@ class Saver:
     ``save`` copies the tensors and returns; a thread writes them. Every rank writes its own file into a folder
     with a temporary name. The ranks then agree over ``group``, a communicator that nobody else uses, that all
     have written, and rank 0 gives the folder its name. ``home`` is the run's folder of checkpoints, which all
-    nodes share; ``group`` is None for a rank that is alone.
+    nodes share; ``group`` is None for a rank that is alone. ``judge`` says which checkpoint is the best one.
     """
 
-    def __init__(self, home: Path, settings: CheckpointConfig, rank: int, group: dist.ProcessGroup | None) -> None:
-        self._home, self._settings, self._rank, self._group = home, settings, rank, group
+    def __init__(
+        self,
+        home: Path,
+        settings: CheckpointConfig,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        judge: Judge | None = None,
+    ) -> None:
+        self._home, self._settings, self._rank, self._group, self._judge = home, settings, rank, group, judge
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, pieces: Mapping[str, Piece], manifest: Manifest) -> None:
-        """Begin to save, after the save before has ended. Raises CheckpointError where that one failed.
+    def save(self, pieces: Mapping[str, Piece], manifest: Manifest) -> Path:
+        """Begin to save, after the save before has ended, and return the checkpoint's folder to be.
 
-        ``pieces`` may change as soon as this returns.
+        ``pieces`` may change as soon as this returns. Raises CheckpointError where the save before failed.
         """
         self.wait()
         copies = {name: piece.copied() for name, piece in pieces.items()}
@@ -41,6 +49,7 @@ class Saver:
         self._thread.start()
         if not self._settings.asynchronous:
             self.wait()
+        return folders.final(self._home, manifest.position.step)
 
     def wait(self) -> None:
         """Wait for the save that is going on. Raises CheckpointError where it failed, on every rank."""
@@ -70,7 +79,7 @@ class Saver:
         try:
             if self._rank == 0:
                 folders.commit(self._home, manifest)
-                folders.retain(self._home, self._settings.keep, self._settings.best)
+                folders.retain(self._home, self._settings.keep, self._judge)
         except (OSError, CheckpointError) as e:
             failure = e
         if not self._agree(failed=failure is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,21 +10,25 @@ from torch import nn
 from hybridpar.model.copies import named_tensors
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position
+from hybridpar.runtime import randomness
+from hybridpar.runtime.average import Average
 from hybridpar.runtime.modules import BlockModules, Owned
 from hybridpar.runtime.optimizer_state import ShardedState, WholeState
 from hybridpar.runtime.pieces import Piece, Stored
 from hybridpar.runtime.update import ShardedEngine
 
-PARAMETER, BUFFER, GENERATOR = "parameter/", "buffer/", "generator/"
+PARAMETER, AVERAGE, BUFFER, GENERATOR = "parameter/", "average/", "buffer/", "generator/"
 
 
 class State:
     """One rank's parameters, buffers, optimizer state and random generators.
 
-    Names: ``parameter/NAME``; ``optimizer/KEY/NAME`` for the optimizer's tensor KEY of a parameter;
+    Names: ``parameter/NAME``; ``average/NAME`` for the moving average of one that is trained;
+    ``optimizer/KEY/NAME`` for the optimizer's tensor KEY of a parameter;
     ``buffer/I/NAME`` for the buffer of the I-th of the ranks that hold it (batch norms differ between them);
-    ``generator/RANK/cpu`` and ``/cuda``. A parameter that several ranks hold is written by the first of them. Of a
-    tied parameter there is one, by its first name. A position has one of ``optimizers``, or of ``engines``.
+    ``generator/RANK/KIND`` of ``runtime.randomness``. A parameter that several ranks hold is written by the first
+    of them. Of a tied parameter there is one, by its first name. A position has one of ``optimizers``, or of
+    ``engines``.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class State:
         place: int,
         replica: int,
         device: torch.device,
+        average: Average | None = None,
     ) -> None:
+        self._average = average
         self._traced, self._positions, self._blocks = traced, positions, blocks
         self._rank, self._place, self._replica, self._device = rank, place, replica, device
         self._shapes = {
@@ -69,6 +75,7 @@ class State:
             owned, index, first = self._owned(position), position.index, position.ranks[0] == self._place
             written = [o for o in owned if self._writes(position, o)]
             result |= {PARAMETER + o.name: self._piece(o) for o in written}
+            result |= self._averages(written)
             if index in self._whole:
                 result |= self._whole[index].pieces(written, first=first)
             if index in self._sharded:
@@ -76,7 +83,7 @@ class State:
         for name, (buffer, *_) in self._buffers().items():
             if self._first_of_copy(name):
                 result[f"{BUFFER}{self._copy(name)}/{name}"] = Piece.whole(buffer)
-        for kind, generator in self._generators().items():
+        for kind, generator in randomness.states(self._device).items():
             result[f"{GENERATOR}{self._rank}/{kind}"] = Piece.whole(generator)
         return result
 
@@ -85,11 +92,14 @@ class State:
 
         Under the plan that saved them (``same_plan``) every rank gets its own buffers and generators again; under
         another one the buffers are the mean over those who held them, and the generators stay as they are. Raises
-        CheckpointError for what does not fit.
+        CheckpointError for what does not fit. An average begins anew where the checkpoint has none.
         """
+        averaged = self._average is not None and any(name.startswith(AVERAGE) for name in stored.tensors)
         for position in self._positions:
             owned, index = self._owned(position), position.index
             stored.load({PARAMETER + o.name: self._piece(o) for o in owned})
+            if averaged:
+                stored.load(self._averages(owned))
             if index in self._whole:
                 self._whole[index].restore(stored, owned)
             if index in self._sharded:
@@ -98,6 +108,8 @@ class State:
             value = self._saved_buffer(stored, name, same_plan=same_plan)
             for buffer in buffers:
                 buffer.data.copy_(value.view_as(buffer))
+        if self._average is not None and averaged:
+            self._average.go_on()
         if same_plan:
             self._restore_generators(stored)
 
@@ -114,8 +126,14 @@ class State:
         first = position.ranks[0] == self._place
         return self._replica == 0 and (first or (position.sharded and owned.dim is not None))
 
-    def _piece(self, owned: Owned) -> Piece:
-        return Piece.slice(owned.tensor, self._shapes[owned.name], owned.dim, owned.start)
+    def _piece(self, owned: Owned, tensor: torch.Tensor | None = None) -> Piece:
+        value = owned.tensor if tensor is None else tensor
+        return Piece.slice(value, self._shapes[owned.name], owned.dim, owned.start)
+
+    def _averages(self, owned: Sequence[Owned]) -> dict[str, Piece]:
+        """Return the averages of those parameters that are trained."""
+        values = {} if self._average is None else self._average.values
+        return {AVERAGE + o.name: self._piece(o, values[o.tensor]) for o in owned if o.tensor in values}
 
     def _holders(self) -> Iterator[tuple[Position, int, nn.Module]]:
         for position in self._positions:
@@ -152,19 +170,9 @@ class State:
         position = self._position_of(buffer)
         return not position.sharded or position.ranks[0] == self._place
 
-    def _generators(self) -> dict[str, torch.Tensor]:
-        states = {"cpu": torch.default_generator.get_state()}
-        if self._device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self._device)
-        return states
-
     def _restore_generators(self, stored: Stored) -> None:
-        for kind in self._generators():
-            state = stored.read(f"{GENERATOR}{self._rank}/{kind}")
-            if kind == "cpu":
-                torch.default_generator.set_state(state)
-            else:
-                torch.cuda.set_rng_state(state, self._device)
+        for kind in randomness.states(self._device):
+            randomness.restore(kind, stored.read(f"{GENERATOR}{self._rank}/{kind}"), self._device)
 
 
 def mean_buffer(stored: Stored, name: str) -> torch.Tensor:

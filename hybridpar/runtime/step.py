@@ -57,6 +57,8 @@ class StepState:
     labels: torch.Tensor
     """(samples of the step,) int64; other ranks' places hold 0 until all labels are gathered."""
     metrics: torch.Tensor
+    share: float | None = None
+    """Of each sample in its loss, where it is mixed with the one before it in the step."""
     outputs: dict[Key, torch.Tensor] = field(default_factory=dict)
     inputs: dict[Key, torch.Tensor] = field(default_factory=dict)
     """Inputs that have arrived, whole or in part."""

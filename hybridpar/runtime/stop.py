@@ -1,4 +1,4 @@
-"""Stopping: a training that is asked to end (SIGTERM) does so after a step, the same one on all ranks."""
+"""Stopping: a training that is asked to end (SIGTERM, callbacks) does so after a step, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,34 @@ from typing import Any
 
 from hybridpar.runtime.process import Process
 
-_KEY = "stop"
 
+class Agreement:
+    """Where all ranks end, once one wants to.
 
-class Stop:
-    """Listens for SIGTERM while it is entered; elsewhere than in a process's main thread it hears nothing.
-
-    All ranks ask ``after`` at the end of every step. The first that has heard the signal after step k names
-    step k + 1: no rank can end that one before this rank takes part in it, so all read of it in time.
+    All ranks ask ``after`` at the end of every step. The first one that wants the end after step k names step
+    k + 1: no rank can end that one before this rank takes part in it, so all read of it in time.
     """
 
+    def __init__(self, process: Process, key: str) -> None:
+        self._process, self._key = process, key
+        self.wanted = False
+        """Whether this rank wants the end."""
+
+    def after(self, steps: int) -> bool:
+        """Return whether all end here, ``steps`` steps being over; the same on all ranks."""
+        if self._process.world == 1:
+            return self.wanted
+        if self.wanted:
+            self._process.propose(self._key, str(steps + 1))
+        last = self._process.posted(self._key)
+        return last is not None and steps >= int(last)
+
+
+class Stop(Agreement):
+    """Listens for SIGTERM while it is entered; elsewhere than in a process's main thread it hears nothing."""
+
     def __init__(self, process: Process) -> None:
-        self._process = process
-        self._heard = False
+        super().__init__(process, "stop")
         self._before: Any = None
 
     def __enter__(self) -> Stop:
@@ -35,15 +50,6 @@ class Stop:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def after(self, steps: int) -> bool:
-        """Return whether the training ends here, ``steps`` steps being over; the same on all ranks."""
-        if self._process.world == 1:
-            return self._heard
-        if self._heard:
-            self._process.propose(_KEY, str(steps + 1))
-        last = self._process.posted(_KEY)
-        return last is not None and steps >= int(last)
-
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._heard = True
+        self.wanted = True

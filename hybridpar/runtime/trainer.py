@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,20 @@ from hybridpar.planning.program import Mode
 from hybridpar.report.summary import Summary
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime import resume, zero
+from hybridpar.runtime.boards import open_boards
+from hybridpar.runtime.callback import Callback, Callbacks, make_callbacks
 from hybridpar.runtime.checks import check
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.job import Job, checked_program
 from hybridpar.runtime.journal import Journal, make_run_dir
+from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.keeper import Keeper
 from hybridpar.runtime.log import Log, summarise
 from hybridpar.runtime.loop import Loop
 from hybridpar.runtime.manifest import Position, Subject
 from hybridpar.runtime.optimizer import make_factory, make_rate
+from hybridpar.runtime.own_metric import make_metrics
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
@@ -40,8 +45,17 @@ from hybridpar.runtime.stop import Stop
 from hybridpar.schema import from_data, to_data
 
 
-def train(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Summary | None:
+def train(
+    config: Config,
+    plan: Plan,
+    traced: Traced,
+    source: Source,
+    process: Process,
+    callbacks: Sequence[Callback] = (),
+) -> Summary | None:
     """Train, evaluate and sum up; every rank calls this once, and every rank gets the summary.
+
+    ``callbacks`` come before those of ``train.callbacks``.
 
     SIGTERM ends the training after a step, with a checkpoint if there are any; every rank then gets None.
 
@@ -54,7 +68,7 @@ def train(config: Config, plan: Plan, traced: Traced, source: Source, process: P
     """
     try:
         check(config, plan, traced.chain, process.place)
-        return _Training(config, plan, traced.chain, process).run(traced, source)
+        return _Training(config, plan, traced.chain, process, callbacks).run(traced, source)
     except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         process.fail(e)
 
@@ -67,7 +81,10 @@ def _size(split: Any) -> int:
 class _Training:
     """One training job on one rank. Making it reads the data set and makes the run directory."""
 
-    def __init__(self, config: Config, plan: Plan, chain: Chain, process: Process) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, chain: Chain, process: Process, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        self.callbacks = [*callbacks, *make_callbacks(config.train.callbacks)]
         self.config, self.plan, self.chain, self.process = config, plan, chain, process
         self.data = self._load()
         self._check_programs()
@@ -143,10 +160,17 @@ class _Training:
             job = self._make_job(traced, source, communicators)
             if self.resumed is not None:
                 self.resumed.restore(job)
-            saver = self._make_saver()
+            judge = Judge.of(config.checkpoint.best, job.metrics)
+            saver = self._make_saver(judge)
             best = self.resumed.manifest.best_of(config.checkpoint.best) if self.resumed else None
-            keeper = Keeper(saver, config.checkpoint, job, source.module, self._subject, best)
-            feed = job.loader(self.data[0], drop_last=config.train.drop_last, workers=config.data.workers)
+            keeper = Keeper(saver, config.checkpoint, job, source.module, self._subject, best, judge)
+            feed = job.loader(
+                self.data[0],
+                drop_last=config.train.drop_last,
+                workers=config.data.workers,
+                mixup=config.data.mixup,
+                cutmix=config.data.cutmix,
+            )
             test_feed = job.loader(self.data[1], train=False, workers=config.data.workers)
             stack.enter_context(feed)
             stack.enter_context(test_feed)
@@ -162,6 +186,7 @@ class _Training:
                 steps=self.steps,
                 eval_every=config.train.eval_every,
                 begin=self.resumed.position if self.resumed else Position(0, 0, 0),
+                callbacks=Callbacks(self.callbacks),
             )
             log = loop.run()
             saver.wait()
@@ -204,13 +229,15 @@ class _Training:
             engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
             loss=make_loss(self.config.loss, self.chain.out_shape[0]),
             groups=settings.parameter_groups,
+            metrics=make_metrics(self.config.metrics),
+            decay=self.config.train.ema,
         )
 
-    def _make_saver(self) -> Saver:
+    def _make_saver(self, judge: Judge | None) -> Saver:
         process, home = self.process, self.folder / folders.FOLDER
         if process.rank == 0:
             folders.clean(home)
-        return Saver(home, self.config.checkpoint, process.rank, process.groups.get("checkpoint"))
+        return Saver(home, self.config.checkpoint, process.rank, process.groups.get("checkpoint"), judge)
 
     def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
         """Start the sampler of this node's GPUs in one of its processes."""
@@ -231,8 +258,11 @@ class _Training:
             return None
         settings = self.config.train
         position = self.resumed.position if self.resumed else None
+        boards = open_boards(
+            settings.loggers, self.folder, self.config.resolved, position.step if position else None
+        )
         journal = stack.enter_context(
-            Journal(self.folder, self.steps, settings.mode, settings.log_every, position)
+            Journal(self.folder, self.steps, settings.mode, settings.log_every, position, boards)
         )
         if self.resumed is not None:
             journal.say(f"continuing after step {self.resumed.position.step} from {self.resumed.folder}")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybridpar.planning.blocks import Position
+from hybridpar.runtime.average import Average
 from hybridpar.runtime.fragment import Fragment
 from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
@@ -56,9 +57,9 @@ class Updater:
     """Gradients and optimizers of one rank.
 
     ``rank`` is its number in plan replica ``replica``, ``positions`` are its own. Positions that are reduced keep
-    their gradients in one flat bucket per block, as views, so that a reduction copies nothing. Gradients that a
-    layer gathers by itself have their place from the start, in a bucket or not. ``max_norm`` clips by the global
-    norm as ``torch.nn.utils.clip_grad_norm_`` does.
+    their gradients in one flat bucket per block, as views: what autograd makes is copied there at a step's first
+    backward, and later ones add to it. Gradients that a layer gathers by itself have their place from the start,
+    in a bucket or not. ``max_norm`` clips by the global norm as ``torch.nn.utils.clip_grad_norm_`` does.
     """
 
     def __init__(
@@ -71,14 +72,13 @@ class Updater:
         engines: Mapping[int, ShardedEngine] | None = None,
         replica: int = 0,
         groups: Sequence[ParameterGroup] = (),
+        decay: float | None = None,
     ) -> None:
         self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
         self.engines = engines or {}
         self._buckets: dict[int, torch.Tensor] = {}
-        self._views: list[tuple[nn.Parameter, torch.Tensor]] = []
-        """Of buckets: backwards add to them."""
-        self._gathered: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
-        """Of a block's bucket: the first backward of a step overwrites them."""
+        self._places: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+        """Where a block's gradients lie in its bucket."""
         owned: dict[int, list[Owned]] = {p.index: [] for p in positions}
         by_index = {p.index: p for p in positions}
         for index, modules in sorted(blocks.items()):
@@ -93,6 +93,8 @@ class Updater:
                 if o.layer is not None and o.tensor.requires_grad:
                     o.layer.home = torch.empty_like(o.tensor, requires_grad=False)
         self._parameters = {index: [o.tensor for o in own] for index, own in owned.items()}
+        self.average = None if decay is None else Average(decay, self._parameters)
+        """Of the weights, if there is a ``decay``."""
         self.optimizers = {
             index: optimizer(grouped(((o.name, o.tensor) for o in own), groups))
             for index, own in owned.items()
@@ -104,20 +106,19 @@ class Updater:
         """Once a rate is set: the ratios of the groups' own rates to their optimizer's."""
 
     def _flatten(self, block: int, owned: list[Owned]) -> torch.Tensor:
-        total = sum(o.tensor.numel() for o in owned)
+        trained = [o for o in owned if o.tensor.requires_grad]
+        total = sum(o.tensor.numel() for o in trained)
         first = next((o.tensor for o in owned), torch.empty(0))
         flat, at = first.new_zeros(total), 0
-        gathered = self._gathered[block] = []
-        for o in owned:
+        places = self._places[block] = []
+        for o in trained:
             place = flat[at : at + o.tensor.numel()].view_as(o.tensor)
             at += o.tensor.numel()
-            if not o.tensor.requires_grad:
-                continue
+            places.append((o.tensor, place))
             if o.layer is None:
-                self._views.append((o.tensor, place))
+                o.tensor.register_post_accumulate_grad_hook(_Move(place))  # type: ignore[no-untyped-call]
             else:
                 o.layer.home = place
-                gathered.append((o.tensor, place))
         return flat
 
     def zero(self) -> None:
@@ -126,10 +127,6 @@ class Updater:
             optimizer.zero_grad(set_to_none=True)
         for engine in self.engines.values():
             engine.zero()
-        if self._views:
-            torch._foreach_zero_([view for _, view in self._views])
-        for parameter, view in self._views:
-            parameter.grad = view
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of all optimizers; that of groups keeps its ratio to it."""
@@ -143,8 +140,8 @@ class Updater:
 
     def bucket(self, block: int) -> torch.Tensor:
         """Return a block's flat gradients after its last backward, to be summed over its replicas in place."""
-        for parameter, place in self._gathered[block]:
-            if parameter.grad is None:  # the rank had no samples
+        for parameter, place in self._places[block]:
+            if parameter.grad is None:  # the rank had no samples, or the loss does not depend on it
                 parameter.grad = place.zero_()
         return self._buckets[block]
 
@@ -174,7 +171,23 @@ class Updater:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor.to(parameter.grad.dtype))
         optimizer.step()
+        if self.average is not None:
+            self.average.update(position)
 
     def sharded_update(self, position: int) -> None:
         """Reduce and update a position whose optimizer state is sharded."""
         self.engines[position].step()
+        if self.average is not None:
+            self.average.update(position)
+
+
+class _Move:
+    """Moves the gradient that autograd made of a parameter to its place, unless it lies there already."""
+
+    def __init__(self, place: torch.Tensor) -> None:
+        self.place = place
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not self.place:
+            assert parameter.grad is not None
+            parameter.grad = self.place.copy_(parameter.grad)

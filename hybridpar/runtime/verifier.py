@@ -76,7 +76,7 @@ class Verifier:
 
         def single() -> None:
             assert reference is not None
-            reference.step(*whole(), batch.first_sample)
+            reference.step(*whole(), batch.first_sample, batch.share)
 
         self._meeting.share(single)  # all wait here for the slower side, without a timeout
         for index in range(len(self._layers)):

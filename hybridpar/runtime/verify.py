@@ -11,6 +11,7 @@ import torch
 from hybridpar.config import Config
 from hybridpar.data import datasets
 from hybridpar.data.loader import StepLoader
+from hybridpar.data.mixing import Mixing
 from hybridpar.data.sampler import EpochOrder
 from hybridpar.errors import ConfigError, ModelError
 from hybridpar.model.deferred import Source
@@ -90,8 +91,10 @@ def _verify(config: Config, plan: Plan, traced: Traced, source: Source, process:
     for step in range(steps):
         programs(order.count(step))  # whatever is wrong with one is said before any process group exists
     verifier, notes = _verifier(config, plan, traced, source, process, programs, order)
-    whole = StepLoader(train, order, lambda count: ((0, count),)) if process.rank == 0 else None
-    with verifier.job.loader(train, drop_last=config.train.drop_last) as feed:
+    mixup, cutmix, drop = config.data.mixup, config.data.cutmix, config.train.drop_last
+    mixing = Mixing(config.train.seed, traced.chain.in_shape, mixup, cutmix) if mixup or cutmix else None
+    whole = StepLoader(train, order, lambda count: ((0, count),), mixing=mixing) if process.rank == 0 else None
+    with verifier.job.loader(train, drop_last=drop, mixup=mixup, cutmix=cutmix) as feed:
         ran = _steps(verifier, feed, whole, steps)
     ledger = verifier.ledger
     counts, worst = tuple(ledger.counts.items()), tuple(ledger.worst.values())

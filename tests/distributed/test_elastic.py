@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,15 @@ def train(ranks: int, *arguments: str) -> str:
     return done.stdout
 
 
+def kill_one_rank(launcher: subprocess.Popen[str], metrics: Path, lines: int) -> None:
+    """SIGKILL a rank as soon as so many steps are noted."""
+    deadline_s = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= lines) and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(max(map(int, ranks)), signal.SIGKILL)
+
+
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -59,3 +70,26 @@ def test_as_many_ranks_go_on_under_their_own_plan(tmp_path: Path) -> None:
     said = train(2, f"run.dir={tmp_path}", "train.steps=6", "resume=auto")
     assert "under a new plan" not in said
     assert [s["kind"] for s in json.loads((tmp_path / "plan.json").read_text())["stages"]] == ["middle"]
+
+
+def test_torchrun_restarts_a_job_whose_rank_was_killed_from_its_checkpoint(tmp_path: Path) -> None:
+    """By --max-restarts alone, without resume=auto, bit for bit."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, *launcher, "-m", "hybridpar", "train", *SMALL, "plan=pipeline", "train.steps=60"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    with subprocess.Popen(
+        [*command, f"run.dir={cut}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        kill_one_rank(process, cut / "metrics.jsonl", 7)
+        said, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert "continuing after step" in said
+    train(2, f"run.dir={whole}", "plan=pipeline", "train.steps=60")
+    assert losses(cut) == losses(whole)
+    assert json.loads((cut / "summary.json").read_text())["steps"] == 60

@@ -81,8 +81,8 @@ def test_a_run_is_exported_from_the_command_line_and_begun_with(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "takes a run's folder or a checkpoint's, and out=FILE"),
-        (("somewhere",), "takes a run's folder or a checkpoint's, and out=FILE"),
+        ((), "takes a run's folder or a checkpoint's, out=FILE"),
+        (("somewhere",), "takes a run's folder or a checkpoint's, out=FILE"),
         (("nowhere", "out=model.pt"), "nowhere holds no checkpoint; give the folder of"),
         (("nowhere", "out=model.onnx"), "out: model.onnx has none of the suffixes .safetensors, .pt, .pth"),
         (("nowhere", "out=none/model.pt"), "out: none/model.pt lies in no existing folder"),

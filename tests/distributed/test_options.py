@@ -27,3 +27,12 @@ def test_a_sharded_optimizer_that_the_planner_chose_is_what_runs(tmp_path: Path)
     other, unsharded = train_by_command(2, tmp_path / "none", *common)
     assert other["recipe"]["sharding"] == "none"
     assert losses == pytest.approx(unsharded, rel=1e-5)
+
+
+def test_autocast_trains_from_the_command_line_close_to_float32(tmp_path: Path) -> None:
+    """The same plan shape, and losses apart by roundings of bfloat16 (2^-9), but apart."""
+    common = ("plan=front_tail", "plan.effort=quick")
+    _, lowered = train_by_command(2, tmp_path / "lowered", *common, "train.autocast=bfloat16")
+    _, whole = train_by_command(2, tmp_path / "whole", *common)
+    assert lowered != whole
+    assert lowered == pytest.approx(whole, rel=2**-6)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from hybridpar.errors import CheckpointError, ConfigError, DivergenceError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan
+from hybridpar.report.summary import show
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime import pieces, resume
 from hybridpar.runtime.communicators import ProcessGroups
@@ -302,6 +306,33 @@ def test_a_run_that_goes_on_has_no_summary_until_it_ends(tmp_path: Path, monkeyp
     assert train_here(tmp_path, *SAVING, "train.steps=12", "resume=auto").steps == 12
 
 
+def with_slow_steps(folder: Path) -> Path:
+    """The run's first steps took 1,000 s each, if one believes its records."""
+    path = folder / "metrics.jsonl"
+    slow = [{**json.loads(line), "step_s": 1000.0} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in slow))
+    return folder
+
+
+def test_only_steps_of_the_present_plan_are_compared_with_its_prediction(tmp_path: Path) -> None:
+    """Also in a third process, and where nothing is left to do under the present plan."""
+    train_here(tmp_path, *SAVING, "train.steps=6")
+    same = train_here(with_slow_steps(tmp_path), *SAVING, "train.steps=8", "resume=auto")
+    assert same.measured_step_s == 1000
+    other = train_here(with_slow_steps(tmp_path), *SAVING, "train.steps=9", "resume=auto", micro_batch=4)
+    assert other.measured_step_s is not None
+    assert other.measured_step_s < 500
+    assert other.samples_per_s == 8 / other.measured_step_s
+    assert other.total_s > 8000
+    third = train_here(tmp_path, *SAVING, "train.steps=10", "resume=auto", micro_batch=4)
+    assert third.measured_step_s is not None
+    assert third.measured_step_s < 500
+    (tmp_path / "summary.json").unlink()
+    none = train_here(tmp_path, *SAVING, "train.steps=10", "resume=auto", micro_batch=2)
+    assert (none.measured_step_s, none.samples_per_s) == (None, None)
+    show(none, Console(file=io.StringIO()))
+
+
 def test_parameters_that_are_not_finite_replace_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,40 +390,59 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return sorted(int(pid) for pid in found)
 
 
-def kill_and_continue(folder: Path, kills: list[int], *arguments: str) -> None:
-    """SIGKILL a rank when so many lines of metrics are there, then continue with ``resume=auto``."""
-    for lines_before in kills:
-        process = start(2, *arguments, f"run.dir={folder}", "resume=auto")
-        deadline_s = time.monotonic() + 90
-        metrics = folder / "metrics.jsonl"
-        while process.poll() is None and time.monotonic() < deadline_s:
-            if metrics.exists() and metrics.read_text().count("\n") >= lines_before:
-                os.kill(ranks_of(process)[lines_before % 2], signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        assert process.wait(60) != 0
-    done = run(2, *arguments, f"run.dir={folder}", "resume=auto")
-    assert done.returncode == 0, done.stderr
+@dataclass(frozen=True)
+class Kill:
+    """A rank's end: so long after so many lines of metrics."""
+
+    lines: int
+    after_s: float
+    rank: int
+
+
+def draw(count: int, ranks: int) -> list[Kill]:
+    """Moments from a few steps after a start on: a step here takes some 10 ms, and so does a save."""
+    drawn, at = random.Random(count), 0  # noqa: S311
+    kills = []
+    for _ in range(count):
+        at += drawn.randrange(2, 9)
+        kills.append(Kill(at, drawn.uniform(0, 0.04), drawn.randrange(ranks)))
+    return kills
+
+
+def run_until_killed(kill: Kill, ranks: int, metrics: Path, *arguments: str) -> None:
+    process = start(ranks, *arguments)
+    deadline_s = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline_s:
+        if metrics.exists() and metrics.read_text().count("\n") >= kill.lines and len(ranks_of(process)) == ranks:
+            time.sleep(kill.after_s)
+            os.kill(ranks_of(process)[kill.rank], signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert process.wait(60) != 0, f"the job ended before {kill}"
 
 
 @pytest.mark.parametrize(
-    "kills",
-    [[13], pytest.param([3, 7, 8, 20, 21, 33, 40, 47], marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
-    ids=["one", "many"],
+    ("ranks", "plan", "kills"),
+    [
+        (2, "front_tail", 3),
+        pytest.param(4, "three_stage", 30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+    ids=["three", "thirty"],
 )
-def test_a_killed_rank_changes_nothing_of_the_result(tmp_path: Path, kills: list[int]) -> None:
-    arguments = (
-        "data_parallel",
-        "train.global_batch=24",
-        "checkpoint.every=2",
-        "train.steps=60",
-        "train.mode=quiet",
-    )
-    kill_and_continue(tmp_path / "cut", kills, *arguments)
-    done = run(2, *arguments, f"run.dir={tmp_path / 'whole'}")
-    assert done.returncode == 0, done.stderr
-    assert lines(tmp_path / "cut" / "metrics.jsonl") == lines(tmp_path / "whole" / "metrics.jsonl")
-    expected, got = final(tmp_path / "whole"), final(tmp_path / "cut")
+def test_killed_ranks_change_nothing_of_the_result(tmp_path: Path, ranks: int, plan: str, kills: int) -> None:
+    """During steps, saves that go on beside them, and evaluations."""
+    moments = draw(kills, ranks)
+    steps = moments[-1].lines + 10
+    arguments = (plan, f"train.steps={steps}", "checkpoint.every=2", "train.eval_every=5", "train.mode=quiet")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    for kill in moments:
+        run_until_killed(kill, ranks, cut / "metrics.jsonl", *arguments, f"run.dir={cut}", "resume=auto")
+    for folder in (cut, whole):
+        done = run(ranks, *arguments, f"run.dir={folder}", "resume=auto")
+        assert done.returncode == 0, done.stderr
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert lines(cut / name) == lines(whole / name)
+    expected, got = final(whole), final(cut)
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
 

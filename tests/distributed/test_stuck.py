@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,16 +35,15 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, shape: str, rank: int, how: 
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    halted, told, halted_s, said = 0, "", 0.0, list[str]()
+    halted, told, said = 0, "", list[str]()
     with job:
         assert job.stderr is not None
         for line in job.stderr:
             said.append(line)
             if line.startswith("halted"):
-                halted, halted_s = int(line.split()[1]), time.monotonic()
+                halted = int(line.split()[1])
             if "did not arrive" in line:
                 told = line
-                took_s = time.monotonic() - halted_s
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(halted, signal.SIGKILL)  # else torchrun would wait for it to end by itself
     assert job.returncode != 0
@@ -54,7 +52,6 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, shape: str, rank: int, how: 
     assert len(re.findall(r"rank \d \(process", told)) == 1
     assert f"within {TIMEOUT_S} s" in told
     assert "raise train.timeout_s" in told
-    assert took_s < TIMEOUT_S + 15
 
 
 def test_what_is_no_timeout_is_not_taken_for_one() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,12 @@ def small(*overrides: str) -> Config:
     return compose([*size, *model, "train.device=cpu", *overrides])
 
 
-def train_here(folder: Path, *overrides: str) -> Summary:
+def train_here(folder: Path, *overrides: str, micro_batch: int = 8) -> Summary:
+    """Train in this process, under a plan of one stage."""
     config = small(f"run.dir={folder}", *overrides)
     traced, source = load_model(config)
-    process = Process("cpu")
-    summary = trainer.train(config, make_plan("single", config, traced.chain), traced, source, process)
+    plan = make_plan("single", config, traced.chain)
+    plan = replace(plan, stages=tuple(replace(stage, micro_batch=micro_batch) for stage in plan.stages))
+    summary = trainer.train(config, plan, traced, source, Process("cpu"))
     assert summary is not None
     return summary

@@ -33,6 +33,9 @@ def make_plan(shape: str, config: Config, chain: Chain) -> Plan:
     elif shape == "replicas":
         tail = Stage("tail", 6, (Segment((cut, last), (1, 0)),), ("column", "row", "column"))
         world, stages = 4, (Stage("front", 4, (Segment((0, cut), (0, 1)),), recompute=True), tail)
+    elif shape == "front_tail":
+        tail = Stage("tail", 16, (Segment((cut, last), (0, 1)),), ("column", "row", "column"))
+        world, stages = 2, (Stage("front", 8, (Segment((0, cut), (0, 1)),)), tail)
     elif shape == "data_parallel":
         world, stages = 2, (Stage("front", 8, (Segment((0, last), (0, 1)),)),)
     else:

@@ -124,7 +124,9 @@ def whole_model(case: Case) -> nn.Sequential:
     return nn.Sequential(*[factory._whole(i)[0] for i in range(len(case.traced.modules))])
 
 
-def make_executor(case: Case, plan: Plan, rank: int, groups: Communicators) -> Executor:
+def make_executor(
+    case: Case, plan: Plan, rank: int, groups: Communicators, decay: float | None = None
+) -> Executor:
     """Wire the executor of one of all ranks as the job does."""
     chain, (replica, rank) = case.traced.chain, plan.locate(rank)
     factory = ModuleFactory(case.traced, case.source, SEED, case.dtype, torch.device("cpu"))
@@ -142,6 +144,7 @@ def make_executor(case: Case, plan: Plan, rank: int, groups: Communicators) -> E
         lambda params: torch.optim.SGD(params, lr=RATE, momentum=MOMENTUM),
         case.max_norm,
         replica=replica,
+        decay=decay,
     )
     device = torch.device("cpu")
     return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=device, loss=case.loss)

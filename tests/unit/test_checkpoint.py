@@ -14,6 +14,7 @@ import torch
 from hybridpar.config import compose
 from hybridpar.errors import CheckpointError, ConfigError
 from hybridpar.runtime import manifest as folders
+from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.pieces import DTYPES, Piece, Stored, write
 
@@ -186,7 +187,7 @@ def test_a_rank_whose_file_is_not_there_stops_the_commit(tmp_path: Path) -> None
 def test_the_latest_stay_and_the_best(tmp_path: Path, best: Any, stay: list[int]) -> None:
     for step, metric in ((1, 0.1), (2, 0.9), (3, None), (4, 0.5), (5, None)):
         committed(tmp_path, step, metric, best)
-    folders.retain(tmp_path, 2, best)
+    folders.retain(tmp_path, 2, Judge.of(best, {}))
     assert [int(p.name[5:]) for p in folders.complete(tmp_path)] == stay
     assert len(list(tmp_path.iterdir())) == len(stay)
 

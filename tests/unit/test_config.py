@@ -113,6 +113,12 @@ def test_options_take_any_key_and_their_owner_checks_it() -> None:
         make_factory(custom.optimizer)
 
 
+def test_autocast_needs_parameters_in_float32() -> None:
+    assert compose(["train.autocast=bfloat16"]).train.autocast == "bfloat16"
+    with pytest.raises(ConfigError, match=r"train\.autocast: bfloat16 needs parameters in float32"):
+        compose(["train.autocast=bfloat16", "train.precision=float64"])
+
+
 def test_parameter_groups_from_overrides() -> None:
     config = compose(['optimizer.groups=[{match: "features.*", lr: 0.01, weight_decay: 0}]', "optimizer.clip=1"])
     (group,) = config.optimizer.parameter_groups

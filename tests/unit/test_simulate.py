@@ -248,7 +248,7 @@ def test_a_shard_does_its_share() -> None:
     costs = Costs(profile, cluster_of(Node(2)))
     block = program.blocks[1]
     assert [costs.passes(MLP, block, shard, 4, "forward") for shard in (0, 1)] == pytest.approx([2.4, 1.6])
-    updates = [costs.update(MLP, 8, [block], shard) for shard in (0, 1)]
+    updates = [costs.update(program.plan, MLP, [block], shard) for shard in (0, 1)]
     assert sum(updates) == pytest.approx(8 * 35)
     stages = predict(program, costs).stages
     assert [s.kind for s in stages] == ["front", "tail"]

@@ -1,0 +1,61 @@
+"""What a user may bring along: metrics and callbacks that a configuration names."""
+
+import json
+import os
+
+import torch
+
+from hybridpar import Callback, OwnMetric
+
+
+def margin(logits, labels):
+    """Sum of the target's logit minus the mean of all."""
+    return (logits.gather(1, labels[:, None])[:, 0] - logits.mean(dim=1)).sum()
+
+
+def confusion(best, labels):
+    """Counts of (label, first class), flat."""
+    return torch.bincount(labels * 10 + best[:, 0], minlength=100).double()
+
+
+def balanced(sums, samples):
+    """Mean over the classes that occur of the share that was found."""
+    table = sums.view(10, 10)
+    assert int(table.sum()) == samples
+    there = table.sum(1) > 0
+    return float((table.diagonal()[there] / table.sum(1)[there]).mean())
+
+
+recall = OwnMetric(confusion, of="best", value=balanced)
+error = OwnMetric(lambda best, labels: (best[:, 0] != labels).sum(), of="best", larger_is_better=False)
+
+
+class Notes(Callback):
+    """Writes down what happens, one file per rank; asks for the end where the environment says so."""
+
+    def __init__(self):
+        rank = os.environ.get("RANK", "0")
+        self.path = f"{os.environ['NOTES']}-{rank}.jsonl"
+        self.ends = json.loads(os.environ.get("END", "{}")).get(rank, {})
+
+    def note(self, what, number):
+        with open(self.path, "a", encoding="utf-8") as file:  # noqa: PTH123 - a user's code
+            file.write(json.dumps([what, number]) + "\n")
+        return self.ends.get(what) == number
+
+    def on_start(self, job):
+        self.note("start", job.steps)
+
+    def on_step(self, record):
+        return self.note("step", record.step)
+
+    def on_evaluation(self, step, epoch, evaluation):  # noqa: ARG002 - as it is called
+        assert {"margin", "recall"} & evaluation.own.keys() or not evaluation.own
+        return self.note("evaluation", step)
+
+    def on_checkpoint(self, position, folder):
+        assert folder.name == f"step-{position.step:08d}"
+        return self.note("checkpoint", position.step)
+
+    def on_end(self):
+        self.note("end", 0)
