@@ -21,6 +21,10 @@ Autocast = Literal["bfloat16"]
 """What layers compute in where their parameters stay float32, as ``torch.autocast`` has it."""
 LOWERED_BYTES = 2
 """Per element in one of these."""
+DRAWN_ELEMENTS = 2**20
+"""Initial values of a parameter that has more are drawn in blocks of so many, each from a key of its own."""
+MADE_ELEMENTS = 4 * DRAWN_ELEMENTS
+"""Of such a parameter so many, or one row, are made at a time."""
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from hybridpar.errors import HybridparError, ModelError
 from hybridpar.generators import borrowed
+from hybridpar.model.chain import MADE_ELEMENTS
 from hybridpar.model.copies import blank, named_tensors
+from hybridpar.model.stretch import View
 from hybridpar.model.tape import CallRecorder, NotReplayableError, OperationRecorder, Tape
 from hybridpar.names import nearest
+
+
+class Part(NamedTuple):
+    """A slice of a parameter along one dim."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the view of a tensor that it is."""
+        return whole.narrow(self.dim, self.start, self.stop - self.start)
 
 
 class Source(Protocol):
@@ -23,12 +37,16 @@ class Source(Protocol):
         """The model; its tensors may be on the meta device."""
         ...
 
-    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Make the initial value of one parameter or buffer, on the CPU.
+    def materialize(
+        self, name: str, seed: int, dtype: torch.dtype | None = None, part: Part | None = None
+    ) -> torch.Tensor:
+        """Make the initial value of one parameter or buffer, or of a part of it, on the CPU.
 
         ``name`` is its full name in ``module``; a tied parameter has the same value under each of its names.
         A floating value is cast to ``dtype``, an integer one keeps its own. The value is a function of the name
-        and the seed, the same in every process. Leaves torch's generators as they were. Raises ModelError.
+        and the seed, the same in every process, and that of a part is a slice of the whole one, which is not made
+        for it where its elements do not depend on each other. Leaves torch's generators as they were. Raises
+        ModelError.
         """
         ...
 
@@ -56,18 +74,37 @@ class Deferred:
         """The model with every parameter and buffer on the meta device."""
         return self._module
 
-    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def materialize(
+        self, name: str, seed: int, dtype: torch.dtype | None = None, part: Part | None = None
+    ) -> torch.Tensor:
         """Make one parameter or buffer by replaying only what touches it; see ``Source``."""
         _check_name(name, self._views)
+        view = self._views[name]
         with borrowed():
             try:
-                value = self._tape.replay(self._views[name], seed)
+                if self._tape.partial(view):
+                    return self._in_pieces(view, seed, dtype, part or Part(0, 0, view.size[0]))
+                value = self._tape.replay(view, seed)
             except NotReplayableError as e:
                 raise ModelError(
                     f"the initial value of {name} comes from outside its builder (a file, an array), so that it "
                     "cannot be made by its owner alone; build the model with its weights and pass the built model"
                 ) from e
-        return cast_floating(value, dtype)
+        return cast_floating(value if part is None else part.of(value).clone(), dtype)
+
+    def _in_pieces(self, view: View, seed: int, dtype: torch.dtype | None, part: Part) -> torch.Tensor:
+        """Make some rows after the other, so that there is never more of the whole than them and the part."""
+        shape = [*view.size]
+        shape[part.dim] = part.stop - part.start
+        made = cast_floating(torch.empty(0, dtype=view.dtype), dtype).new_empty(shape)
+        first, last = part[1:] if part.dim == 0 else (0, view.size[0])
+        width = view.count // view.size[0]
+        step = max(1, MADE_ELEMENTS // width)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            rows = self._tape.stretch(view, seed, start * width, stop * width).view(-1, *view.size[1:])
+            made[start - first : stop - first].copy_(rows if part.dim == 0 else part.of(rows))
+        return made
 
 
 class Rebuilt:
@@ -88,13 +125,15 @@ class Rebuilt:
         """The model with every parameter and buffer on the meta device."""
         return self._module
 
-    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def materialize(
+        self, name: str, seed: int, dtype: torch.dtype | None = None, part: Part | None = None
+    ) -> torch.Tensor:
         """Copy one parameter or buffer out of the model that was built under ``seed``; see ``Source``."""
         _check_name(name, self._values)
         if seed != self._seed:
             self._values = self._build(seed)
             self._seed = seed
-        return cast_floating(self._values[name].detach().clone(), dtype)
+        return cast_floating(_cut(self._values[name].detach(), part).clone(), dtype)
 
     def _build(self, seed: int) -> dict[str, torch.Tensor]:
         with borrowed(seed), torch.device("cpu"):
@@ -114,11 +153,13 @@ class Ready:
         """The model as it was given."""
         return self._module
 
-    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def materialize(
+        self, name: str, seed: int, dtype: torch.dtype | None = None, part: Part | None = None
+    ) -> torch.Tensor:
         """Copy one of the model's parameters or buffers; see ``Source``."""
         del seed
         _check_name(name, self._values)
-        return cast_floating(self._values[name].detach().cpu().clone(), dtype)
+        return cast_floating(_cut(self._values[name].detach(), part).cpu().clone(), dtype)
 
 
 def defer(builder: Callable[[], nn.Module]) -> Source:
@@ -154,6 +195,10 @@ def ready(model: nn.Module) -> Source:
 def _check_name(name: str, known: Mapping[str, object]) -> None:
     if name not in known:
         raise ModelError(f"the model has no parameter or buffer {name}{nearest(name, known)}")
+
+
+def _cut(value: torch.Tensor, part: Part | None) -> torch.Tensor:
+    return value if part is None else part.of(value)
 
 
 def cast_floating(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -18,6 +17,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from hybridpar.model import stretch
+from hybridpar.model.stretch import Entry, View
 
 aten = torch.ops.aten
 
@@ -50,36 +52,11 @@ class NotReplayableError(Exception):
     """A tensor's values came from outside the tape."""
 
 
-@dataclass(frozen=True)
-class View:
-    """Where a tensor lies: its slot, its place there (in elements) and its dtype."""
-
-    slot: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Entry:
-    function: Callable[..., Any]
-    args: Any
-    kwargs: dict[str, Any]
-    outputs: tuple[View | None, ...]
-    reads: frozenset[int]
-    creates: frozenset[int]
-    overwrites: frozenset[int]
-    """Slots in which nothing older survives."""
-    random: bool
-    empty: bool = False
-
-
 class Tape:
     """Entries in the order in which they ran, and for each slot the entries that make it or write into it."""
 
     def __init__(self) -> None:
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._touching: dict[int, list[int]] = {}
         self._slots: dict[int, int] = {}
         self._storages: list[torch.UntypedStorage] = []  # kept, so that no identity is used twice
@@ -114,7 +91,7 @@ class Tape:
         packet = op.overloadpacket
         fills = packet in _FILLS and _covers(args[0])
         self._append(
-            _Entry(
+            Entry(
                 function=op,
                 args=tree_map(self._pack, args),
                 kwargs={k: tree_map(self._pack, v) for k, v in kwargs.items() if k != "pin_memory"},
@@ -134,7 +111,7 @@ class Tape:
         slots = frozenset({self.view(tensor).slot})
         kwargs = {k: self._pack(v) for k, v in arguments.items()}
         overwrites = slots if _covers(tensor) else frozenset()
-        self._append(_Entry(function, (), kwargs, (), slots, frozenset(), overwrites, random=True), slots)
+        self._append(Entry(function, (), kwargs, (), slots, frozenset(), overwrites, random=True), slots)
 
     def own(self, names: Mapping[str, View]) -> None:
         """Give each random entry to the first of ``names`` that depends on it; the name decides its seed.
@@ -163,6 +140,22 @@ class Tape:
             whole = made.numel() * made.element_size() == slots[view.slot].nbytes()
             return made if whole else made.clone()
 
+    def partial(self, view: View) -> bool:
+        """Whether ``stretch`` can make a part of the tensor at ``view``. Raises NotReplayableError."""
+        entries = [self._entries[index] for index in self._needed(view.slot)]
+        return view.plain and stretch.fits(entries, view.count)
+
+    def stretch(self, view: View, seed: int, start: int, stop: int) -> torch.Tensor:
+        """Make the elements ``start`` to ``stop`` of the tensor at ``view``, flat, if it is ``partial``.
+
+        They are those that ``replay`` gives. Changes the state of torch's default generator.
+        """
+        slots: dict[int, torch.Tensor] = {}
+        with torch.no_grad(), torch.device("cpu"):
+            for index in self._needed(view.slot):
+                stretch.run(self._entries[index], slots, (start, stop), self._seeds(index, seed))
+        return slots[view.slot]
+
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Make the values that ``tensor`` has now, where no seed can change them. Raises NotReplayableError."""
         view = self.view(tensor)
@@ -170,7 +163,7 @@ class Tape:
             raise NotReplayableError
         return self.replay(view, 0)
 
-    def _append(self, entry: _Entry, touched: frozenset[int]) -> None:
+    def _append(self, entry: Entry, touched: frozenset[int]) -> None:
         for slot in touched:
             self._touching.setdefault(slot, []).append(len(self._entries))
         self._entries.append(entry)
@@ -213,8 +206,21 @@ class Tape:
         last = max((n for n, i in enumerate(touching) if slot in self._entries[i].overwrites), default=0)
         return touching[:1] + touching[max(last, 1) :]
 
+    def _seeds(self, index: int, seed: int) -> Callable[[int], int]:
+        """Return what gives the seed of a block of the numbers that an entry draws."""
+        return lambda block: _hash(seed, *self._owners[index], block)
+
+    def _draw(self, index: int, drawn: View, seed: int, slots: dict[int, torch.UntypedStorage]) -> None:
+        entry = self._entries[index]
+        if drawn.slot in entry.creates:
+            slots[drawn.slot] = torch.empty(drawn.count, dtype=drawn.dtype).untyped_storage()
+        entry.draw(self._unpack(drawn, slots).view(-1), 0, self._seeds(index, seed))
+
     def _run(self, index: int, seed: int, slots: dict[int, torch.UntypedStorage]) -> None:
         entry = self._entries[index]
+        if entry.drawn is not None:
+            self._draw(index, entry.drawn, seed, slots)
+            return
         if entry.random:
             torch.default_generator.manual_seed(_hash(seed, *self._owners[index]))
         is_view = lambda value: isinstance(value, View)  # noqa: E731 - a leaf test for both trees

@@ -15,7 +15,7 @@ from torch import nn
 
 from hybridpar.errors import ModelError
 from hybridpar.model.copies import named_tensors
-from hybridpar.model.deferred import Source, cast_floating
+from hybridpar.model.deferred import Part, Source, cast_floating
 
 _SHOWN = 3
 """Names in an error."""
@@ -44,11 +44,13 @@ class Weights:
         """The model; its tensors may be on the meta device."""
         return self._source.module
 
-    def materialize(self, name: str, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read one parameter or buffer, or make its initial value; see ``Source``."""
+    def materialize(
+        self, name: str, seed: int, dtype: torch.dtype | None = None, part: Part | None = None
+    ) -> torch.Tensor:
+        """Read one parameter or buffer or a part of it alone, or make its initial value; see ``Source``."""
         if name not in self._there:
-            return self._source.materialize(name, seed, dtype)
-        value = self._read(self._there[name])
+            return self._source.materialize(name, seed, dtype, part)
+        value = self._read(self._there[name], part)
         expected = named_tensors(self.module)[name].dtype
         return cast_floating(value.to(expected), dtype)
 
@@ -87,7 +89,7 @@ class Weights:
             )
 
 
-def _opened(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+def _opened(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str, Part | None], torch.Tensor]]:
     """Return the shapes in a file, and what reads one of its tensors. Raises ModelError."""
     if not path.is_file():
         raise ModelError(f"model.weights: there is no file {path}; give the path of a state dict")
@@ -97,8 +99,12 @@ def _opened(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], tor
             names: list[str] = file.keys()  # type: ignore[no-untyped-call]
             shapes = {n: tuple(file.get_slice(n).get_shape()) for n in names}  # type: ignore[no-untyped-call]
 
-            def read(name: str) -> torch.Tensor:
-                found: torch.Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+            def read(name: str, part: Part | None) -> torch.Tensor:
+                if part is None:
+                    found: torch.Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+                else:
+                    where = (slice(None),) * part.dim + (slice(part.start, part.stop),)
+                    found = file.get_slice(name)[where]  # type: ignore[no-untyped-call]
                 return found.clone()  # nobody shares the file's pages
 
             return shapes, read
@@ -117,4 +123,8 @@ def _opened(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], tor
             f"model.weights: {path} holds no state dict of tensors; save one: torch.save(model.state_dict(), FILE)"
         )
     tensors: dict[str, torch.Tensor] = {str(name): tensor for name, tensor in loaded.items()}
-    return {name: tuple(t.shape) for name, t in tensors.items()}, lambda name: tensors[name].clone()
+
+    def cut(name: str, part: Part | None) -> torch.Tensor:
+        return (tensors[name] if part is None else part.of(tensors[name])).clone()
+
+    return {name: tuple(t.shape) for name, t in tensors.items()}, cut

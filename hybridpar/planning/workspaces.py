@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from hybridpar.model.chain import Chain
+from hybridpar.model.chain import DRAWN_ELEMENTS, MADE_ELEMENTS, Chain
 from hybridpar.planning.blocks import Block, Span
 from hybridpar.planning.heap import Heap
 from hybridpar.planning.kept import Use, extra_bytes, kept
@@ -62,12 +62,16 @@ class Workspaces:
         return self._parameters[key]
 
     def building(self, chain: Chain, block: Block, shard: int, itemsize: int) -> float:
-        """Return the most bytes there are while a block's parameters are made: a slice is cut out of the whole."""
+        """Return the most bytes there are while a block's parameters are made.
+
+        A parameter is made some rows after the other, unless it is small: a slice of one is cut out of the whole.
+        """
         made = most = 0
         for layer, use in zip(chain.layers[slice(*block.layers)], kept(block, shard, chain).uses, strict=True):
             for parameter, count in zip(layer.parameters, use.parameters, strict=True):
                 made += count * itemsize
-                most = max(most, made + parameter.count * itemsize * (count != parameter.count))
+                beside = count != parameter.count or parameter.count > DRAWN_ELEMENTS
+                most = max(most, made + min(parameter.count, MADE_ELEMENTS) * itemsize * beside)
         return most
 
     def within(

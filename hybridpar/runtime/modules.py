@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hybridpar.model.chain import Chain
-from hybridpar.model.deferred import Source
+from hybridpar.model.deferred import Part, Source
 from hybridpar.model.footprint import lowering
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.linear import GatheringLinear
@@ -120,8 +120,8 @@ class ModuleFactory:
         leaving = crossing_dtype(block, chain, self._dtype)
         return BlockModules(block, layers, owned, getattr(torch, chain.autocast), leaving)
 
-    def _value(self, name: str) -> torch.Tensor:
-        return self._source.materialize(name, self._seed, self._dtype)
+    def _value(self, name: str, part: Part | None = None) -> torch.Tensor:
+        return self._source.materialize(name, self._seed, self._dtype, part).to(self._device)
 
     def _whole(self, index: int) -> tuple[nn.Module, list[Owned]]:
         module, names = self._traced.modules[index], self._traced.names[index]
@@ -130,12 +130,11 @@ class ModuleFactory:
         for local, parameter in module.named_parameters():
             name = names[local]
             if name not in self._made:
-                value = self._value(name).to(self._device)
-                self._made[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                self._made[name] = nn.Parameter(self._value(name), requires_grad=parameter.requires_grad)
                 owned.append(Owned(name, self._made[name]))
             memo[id(parameter)] = self._made[name]
         for local, buffer in module.named_buffers():
-            memo[id(buffer)] = self._value(names[local]).to(self._device)
+            memo[id(buffer)] = self._value(names[local])
         made = copy.deepcopy(module, memo)
         if isinstance(made, nn.Linear) and self._traced.chain.layers[index].linear:
             made = GatheringLinear(made.weight, made.bias)
@@ -146,12 +145,10 @@ class ModuleFactory:
     def _sharded(self, index: int, span: Span, *, first: bool) -> tuple[nn.Module, list[Owned]]:
         names = self._traced.names[index]
         dim, (start, stop) = (0, span.outputs) if span.mode == "column" else (1, span.inputs)
-        weight = self._value(names["weight"]).narrow(dim, start, stop - start).clone().to(self._device)
-        bias = None
-        if "bias" in names and span.mode == "column":
-            bias = self._value(names["bias"])[start:stop].clone().to(self._device)
-        elif "bias" in names and first:
-            bias = self._value(names["bias"]).to(self._device)
+        part = Part(dim, start, stop)
+        weight, bias = self._value(names["weight"], part), None
+        if "bias" in names and (span.mode == "column" or first):
+            bias = self._value(names["bias"], part if span.mode == "column" else None)
         layer = GatheringLinear(weight, bias)
         for local, parameter in layer.named_parameters():
             parameter.requires_grad_(self._traced.modules[index].get_parameter(local).requires_grad)

@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn.init import orthogonal_, trunc_normal_
 
 from hybridpar.errors import ModelError
-from hybridpar.model.deferred import Deferred, Rebuilt, defer, ready
+from hybridpar.model.chain import DRAWN_ELEMENTS
+from hybridpar.model.deferred import Deferred, Part, Rebuilt, defer, ready
+from hybridpar.model.stretch import Entry
+from hybridpar.model.tape import Tape
 
 
 class Zoo(nn.Module):
@@ -202,3 +205,69 @@ def test_ready_model():
     assert source.module is model
     with pytest.raises(ModelError, match="is on the meta device"):
         ready(defer(lambda: nn.Linear(2, 2)).module)
+
+
+class Large(nn.Module):
+    """Parameters above the size from which on a slice is made without the rest, and one that cannot be cut."""
+
+    def __init__(self):
+        super().__init__()
+        rows, columns = 2500, 1000
+        self.uniform = nn.Linear(columns, rows, bias=False)
+        self.normal = nn.Parameter(torch.empty(rows, columns, dtype=torch.float64).normal_(1.0, 0.02))
+        self.drawn = nn.Parameter(torch.randn(rows, columns) * 0.01 + 3)
+        self.given = nn.Parameter(torch.normal(2.0, 0.1, (rows, columns)))
+        self.truncated = nn.Parameter(torch.empty(rows, columns))
+        trunc_normal_(self.truncated, std=0.02)
+        self.ones = nn.Parameter(torch.ones(rows, columns).mul_(7))
+        self.copied = nn.Parameter(self.normal.detach().clone())
+        self.padded = nn.Embedding(rows, columns, padding_idx=3)
+
+
+@pytest.fixture(scope="module")
+def large():
+    source = defer(Large)
+    assert isinstance(source, Deferred)
+    return source
+
+
+LARGE = ["uniform.weight", "normal", "drawn", "given", "truncated", "ones", "copied", "padded.weight"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_slice_is_that_of_the_whole(large, name):
+    whole = large.materialize(name, 4)
+    for part in (Part(0, 0, 833), Part(0, 833, 2500), Part(1, 0, 1), Part(1, 499, 1000), Part(0, 5, 5)):
+        cut = large.materialize(name, 4, part=part)
+        assert torch.equal(cut, part.of(whole)), part
+        assert cut.untyped_storage().nbytes() == cut.numel() * cut.element_size()
+    cast = large.materialize(name, 4, torch.float64, Part(0, 2000, 2500))
+    assert torch.equal(cast, whole[2000:].double())
+
+
+def test_large_parameters_are_drawn_from_the_right_distribution(large):
+    uniform, normal = large.materialize("uniform.weight", 0), large.materialize("normal", 0)
+    assert uniform.abs().max() <= 1 / math.sqrt(1000)
+    assert uniform.std().item() == pytest.approx(1 / math.sqrt(3000), rel=0.01)
+    assert normal.mean().item() == pytest.approx(1, abs=1e-3)
+    assert normal.std().item() == pytest.approx(0.02, rel=0.01)
+    assert large.materialize("given", 0).mean().item() == pytest.approx(2, abs=1e-3)
+    assert large.materialize("drawn", 0).std().item() == pytest.approx(0.01, rel=0.01)
+    assert large.materialize("truncated", 0).std().item() == pytest.approx(0.02, rel=0.01)
+    assert large.materialize("ones", 0).eq(7).all()
+    blocks = normal.view(-1)[: 2 * DRAWN_ELEMENTS].view(2, -1)
+    assert not torch.equal(*blocks), "each block has a key of its own"
+    assert torch.equal(large.materialize("copied", 0), normal)
+    assert not torch.equal(large.materialize("normal", 1), normal)
+
+
+def test_a_slice_is_made_without_the_whole(monkeypatch):
+    source = defer(lambda: nn.Linear(64, 400_000, bias=False))
+    drawn = []
+    fill = Entry._fill
+    monkeypatch.setattr(Entry, "_fill", lambda self, out: (drawn.append(out.numel()), fill(self, out))[1])
+    monkeypatch.setattr(Tape, "replay", lambda *_: pytest.fail("the whole parameter was made"))
+    part = source.materialize("weight", 0, part=Part(0, 100_000, 110_000))
+    assert part.shape == (10_000, 64)
+    assert sum(drawn) <= part.numel() + 2 * DRAWN_ELEMENTS
+    assert max(drawn) <= DRAWN_ELEMENTS

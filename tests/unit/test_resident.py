@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybridpar.model.chain import Chain
+from hybridpar.model.chain import DRAWN_ELEMENTS, MADE_ELEMENTS, Chain
 from hybridpar.planning import resident
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.heap import Heap
@@ -15,7 +15,7 @@ from hybridpar.planning.plan import Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.workspaces import MAPPED_BYTES, Workspaces
-from tests.support.paper import SMALL, front, linear, profile_of
+from tests.support.paper import SMALL, chain_of, front, linear, profile_of
 from tests.support.plans import make_plan
 
 PROFILE = profile_of(SMALL, 1.0, 1.0)
@@ -127,6 +127,14 @@ def test_a_host_holds_the_whole_parameter_while_it_cuts_a_slice() -> None:
     (block, *_) = program.blocks
     # Slices of the first layer (9 and 3 numbers) and of the second (6), and the second's whole weight (10).
     assert DEVICE.building(SMALL, block, 0, 8) == 8 * (9 + 3 + 6 + 10)
+
+
+def test_a_large_parameter_is_made_some_rows_after_the_other() -> None:
+    chain = chain_of(8, DRAWN_ELEMENTS)
+    tail = Stage("tail", 4, (Segment((0, 1), (0, 1)),), ("column",))
+    program = compile_program(make_plan(chain, tail, world=2, global_batch=4), chain, 4, "train")
+    (block,) = program.blocks
+    assert DEVICE.building(chain, block, 0, 4) == 4 * (8 * DRAWN_ELEMENTS // 2 + MADE_ELEMENTS)
 
 
 def test_blocks_are_large_from_the_library_s_threshold_on() -> None:

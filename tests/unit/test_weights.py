@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hybridpar.errors import ModelError
-from hybridpar.model.deferred import Source, defer
+from hybridpar.model.deferred import Part, Source, defer
 from hybridpar.model.weights import Weights
 
 
@@ -61,6 +61,11 @@ def test_every_tensor_comes_from_the_file(tmp_path: Path, suffix: str) -> None:
         found = weights.materialize(name, 0, torch.float64)
         assert found.dtype == (torch.float64 if value.is_floating_point() else value.dtype)
         assert torch.equal(found, value.to(found.dtype)), name
+    for part in (Part(0, 1, 3), Part(1, 0, 2)):
+        cut = weights.materialize("head.weight", 0, torch.float64, part)
+        assert torch.equal(cut, part.of(state["head.weight"]).double())
+        assert torch.equal(weights.materialize("two.weight", 0, part=part), part.of(state["one.weight"]))
+    assert torch.equal(weights.materialize("mask", 0, part=Part(0, 1, 2)), torch.ones(1))
     assert torch.equal(weights.materialize("mask", 0), torch.arange(3.0))
     weights.materialize("head.bias", 0).zero_()
     assert torch.equal(weights.materialize("head.bias", 0), state["head.bias"]), "nobody shares a value"
