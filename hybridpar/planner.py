@@ -266,7 +266,8 @@ def _loader_rate(config: Config, chain: Chain, report: Report) -> float | None:
     from hybridpar.profiling.loading import samples_per_s  # noqa: PLC0415
 
     try:
-        return samples_per_s(load(config.data, chain.in_shape, chain.out_shape[0], config.loss.ignore_index).train)
+        ignored = config.loss.ignore_index
+        return samples_per_s(load(config.data, chain.in_shape, chain.classes, ignored, chain.label_shape).train)
     except DataError as e:
         report(f"the loader is not measured: {e}")
         return None

@@ -36,6 +36,8 @@ DIGITS_SPLIT_SEED = 0
 _CIFAR10_FOLDER = "cifar-10-batches-py"
 _CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
 _CLASSES = {"digits": 10, "cifar10": 10}
+_SEQUENCES = ("custom",)
+"""Those whose samples may have several labels."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,18 @@ class Splits:
     test: Samples
 
 
-def check(spec: DataSpec, classes: int) -> None:
+def check(spec: DataSpec, classes: int, label_shape: tuple[int, ...] = ()) -> None:
     """Raise DataError if ``spec`` cannot be loaded for a model of ``classes`` classes, as far as a glance tells.
+
+    ``label_shape``: of a sample's labels, () for a single one.
 
     Looks for paths and counts classes; decodes nothing. A ``custom`` function is looked up, not called.
     """
+    if label_shape and spec.name not in _SEQUENCES:
+        raise DataError(
+            f"data set {spec.name} has one label per sample, but the model gives logits for {label_shape} labels; "
+            f"take one of {', '.join(_SEQUENCES)}, or a model whose output is one row of logits"
+        )
     if spec.name in _CLASSES:
         _check_classes(spec.name, _CLASSES[spec.name], classes)
     if spec.name == "cifar10":
@@ -65,10 +74,16 @@ def check(spec: DataSpec, classes: int) -> None:
         _function(spec)
 
 
-def load(spec: DataSpec, in_shape: tuple[int, ...], classes: int, ignored: int = IGNORED) -> Splits:
+def load(
+    spec: DataSpec,
+    in_shape: tuple[int, ...],
+    classes: int,
+    ignored: int = IGNORED,
+    label_shape: tuple[int, ...] = (),
+) -> Splits:
     """Load the data set for a model that takes inputs ``(n, *in_shape)`` and knows ``classes`` classes.
 
-    Labels that are ``ignored`` may lie outside the classes.
+    Labels that are ``ignored`` may lie outside the classes. Every sample has labels of ``label_shape``.
 
     ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels; 360 of them, drawn class by class once for all, are
     the test split. ``cifar10``: the Python version below ``spec.root``. ``image_folder``: one folder per class in
@@ -78,13 +93,13 @@ def load(spec: DataSpec, in_shape: tuple[int, ...], classes: int, ignored: int =
     Only training samples are augmented. Raises DataError for missing or malformed files, labels outside the
     classes and shapes that cannot be made; no process is started.
     """
-    check(spec, classes)
+    check(spec, classes, label_shape)
     loaders: dict[str, Callable[[DataSpec, tuple[int, ...], int], Splits]] = {
         "digits": _load_digits,
         "cifar10": _load_cifar10,
         "image_folder": _load_image_folder,
         "synthetic": _load_synthetic,
-        "custom": functools.partial(_load_custom, ignored=ignored),
+        "custom": functools.partial(_load_custom, ignored=ignored, label_shape=label_shape),
     }
     splits = loaders[spec.name](spec, tuple(in_shape), classes)
     for name, samples in (("training", splits.train), ("test", splits.test)):
@@ -161,7 +176,9 @@ def _load_synthetic(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> 
     )
 
 
-def _load_custom(spec: DataSpec, in_shape: tuple[int, ...], classes: int, *, ignored: int) -> Splits:
+def _load_custom(
+    spec: DataSpec, in_shape: tuple[int, ...], classes: int, *, ignored: int, label_shape: tuple[int, ...]
+) -> Splits:
     made = _function(spec)(root=spec.root, in_shape=in_shape, classes=classes)
     if not (isinstance(made, tuple | list) and len(made) == 2):
         raise DataError(
@@ -169,8 +186,8 @@ def _load_custom(spec: DataSpec, in_shape: tuple[int, ...], classes: int, *, ign
         )
     train, test = made
     return Splits(
-        MapSamples(train, in_shape, classes, f"the training split of {spec.function}", ignored),
-        MapSamples(test, in_shape, classes, f"the test split of {spec.function}", ignored),
+        MapSamples(train, in_shape, classes, f"the training split of {spec.function}", ignored, label_shape),
+        MapSamples(test, in_shape, classes, f"the test split of {spec.function}", ignored, label_shape),
     )
 
 

@@ -98,7 +98,7 @@ class _Reader(Dataset[Batch | DataError]):
 class StepLoader:
     """Reads, for one rank, the samples that the rank works on in each step.
 
-    Iterating gives for every step of the epoch a Batch of inputs ``(n, *in_shape)`` and labels (n,) in the order
+    Iterating gives for every step of the epoch a Batch of inputs and labels, (n, ...) each, in the order
     of the intervals, or None where the rank reads nothing. ``intervals`` maps the step's number of samples (the
     global batch, or fewer in a partial last step) to half-open intervals of work numbers within the step; the
     sample with work number w has the id ``order.start(step) + w``. The tensors depend on order, epoch and

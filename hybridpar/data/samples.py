@@ -28,7 +28,7 @@ _NOISE_SPAN = 2**20  # different offsets into the noise, hence about so many dif
 
 
 class Batch(NamedTuple):
-    """Inputs ``(n, *in_shape)`` and labels (n,) of int64, both contiguous in CPU memory."""
+    """Inputs ``(n, *in_shape)`` and labels ``(n, *label_shape)`` of int64, both contiguous in CPU memory."""
 
     inputs: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class Samples(Protocol):
 
     @property
     def labels(self) -> Tensor | None:
-        """All labels (size,), int64, where they are known without decoding inputs."""
+        """All labels ``(size, *label_shape)``, int64, where they are known without decoding inputs."""
 
     def __len__(self) -> int: ...
 
@@ -56,8 +56,9 @@ def check_labels(labels: Tensor, classes: int, where: str, ignored: int = IGNORE
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignored)]
     if len(wrong):
         raise DataError(
-            f"{where} has label {int(wrong[0])} ({len(wrong)} of {len(labels)} labels are out of range), but the "
-            f"model has {classes} classes, 0 to {classes - 1}; give the model more classes or correct the labels"
+            f"{where} has label {int(wrong[0])} ({len(wrong)} of {labels.numel()} labels are out of range), "
+            f"but the model has {classes} classes, 0 to {classes - 1}; give the model more classes or correct the "
+            "labels"
         )
 
 
@@ -147,12 +148,12 @@ class SyntheticSamples:
 
 
 class MapSamples:
-    """A map-style data set of (tensor, int), read sample by sample.
+    """A map-style data set of (tensor, int), read sample by sample; of (tensor, tensor) with several labels.
 
     What its ``__getitem__`` draws from the global generators of torch, numpy and ``random`` is keyed by sample.
     Its ``targets``, where it has them, are its labels. Raises DataError for labels that are neither ``ignored``
     nor among the ``classes``, and at reading for a sample that is no (tensor of ``in_shape``, int) or contradicts
-    ``targets``. ``name`` appears in messages.
+    ``targets``. ``name`` appears in messages. Where ``label_shape`` is not (), labels are int64 tensors of it.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class MapSamples:
         classes: int,
         name: str = "the data set",
         ignored: int = IGNORED,
+        label_shape: tuple[int, ...] = (),
     ) -> None:
         for method in ("__len__", "__getitem__"):
             if not hasattr(dataset, method):
@@ -171,8 +173,9 @@ class MapSamples:
         self._dataset = dataset
         self._in_shape = tuple(in_shape)
         self._classes, self._ignored = classes, ignored
+        self._label_shape = label_shape
         self._name = name
-        self.labels: Tensor | None = _targets(dataset)
+        self.labels: Tensor | None = None if label_shape else _targets(dataset)
         if self.labels is not None:
             check_labels(self.labels, classes, name, ignored)
 
@@ -188,7 +191,7 @@ class MapSamples:
                 x, label = self._checked(index)
                 inputs.append(x)
                 labels.append(label)
-        batch = Batch(torch.stack(inputs), torch.tensor(labels, dtype=torch.int64))
+        batch = Batch(torch.stack(inputs), torch.stack(labels))
         self._check_labels(indices, batch.labels)
         return batch
 
@@ -203,17 +206,29 @@ class MapSamples:
                 f"{listed[i]}; make the two agree or remove the attribute targets"
             )
 
-    def _checked(self, index: int) -> tuple[Tensor, int]:
+    def _checked(self, index: int) -> tuple[Tensor, Tensor]:
         sample = self._dataset[index]
         if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor)):
             raise DataError(f"sample {index} of {self._name} is a {type(sample).__name__}; return (tensor, int)")
-        x, label = sample[0], int(sample[1])
+        x, label = sample[0], self._label(index, sample[1])
         if x.shape != self._in_shape:
             raise DataError(
                 f"sample {index} of {self._name} has shape {tuple(x.shape)}, but the model takes {self._in_shape};"
                 " resize it in the data set"
             )
         return x, label
+
+    def _label(self, index: int, given: Any) -> Tensor:
+        """Return the label or labels of a sample, ``label_shape``."""
+        if not self._label_shape:
+            return torch.tensor(int(given), dtype=torch.int64)
+        label = torch.as_tensor(given)
+        if label.shape != self._label_shape or label.is_floating_point():
+            raise DataError(
+                f"sample {index} of {self._name} has labels of shape {tuple(label.shape)} in {label.dtype}, but "
+                f"the model gives logits for {self._label_shape} labels; return an int64 tensor of that shape"
+            )
+        return label.to(torch.int64)
 
 
 def _targets(dataset: Any) -> Tensor | None:

@@ -152,6 +152,21 @@ class Chain:
         """Shape of the output for one sample."""
         return self.layers[-1].out_shape
 
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's labels: (tokens,) where the output is (tokens, classes), else () for one label."""
+        return self.out_shape[:1] if len(self.out_shape) == 2 else ()
+
+    @property
+    def labels(self) -> int:
+        """Labels per sample."""
+        return math.prod(self.label_shape)
+
+    @property
+    def classes(self) -> int:
+        """Logits per label; of an output that is no row or rows of logits its first size."""
+        return self.out_shape[len(self.label_shape)]
+
     def out_itemsize(self, layer: int, itemsize: int) -> int:
         """Bytes per element of what a layer gives, if parameters have ``itemsize``; -1: of the model's input."""
         return LOWERED_BYTES if layer >= 0 and self.layers[layer].lowered else itemsize

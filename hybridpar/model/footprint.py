@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from hybridpar.errors import ModelError
 from hybridpar.generators import borrowed
@@ -27,6 +28,8 @@ META_FAILURES = (RuntimeError, NotImplementedError, TypeError)
 """What code that reads values raises on the meta device."""
 
 
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - its only name
+"""What attention without dropout is on a CPU; on meta it is spelled out, and keeps more."""
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _NORMS = {_BATCH_NORM, torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_group_norm.default}
 """They give statistics beside their output."""
@@ -77,9 +80,12 @@ class _Meter(TorchDispatchMode):
         out = _batch_norm(*args) if func is _BATCH_NORM and args[0].is_meta else func(*args, **(kwargs or {}))
         if func in _NORMS and _mixed(args):
             out = (out[0], *(t.float() for t in out[1:]))
-        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        attends = func.overloadpacket is _ATTENTION
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags and not attends
         formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
+        if attends:
+            self.flops += int(sdpa_flop_count(*(t.shape for t in args[:3])))  # type: ignore[no-untyped-call]
+        elif formula is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
         elif not _is_view(func):
             results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
@@ -108,7 +114,7 @@ def measure(
     """
 
     def attempt(device: str) -> list[_Run]:
-        if device == "meta" and autocast is not None:  # to which meta tensors are blind
+        if device == "meta" and (autocast is not None or _attends(module)):  # to which meta tensors are blind
             with FakeTensorMode(allow_non_fake_inputs=True):
                 return on("cpu")
         return on(device)
@@ -154,6 +160,12 @@ def measure(
         differentiable=first.out.requires_grad,
         dtype=first.out.dtype,
     )
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a layer's graph calls torch's attention."""
+    graphs = (part.graph for part in module.modules() if isinstance(part, fx.GraphModule))
+    return any(node.target is F.scaled_dot_product_attention for graph in graphs for node in graph.nodes)
 
 
 @contextmanager

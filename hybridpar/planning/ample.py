@@ -70,7 +70,8 @@ class _Most:
         """Return the bytes of inputs, figures of the step, a parameter while it is cut, and libraries."""
         chain, program = self.chain, self.program
         reads = sum(length(interval) for interval in program.reads(rank))
-        control = (program.step_samples + reads + len(METRICS) + len(program.positions)) * FIGURE_BYTES
+        labels = (program.step_samples + reads) * chain.labels
+        control = (labels + len(METRICS) + len(program.positions)) * FIGURE_BYTES
         whole = max((p.count for layer in chain.layers for p in layer.parameters), default=0) * self.itemsize
         inputs = reads * math.prod(chain.in_shape) * max(self.itemsize, FIGURE_BYTES)
         return inputs + control + whole + self.workspaces.profile.library_bytes
@@ -80,7 +81,7 @@ class _Most:
         program, chain, itemsize = self.program, self.chain, self.itemsize
         block = program.blocks[index]
         position, described = program.positions[block.position], kept(block, shard, chain)
-        trailing = math.prod(block.shape(chain, "out")[1:])
+        trailing = block.trailing(chain, "out")
         entering = described.bytes(0, itemsize)
         leaving = length(block.features(chain, shard, "out")) * trailing * block.out_itemsize(chain, itemsize)
         states = 2 + program.plan.recipe.optimizer_states + program.plan.recipe.average
@@ -93,7 +94,7 @@ class _Most:
             # Input and output, and the gradients of both.
             total += count * (2 * (entering + leaving) * samples + inside)
             if index == len(program.blocks) - 1:
-                figures = STATISTICS[program.mode] * itemsize * samples
+                figures = STATISTICS[program.mode] * itemsize * samples * chain.labels
                 total += count * figures * (1 + len(position.ranks))
             small = max(small, inside + 2 * (entering + leaving) * samples)
             for kind in ("forward", "backward"):

@@ -6,6 +6,7 @@ at sums and gathers where it is sharded. The executor runs blocks without knowin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -132,6 +133,10 @@ class Block:
         if side == "out" or self.layers[0] == len(chain.layers):
             return chain.layers[self.layers[1] - 1].out_shape
         return chain.layers[self.layers[0]].in_shape
+
+    def trailing(self, chain: Chain, side: Literal["in", "out"]) -> int:
+        """Elements per sample and feature of the input or output."""
+        return math.prod(self.shape(chain, side)[1:])
 
     def out_itemsize(self, chain: Chain, itemsize: int) -> int:
         """Bytes per element of the output and its gradient, if parameters have ``itemsize``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 from hybridpar.planning.blocks import Block
@@ -151,7 +150,8 @@ class Books:
     def _figure_bytes(self, key: Key) -> int:
         if not self.program.positions[-1].sharded:
             return 0
-        return STATISTICS[self.program.mode] * self.itemsize * self.own[key[0]].samples[key[1]]
+        labels = self.own[key[0]].samples[key[1]] * self.program.chain.labels
+        return STATISTICS[self.program.mode] * self.itemsize * labels
 
     def _loss(self, key: Key) -> None:
         self._drop("output", key)
@@ -289,7 +289,7 @@ class Own:
         self.samples = [length(intervals[self.shard]) for intervals in program.micro_batches[block.position]]
         self.out_features = length(block.features(chain, self.shard, "out"))
         self.in_features = length(block.features(chain, self.shard, "in"))
-        trailing = math.prod(block.shape(chain, "out")[1:])
+        trailing = block.trailing(chain, "out")
         self.out_bytes = self.out_features * trailing * block.out_itemsize(chain, self.itemsize)
         """Per sample of the output, and of the input below."""
         self.in_bytes = self.kept.bytes(0, self.itemsize)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import lru_cache
@@ -82,9 +81,7 @@ class _Compiler:
         self.arriving: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
         self.unwaited: list[dict[int, None]] = [{} for _ in self.world]
         self.boundaries = boundaries(self.positions, self.blocks, chain, samples)
-        self.trailing = [
-            math.prod(b.shape(chain, "out")[1:]) * b.out_itemsize(chain, plan.itemsize) for b in self.blocks
-        ]
+        self.trailing = [b.trailing(chain, "out") * b.out_itemsize(chain, plan.itemsize) for b in self.blocks]
         """Bytes per sample and feature of every block's output."""
         self.leaving: dict[tuple[Content, int, int, int], list[Transfer]] = defaultdict(list)
         for i, boundary in enumerate(self.boundaries):
@@ -150,7 +147,7 @@ class _Compiler:
         for index, rank in enumerate(first.ranks):
             if any(length(chunk[index]) > 0 for chunk in intervals):
                 self._act(rank, Action("load"))
-        self.labels = self._control("label", LABEL_BYTES * self.step_samples)
+        self.labels = self._control("label", LABEL_BYTES * self.step_samples * self.chain.labels)
         for rank in self.world:
             self._start(rank, self.labels)
         for rank in self.world:
@@ -195,7 +192,7 @@ class _Compiler:
             self._act(rank, Action("score", task.block, task.micro_batch))
         if self.positions[-1].sharded:
             interval = self.positions[-1].micro_batches(self.samples)[task.micro_batch][0]
-            size = STATISTICS[self.mode] * self.plan.itemsize * length(interval)
+            size = STATISTICS[self.mode] * self.plan.itemsize * length(interval) * self.chain.labels
             self._gather_statistics(task, size)
 
     def _gather_statistics(self, task: Task, size: int) -> None:

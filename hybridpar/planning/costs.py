@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
@@ -188,8 +187,8 @@ class Costs:
             return NORM_SHARE * sum(self._update_time(program, rank, i) for i in own)
         if action.kind == "copy" and action.transfer is not None and not action.transfer.whole:
             before = program.blocks[action.block or 0]
-            trailing = math.prod(before.shape(program.chain, "out")[1:])
-            elements = length(action.transfer.samples) * length(action.transfer.features) * trailing
+            features = length(action.transfer.features) * before.trailing(program.chain, "out")
+            elements = length(action.transfer.samples) * features
             size = elements * before.out_itemsize(program.chain, program.plan.itemsize)
             return COPY_PASSES * size / self.cluster.device.memory_bytes_per_s
         return 0.0
@@ -254,9 +253,9 @@ class Costs:
         """Half of the cross-entropy's time each for the score and the loss."""
         block = program.blocks[-1]
         shard = program.positions[-1].ranks.index(rank) if block.spans else 0
-        width = length(block.features(program.chain, shard, "out"))
+        logits = length(block.features(program.chain, shard, "out")) * block.trailing(program.chain, "out")
         samples = length(program.interval(block.index, action.micro_batch or 0, rank))
-        return self.profile.loss_s_per_element * samples * width / 2
+        return self.profile.loss_s_per_element * samples * logits / 2
 
     def _update_time(self, program: Program, rank: int, position: int) -> float:
         own = [b for b in program.blocks if b.position == position]

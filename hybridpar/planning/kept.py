@@ -106,7 +106,7 @@ def _sharded(block: Block, shard: int, chain: Chain) -> Kept:
 
 
 def _followed(block: Block, shard: int, chain: Chain) -> Kept:
-    entering = length(block.features(chain, shard, "in")) * math.prod(block.shape(chain, "in")[1:])
+    entering = length(block.features(chain, shard, "in")) * block.trailing(chain, "in")
     current, sizes, uses, first_saver = 0, [entering], list[Use](), dict[int, int]()
     lowered = [block.layers[0] > 0 and chain.layers[block.layers[0] - 1].lowered]
     for offset, layer in enumerate(chain.layers[slice(*block.layers)]):

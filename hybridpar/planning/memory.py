@@ -95,5 +95,5 @@ def _read(program: Program, rank: int) -> tuple[int, int]:
     chain = program.chain
     reads = sum(length(i) for i in program.reads(rank))
     itemsize = program.plan.itemsize if chain.input_dtype == "float" else 8
-    control = (program.step_samples + reads + len(METRICS)) * FIGURE_BYTES
+    control = ((program.step_samples + reads) * chain.labels + len(METRICS)) * FIGURE_BYTES
     return reads * math.prod(chain.in_shape) * itemsize, control

@@ -38,7 +38,7 @@ Content = Literal[
 
 activation, gradient: a transfer of an exchange. label: all labels of the step, of which the loss takes its own and
 the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
-statistics: the per-sample figures of a sharded cross-entropy. norm: squared gradient norm. metrics: loss and hits.
+statistics: the figures per label of a sharded cross-entropy. norm: squared gradient norm. metrics: loss and hits.
 zero: an update whose communication DeepSpeed does (gradients reduced to shards, parameters gathered).
 running_statistics: buffers of batch norms, averaged over the replicas before an evaluation. No program holds it,
 as it happens between two steps.
@@ -47,7 +47,7 @@ as it happens between two steps.
 ActionKind = Literal["load", "forward", "score", "loss", "backward", "copy", "start", "wait", "norm", "update"]
 
 STATISTICS = {"train": 3, "evaluate": 3 + 2 * 5}
-"""Figures per sample that shards of logits exchange: largest logit, sum of exponentials, target's logit; for
+"""Figures per label that shards of logits exchange: largest logit, sum of exponentials, target's logit; for
 evaluation also the five largest logits and their classes."""
 
 METRICS = ("loss_sum", "weight", "samples", "top1", "top5")

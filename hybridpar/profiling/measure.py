@@ -140,7 +140,7 @@ class _Measurement:
             self.bench.note(f"{e}; layers are timed one by one, which makes them look faster than in the model")
             self._run_apart(sizes, began + budget_s)
             self.update_s = _time_update(self.bench, self.optimizer, [])
-        self.loss_s = _time_loss(self.bench, *self.chain.out_shape[:1])
+        self.loss_s = _time_loss(self.bench, self.chain.classes)
         self.library_bytes = max(0, library_bytes() - before_bytes)
         return self
 
@@ -267,7 +267,7 @@ def _time_update(bench: Bench, optimizer: MakeOptimizer, modules: Sequence[nn.Mo
     return statistics.median(map(bench.seconds, marks, marks[1:])) / total
 
 
-def _time_loss(bench: Bench, classes: int = 1) -> float:
+def _time_loss(bench: Bench, classes: int) -> float:
     """Seconds per logit of a summed softmax cross-entropy with its gradient."""
     samples = max(1, _LOSS_ELEMENTS // classes)
     logits = torch.rand(samples, classes, device=bench.device, dtype=bench.dtype, requires_grad=True)

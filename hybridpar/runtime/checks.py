@@ -59,7 +59,7 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     make_callbacks(config.train.callbacks)
     Judge.of(config.checkpoint.best, metrics.metrics)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
-        datasets.check(config.data, chain.out_shape[0])
+        datasets.check(config.data, chain.classes, chain.label_shape)
     check_fits(config, plan)
 
 

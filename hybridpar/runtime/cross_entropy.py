@@ -41,7 +41,8 @@ class CrossEntropy:
         (1 - e) w_y (L - l_y) + e / C  sum_c w_c (L - l_c)
         = a L - t,   a = (1 - e) w_y + e / C sum_c w_c,   t = (1 - e) w_y l_y + e / C sum_c w_c l_c
 
-    and the step's loss is the sum of these over the sum of w_y. Of a mixed sample it is the sum over both labels
+    and the step's loss is the sum of these over the sum of w_y. Where every token of a sample has a label, each is
+    a sample here. Of a mixed sample it is the sum over both labels
     by their shares, since a and t are linear in the target. With m_i the largest logit of shard i, s_i the sum
     of its exponentials relative to m_i and t_i its part of t: M = max m_i, L = M + log sum_i s_i exp(m_i - M), and
     t = sum t_i. The gradient of a logit is a exp(l - L) - e w_c / C, minus (1 - e) w_y for the target's. So shards
@@ -76,7 +77,7 @@ class CrossEntropy:
     def check_plan(self, plan: Plan, chain: Chain) -> None:
         """Raise ConfigError where there is not one weight per class."""
         del plan
-        self.check_classes(chain.out_shape[0])
+        self.check_classes(chain.classes)
 
     def check_classes(self, classes: int) -> None:
         """Raise ConfigError where there is not one weight per class."""
@@ -95,10 +96,11 @@ class CrossEntropy:
         return self._weights(labels, torch.float64).sum()
 
     def score(self, logits: Logits, *, train: bool) -> torch.Tensor:
-        """Return this shard's figures: (samples, 3) in training, (samples, 3 + 2 * 5) in evaluation.
+        """Return this shard's figures: (labels, 3) in training, (labels, 3 + 2 * 5) in evaluation.
 
-        None, (samples, 0), where there are no other shards.
+        None, (labels, 0), where there are no other shards.
         """
+        logits = logits.rows
         values = logits.values
         if logits.whole:
             return values.new_empty((len(values), 0))
@@ -115,6 +117,7 @@ class CrossEntropy:
 
     def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
         """Combine the figures of all shards into the loss; ``weight`` divides the gradient."""
+        logits = logits.rows
         values, labels = logits.values, logits.labels
         shares = [(self._weights(y, values.dtype) * share, y, share) for y, share in logits.targets]
         weights = _sum(w for w, _, _ in shares)

@@ -75,8 +75,8 @@ class Executor:
     ) -> Metrics:
         """Run one step.
 
-        ``inputs`` (own samples, ...) and ``labels`` (own samples,) belong to ``program.reads(rank)``, one interval
-        after the other; None on ranks that read nothing. ``first_sample`` is the sample id of work number 0;
+        ``inputs`` and ``labels``, (own samples, ...) each, belong to ``program.reads(rank)``, one interval after
+        the other; None on ranks that read nothing. ``first_sample`` is the sample id of work number 0;
         ``share`` tells of inputs that are mixed with those of the samples before them. Raises ActionError if an
         action fails.
         """
@@ -97,14 +97,14 @@ class Executor:
     ) -> StepState:
         for modules in self.blocks.values():
             modules.train(program.mode == "train")
-        gathered = torch.zeros(program.step_samples, dtype=torch.int64)
+        gathered = torch.zeros(program.step_samples, *program.chain.label_shape, dtype=torch.int64)
         if labels is not None and self._reports_labels(program):
             at = 0
             for start, stop in program.reads(self.rank):
                 gathered[start:stop] = labels[at : at + stop - start]
                 at += stop - start
         if labels is not None:
-            self.loss.check(labels, program.chain.out_shape[0])
+            self.loss.check(labels, program.chain.classes)
         self.watch.begin()
         if program.mode == "train":
             self.updater.zero()
@@ -201,7 +201,7 @@ class Executor:
             self.own.add(logits, figures, self.loss.ignored)
         outcome = self.loss.combine(logits, figures, weight, train=state.program.mode == "train")
         if outcome.gradient is not None:
-            state.gradients[key] = outcome.gradient
+            state.gradients[key] = outcome.gradient.view_as(logits.values)
         self._report(state, outcome)
 
     def _logits(self, state: StepState, key: Key, values: torch.Tensor) -> Logits:
@@ -212,7 +212,7 @@ class Executor:
             others = torch.cat([state.labels[start - 1 : start] if start else state.labels[-1:], labels[:-1]])
         first = self._features(state, key[0], "out")[0]
         whole = not state.program.positions[-1].sharded
-        classes, share = state.program.chain.out_shape[0], 1.0 if state.share is None else state.share
+        classes, share = state.program.chain.classes, 1.0 if state.share is None else state.share
         return Logits(values, labels, first, classes, whole, others, share)
 
     def _report(self, state: StepState, outcome: Outcome) -> None:

@@ -21,7 +21,7 @@ class StepBatch(NamedTuple):
     inputs: torch.Tensor | None
     """(own samples, ...); None on ranks that read nothing."""
     labels: torch.Tensor | None
-    """(own samples,) int64; None likewise."""
+    """(own samples,) int64, or (own samples, tokens); None likewise."""
     samples: int
     """Of the step, over all ranks."""
     first_sample: int

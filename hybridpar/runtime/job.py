@@ -290,7 +290,13 @@ class Job:
         samples = (
             dataset
             if hasattr(dataset, "read")
-            else MapSamples(dataset, self.chain.in_shape, self.chain.out_shape[0], ignored=self._loss.ignored)
+            else MapSamples(
+                dataset,
+                self.chain.in_shape,
+                self.chain.classes,
+                ignored=self._loss.ignored,
+                label_shape=self.chain.label_shape,
+            )
         )
         batch, size, seed = self.plan.global_batch, len(samples), self.seed if seed is None else seed
         mixing = None
@@ -384,6 +390,12 @@ class Job:
             raise DataError(
                 f"rank {self.rank} got {len(inputs)} inputs and {len(labels)} labels; give all {count} of the "
                 f"step, or the {own} that this rank reads (samples= tells the size of a smaller step)"
+            )
+        if labels.shape[1:] != self.chain.label_shape:
+            wanted = (len(labels), *self.chain.label_shape)
+            raise DataError(
+                f"rank {self.rank} got labels of shape {tuple(labels.shape)}; give {wanted}, as the model's "
+                f"output is {self.chain.out_shape} per sample"
             )
         if not own:
             return StepBatch(None, None, count, self._next_sample)

@@ -28,31 +28,41 @@ class Outcome:
     weight: torch.Tensor
     """What the micro-batch adds to the weight that the sum of all losses is divided by."""
     samples: torch.Tensor
-    """Those whose label counts."""
+    """Labels that count: one per sample, or per token."""
     top1: torch.Tensor
     """Of these, how many have their target's logit as the largest; 0 in training."""
     top5: torch.Tensor
     """Of these, how many have it among the five largest; likewise."""
     gradient: torch.Tensor | None
-    """Of (loss sum / weight of the step) with respect to this shard's logits; None when evaluating."""
+    """Of (loss sum / weight of the step) with respect to this shard's logits, or to their rows; None when
+    evaluating."""
 
 
 class Logits(NamedTuple):
     """A shard's logits of one micro-batch, and the labels of its samples."""
 
     values: torch.Tensor
-    """(samples, width), of the classes from ``first`` on."""
+    """(samples, width), of the classes from ``first`` on. (samples, tokens, width) where every token has a label.
+    """
     labels: torch.Tensor
-    """(samples,) int64, over all classes."""
+    """(samples,) int64, over all classes; or (samples, tokens)."""
     first: int
     classes: int
     """Of the whole model."""
     whole: bool = False
     """Whether there are no other shards, so that nothing is exchanged."""
     others: torch.Tensor | None = None
-    """(samples,) int64, labels of what the samples are mixed with; None: they are not mixed."""
+    """Likewise, labels of what the samples are mixed with; None: they are not mixed."""
     share: float = 1.0
     """Of the loss of ``labels`` in a mixed sample's; that of ``others`` has the rest."""
+
+    @property
+    def rows(self) -> Logits:
+        """The same with one row of logits per label: of (samples, tokens, width) every token is one."""
+        if self.labels.dim() == 1:
+            return self
+        others = None if self.others is None else self.others.flatten()
+        return self._replace(values=self.values.flatten(0, 1), labels=self.labels.flatten(), others=others)
 
     @property
     def targets(self) -> tuple[tuple[torch.Tensor, float], ...]:
@@ -81,7 +91,7 @@ class Loss(Protocol):
         ...
 
     def score(self, logits: Logits, *, train: bool) -> torch.Tensor:
-        """Return the figures that shards exchange, (samples, figures)."""
+        """Return the figures that shards exchange, (labels, figures)."""
         ...
 
     def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
@@ -120,11 +130,12 @@ def best_classes(logits: Logits, figures: Figures) -> torch.Tensor:
     return classes.gather(1, best).to(torch.int64)
 
 
-def count_hits(values: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
+def count_hits(logits: Logits, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Count targets with the largest of all logits, and with one of the five largest; float64 scalars.
 
-    ``values`` (samples, classes); where they are no matrix, nothing is a hit.
+    Where a label has no single row of logits, nothing is a hit.
     """
+    values, labels = logits.rows[:2]
     if values.dim() != 2:
         return (torch.zeros((), dtype=torch.float64, device=values.device),) * 2
     return count_found(values.topk(min(TOP, values.shape[1]), dim=1).indices, labels, ignored)

@@ -17,10 +17,12 @@ from hybridpar.runtime.loss import Figures, Logits, Outcome, count_hits, share_o
 class OwnLoss:
     """Any function of logits (samples, ...) and labels (samples,) int64.
 
+    Where every token has a label: of (samples, tokens, classes) and (samples, tokens).
+
     Args:
         function: gives the **sum** over the samples that it gets; a scalar with a gradient. Where it is not
             ``additive``, it gives the loss of the whole step instead.
-        weight: what the sum over a step is divided by, from all labels of the step (samples,); the weights of
+        weight: what the sum over a step is divided by, from all labels of the step (samples, ...); the weights of
             parts of a step must add up to its own. Default: the number of labels that are not ``ignored``.
         additive: whether the loss of a step is the sum of those of its micro-batches. One that is not (a
             contrastive one, say) needs all samples of a step in one micro-batch of the last stage.
@@ -92,7 +94,7 @@ class OwnLoss:
         samples, own_weight = counted.sum(dtype=torch.float64), self.weight(logits.labels)
         loss_sum = value.detach().double() * (1 if self.additive else own_weight)
         if not train:
-            return Outcome(loss_sum, own_weight, samples, *count_hits(values, logits.labels, self.ignored), None)
+            return Outcome(loss_sum, own_weight, samples, *count_hits(logits.rows, self.ignored), None)
         (gradient,) = torch.autograd.grad(value, values)
         if self.additive:
             gradient = gradient * share_of(weight).to(gradient.dtype)

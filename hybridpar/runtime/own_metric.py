@@ -27,7 +27,7 @@ class OwnMetric:
 
     ``function`` gets samples whose label counts, and their labels, and returns **sums** over these samples: a
     number, or k of them (k,), which are added up over all micro-batches and ranks in float64. So each sample
-    counts exactly once, whatever the plan.
+    counts exactly once, whatever the plan. Where every token has a label, each is a sample here.
     """
 
     function: Function
@@ -72,9 +72,9 @@ class OwnMetrics:
     @staticmethod
     def _size(name: str, metric: OwnMetric, chain: Chain) -> int:
         labels = torch.zeros(2, dtype=torch.int64)
-        values = torch.zeros(2, *chain.out_shape)
+        values = torch.zeros(2, *chain.out_shape[len(chain.label_shape) :])
         if metric.of == "best":
-            values = torch.zeros(2, min(5, chain.out_shape[0]), dtype=torch.int64)
+            values = torch.zeros(2, min(5, chain.classes), dtype=torch.int64)
         try:
             return len(metric.sums(values, labels))
         except ConfigError as e:
@@ -103,6 +103,7 @@ class OwnMetrics:
 
     def add(self, logits: Logits, figures: Figures, ignored: int) -> None:
         """Add a micro-batch, of which ``figures`` are all shards' of an evaluation."""
+        logits = logits.rows
         counted = logits.labels != ignored
         labels, parts = logits.labels[counted], []
         for metric in self.metrics.values():

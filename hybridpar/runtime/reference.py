@@ -96,7 +96,7 @@ class Reference:
     def step(
         self, inputs: torch.Tensor, labels: torch.Tensor, first_sample: int, share: float | None = None
     ) -> None:
-        """Train on a whole step: inputs (samples, ...), labels (samples,); sample ids count from the first's.
+        """Train on a whole step: inputs (samples, ...), labels (samples, ...); sample ids count from the first's.
 
         ``share``: of each sample in its input, which is mixed with that of the sample before it.
         """
@@ -116,15 +116,22 @@ class Reference:
             )
             self.outputs.append(x.detach())
         labels = labels.to(self._device)
-        loss: torch.Tensor = self._criterion(x, labels)
+        loss = self._mean_loss(x, labels)
         if share is not None:
-            loss = loss * share + self._criterion(x, labels.roll(1)) * (1.0 - share)
+            loss = loss * share + self._mean_loss(x, labels.roll(1, 0)) * (1.0 - share)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._max_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self._max_norm)
         self._optimizer.step()
         self.loss = loss.item()
         self._step += 1
+
+    def _mean_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Call torch's loss, which takes one row of logits per label."""
+        if labels.dim() > 1:
+            logits, labels = logits.flatten(0, 1), labels.flatten()
+        loss: torch.Tensor = self._criterion(logits, labels)
+        return loss
 
     def _run(self, layer: nn.Module, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         for module in layer.modules():

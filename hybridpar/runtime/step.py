@@ -22,7 +22,7 @@ class Metrics:
     weight: float
     """What the sum of the losses is divided by."""
     samples: float
-    """Those whose label counts."""
+    """Labels that count: one per sample, or per token."""
     top1: float
     top5: float
 
@@ -55,7 +55,7 @@ class StepState:
     number: int
     batch: torch.Tensor | None
     labels: torch.Tensor
-    """(samples of the step,) int64; other ranks' places hold 0 until all labels are gathered."""
+    """(samples of the step,) int64, or (..., tokens); other ranks' places hold 0 until all labels are gathered."""
     metrics: torch.Tensor
     share: float | None = None
     """Of each sample in its loss, where it is mixed with the one before it in the step."""

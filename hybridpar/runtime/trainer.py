@@ -106,8 +106,10 @@ class _Training:
         splits: list[datasets.Splits] = []
 
         def load() -> list[int]:
-            shape, classes = self.chain.in_shape, self.chain.out_shape[0]
-            splits.append(datasets.load(self.config.data, shape, classes, self.config.loss.ignore_index))
+            chain, ignored = self.chain, self.config.loss.ignore_index
+            splits.append(
+                datasets.load(self.config.data, chain.in_shape, chain.classes, ignored, chain.label_shape)
+            )
             return [len(splits[0].train), len(splits[0].test)]
 
         train_size, test_size = self.process.share(load, readers[0])
@@ -227,7 +229,7 @@ class _Training:
             max_norm=settings.clip,
             rate=self.rate,
             engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
-            loss=make_loss(self.config.loss, self.chain.out_shape[0]),
+            loss=make_loss(self.config.loss, self.chain.classes),
             groups=settings.parameter_groups,
             metrics=make_metrics(self.config.metrics),
             decay=self.config.train.ema,

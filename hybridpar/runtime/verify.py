@@ -55,8 +55,8 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
     """Raise HybridparError for what makes a verification impossible, as far as a glance tells."""
     make_factory(config.optimizer)
     check_groups(config.optimizer.parameter_groups, traced.chain)
-    make_loss(config.loss, traced.chain.out_shape[0])
-    datasets.check(config.data, traced.chain.out_shape[0])
+    make_loss(config.loss, traced.chain.classes)
+    datasets.check(config.data, traced.chain.classes, traced.chain.label_shape)
     check_fits(config, plan)
     _in_precision(config, plan, traced)
 
@@ -110,8 +110,9 @@ def _samples(config: Config, plan: Plan, traced: Traced, process: Process) -> An
     splits: list[Any] = []
 
     def load() -> int:
-        shape, classes = traced.chain.in_shape, traced.chain.out_shape[0]
-        splits.append(datasets.load(config.data, shape, classes, config.loss.ignore_index).train)
+        chain, ignored = traced.chain, config.loss.ignore_index
+        loaded = datasets.load(config.data, chain.in_shape, chain.classes, ignored, chain.label_shape)
+        splits.append(loaded.train)
         return len(splits[0])
 
     size = process.share(load)
@@ -147,7 +148,7 @@ def _verifier(
         max_norm=settings.clip,
         rate=rate,
         engines=zero.make_engines(process, factory) if sharded else None,
-        loss=make_loss(config.loss, traced.chain.out_shape[0]),
+        loss=make_loss(config.loss, traced.chain.classes),
         groups=settings.parameter_groups,
     )
     reference = None
@@ -162,7 +163,7 @@ def _verifier(
             device=device,
             max_norm=settings.clip,
             rate=rate,
-            criterion=torch_loss(config.loss, traced.chain.out_shape[0]),
+            criterion=torch_loss(config.loss, traced.chain.classes),
             groups=settings.parameter_groups,
         )
     tolerance, rounds = config.verify.tolerance or TOLERANCES[plan.precision], plan.precision == "float32"

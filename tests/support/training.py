@@ -47,10 +47,12 @@ class Case:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
-        shape, classes = self.traced.chain.in_shape, self.traced.chain.out_shape[0]
+        chain = self.traced.chain
         for n in self.samples:
-            x = torch.randn(n, *shape, generator=generator, dtype=self.dtype)
-            self.data.append((x, torch.randint(classes, (n,), generator=generator)))
+            x = torch.randn(n, *chain.in_shape, generator=generator, dtype=self.dtype)
+            if chain.input_dtype == "int":
+                x = (x.abs() * chain.classes / 3).long().clamp(max=chain.classes - 1)
+            self.data.append((x, torch.randint(chain.classes, (n, *chain.label_shape), generator=generator)))
 
 
 def small_vgg(dropout: float = 0.0, classes: int = 7) -> nn.Module:

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from hybridpar.errors import ModelError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
+from hybridpar.models.gpt import gpt
 
 WIDTH, LENGTH, VOCABULARY = 8, 5, 11
 
@@ -120,3 +122,57 @@ def test_rnn_with_the_samples_first_is_a_layer():
     traced = trace(model, (LENGTH, 3), "reader")
     x = torch.randn(4, LENGTH, 3, dtype=torch.float64)
     torch.testing.assert_close(run(traced, x), model(x))
+
+
+def small_gpt(**options):
+    return gpt(classes=VOCABULARY, in_shape=(LENGTH,), width=WIDTH, heads=2, blocks=3, **options)
+
+
+def test_gpt_has_one_layer_per_block_and_keyed_dropout_only():
+    chain = trace(defer(small_gpt).module, (LENGTH,), "gpt", "int").chain
+    assert [layer.name for layer in chain.layers] == [
+        "embedding",
+        "blocks.0",
+        "blocks.1",
+        "blocks.2",
+        "norm",
+        "head",
+    ]
+    assert [layer.random for layer in chain.layers] == ["keyed"] * 4 + ["none"] * 2
+    assert (chain.out_shape, chain.label_shape, chain.classes) == ((LENGTH, VOCABULARY), (LENGTH,), VOCABULARY)
+
+
+def test_gpt_counts_its_attention():
+    """The products of queries with keys and of weights with values: 2 x 2 x length^2 x width."""
+    block = trace(defer(small_gpt).module, (LENGTH,), "gpt", "int").chain.layers[1]
+    products = 2 * LENGTH * WIDTH * WIDTH * (3 + 1 + 4 + 4) + 4 * LENGTH**2 * WIDTH
+    assert products <= block.flops_per_sample < 1.3 * products
+
+
+def test_gpt_sees_no_later_token():
+    torch.manual_seed(0)
+    model = small_gpt().eval()
+    tokens = torch.randint(VOCABULARY, (2, LENGTH))
+    changed = tokens.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % VOCABULARY
+    same = model(tokens).isclose(model(changed)).all(2)
+    assert same[:, :3].all()
+    assert not same[:, 3:].any()
+
+
+def test_gpt_with_a_tied_head():
+    chain = trace(defer(lambda: small_gpt(tied=True)).module, (LENGTH,), "gpt", "int").chain
+    assert chain.tied == (("embedding.tokens.weight", (0, 5)),)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"heads": 3}, "width=128 to heads=3"),
+        ({"blocks": 0}, "blocks=0"),
+        ({"in_shape": (3, 8, 8)}, "rows of tokens"),
+    ],
+)
+def test_impossible_gpts_are_refused(options, said):
+    with pytest.raises(ModelError, match=said):
+        gpt(**options)

@@ -61,7 +61,7 @@ def measure(config: Config, plan_file: Path, out: Path, warm_up: int, steps: int
     process = Process("cpu", config.train.timeout_s)
     traced, source = load_model(config)
     plan = Plan.load(plan_file, traced.chain)
-    data = datasets.load(config.data, traced.chain.in_shape, traced.chain.out_shape[0]).train
+    data = datasets.load(config.data, traced.chain.in_shape, traced.chain.classes).train
     communicators = process.connect(plan)
     before = existing()
     factory = make_factory(config.optimizer)
