@@ -59,7 +59,7 @@ class Bounds:
     def _priced(self, plan: Plan, position: Position) -> Share:
         chain, costs, zero = self.chain, self.costs, is_zero(plan, position)
         own = list(blocks_of(position, plan, chain))
-        passes = _Passes(chain, position, own, plan.replica_batch, costs)
+        passes = _Passes(plan, chain, position, own, costs)
         work, quickest = [], float("inf")
         for index, rank in enumerate(position.ranks):
             speed = costs.speed(plan, rank)
@@ -91,9 +91,9 @@ class Bounds:
 class _Passes:
     """Forward and backward of a position's micro-batches; replicas with equal ones are priced once."""
 
-    def __init__(self, chain: Chain, position: Position, own: list[Block], samples: int, costs: Costs) -> None:
-        self.chain, self.position, self.own, self.costs = chain, position, own, costs
-        self.micro_batches = position.micro_batches(samples)
+    def __init__(self, plan: Plan, chain: Chain, position: Position, own: list[Block], costs: Costs) -> None:
+        self.plan, self.chain, self.position, self.own, self.costs = plan, chain, position, own, costs
+        self.micro_batches = position.micro_batches(plan.replica_batch)
         self.known: dict[tuple[int | None, tuple[int, ...]], tuple[float, float]] = {}
 
     def of(self, index: int) -> tuple[float, float]:
@@ -105,7 +105,8 @@ class _Passes:
             each = {size: self._seconds(index, size) for size in counts}
             fresh = 0.0
             if counts:
-                fresh = sum(self.costs.fresh(self.chain, self.position, b, index) for b in self.own if b.backward)
+                backward = (b for b in self.own if b.backward)
+                fresh = sum(self.costs.fresh(self.plan, self.chain, self.position, b, index) for b in backward)
             total = sum(count * each[size] for size, count in counts.items())
             self.known[key] = total - fresh, min(each.values(), default=fresh) - fresh
         return self.known[key]

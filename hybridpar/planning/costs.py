@@ -8,9 +8,8 @@ from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point
 from hybridpar.cluster.topology import Cluster, Collective
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, Span
-from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import Interval, length
-from hybridpar.planning.parameters import bucket_elements, parameter_count
+from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.workspaces import Workspaces
@@ -96,36 +95,26 @@ class Costs:
         for block in program.blocks:
             position = program.positions[block.position]
             if rank in position.ranks:
-                saved[block.index] = self.fresh(program.chain, position, block, position.ranks.index(rank))
+                index = position.ranks.index(rank)
+                saved[block.index] = self.fresh(program.plan, program.chain, position, block, index)
         return saved
 
-    def fresh(self, chain: Chain, position: Position, block: Block, index: int) -> float:
+    def fresh(self, plan: Plan, chain: Chain, position: Position, block: Block, index: int) -> float:
         """Return the seconds that a block's first backward of a step saves on its rank number ``index``.
 
-        It finds no gradients to add to. Those that are reduced lie in a bucket of zeros, to which it does add,
-        apart from weights whose gradients gather in place: it overwrites them.
+        It finds no gradients to add to. Those that are reduced it copies to their place in the bucket, apart from
+        weights whose gradients gather in place.
         """
         key = (block.layers, block.spans[index] if block.spans else (), position.reduced)
         if key not in self._saved:
-            own = (i for i in range(*block.layers) if chain.trained[i])
-            layers = (i for i in own if chain.gathered[i] or not position.reduced)
+            copy_s = position.reduced * plan.itemsize * self.profile.copy_s_per_byte
             self._saved[key] = sum(
-                self.profile.accumulate_time(i, block.fraction(chain, index, i)) for i in layers
+                self.profile.accumulate_time(i, fraction)
+                - (chain.trained[i] - chain.gathered[i]) * fraction * copy_s
+                for i in range(*block.layers)
+                if chain.trained[i] and (fraction := block.fraction(chain, index, i))
             )
         return self._saved[key]
-
-    def opening(self, program: Program, rank: int) -> float:
-        """Return the seconds for setting a rank's buckets to zero at the begin of a step.
-
-        Of weights whose gradients gather in place they are overwritten.
-        """
-        elements = 0
-        for block in program.blocks:
-            position = program.positions[block.position]
-            if rank in position.ranks and position.reduced:
-                gathered = kept(block, position.ranks.index(rank), program.chain).gathered
-                elements += bucket_elements(program.chain, position, block, rank) - sum(gathered)
-        return elements * program.plan.itemsize * self.profile.zero_s_per_byte / self.speed(program.plan, rank)
 
     def speed(self, plan: Plan, rank: int) -> float:
         """Return the speed of the slowest device of a replica's rank."""

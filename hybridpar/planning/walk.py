@@ -79,11 +79,11 @@ def walk(program: Program, costs: Costs) -> Walk:
 def _folded(program: Program, rank: int, costs: Costs) -> list[float]:
     """Return the seconds of a rank's actions.
 
-    What starts and waits cost counts with the next computation, and so does what the step begins with.
+    What starts and waits cost counts with the next computation.
     """
     actions = program.actions[rank]
     seconds = costs.actions(program, rank)
-    carried, last = costs.opening(program, rank), None
+    carried, last = 0.0, None
     for i, action in enumerate(actions):
         if action.operation is not None:
             carried, seconds[i] = carried + seconds[i], 0.0

@@ -48,7 +48,7 @@ def combine(profiles: Sequence[Profile]) -> Profile:
         layers=layers,
         update_s_per_byte=median("update_s_per_byte"),
         loss_s_per_element=median("loss_s_per_element"),
-        zero_s_per_byte=median("zero_s_per_byte"),
+        copy_s_per_byte=median("copy_s_per_byte"),
         loader_samples_per_s=None
         if any(p.loader_samples_per_s is None for p in profiles)
         else median("loader_samples_per_s"),

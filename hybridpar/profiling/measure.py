@@ -125,7 +125,7 @@ class _Measurement:
         self.together: Job = {self.main: list(modules)} | dict(itertools.chain.from_iterable(shared))
         self.timed: dict[Strand, Timed] = {}
         """By strand: the job that it was timed in."""
-        self.update_s = self.zero_s = self.loss_s = 0.0
+        self.update_s = self.copy_s = self.loss_s = 0.0
         self.library_bytes = 0
 
     def run(self, sizes: tuple[int, ...], budget_s: float) -> _Measurement:
@@ -134,7 +134,7 @@ class _Measurement:
         try:
             with run_job(self.bench, self.together, sizes, budget_s, self.gauge) as (timed, made):
                 self.timed = dict.fromkeys(self.together, timed)
-                self.zero_s = timed.zero_s_per_byte
+                self.copy_s = timed.copy_s_per_byte
                 self.update_s = _time_update(self.bench, self.optimizer, made[0][1])
         except ProfileError as e:
             self.bench.note(f"{e}; layers are timed one by one, which makes them look faster than in the model")
@@ -147,14 +147,14 @@ class _Measurement:
     def _run_apart(self, sizes: tuple[int, ...], end_s: float) -> None:
         """Time jobs one by one until about ``end_s`` on the clock, cheap ones first: they leave time to others."""
         jobs = sorted(self.jobs.values(), key=lambda job: sum(s.layers[0].flops_per_sample * s.share for s in job))
-        zero_s = []
+        copy_s = []
         for number, job in enumerate(jobs):
             share_s = max(0.0, end_s - time.perf_counter()) / (len(jobs) - number)
             with run_job(self.bench, job, sizes, share_s, self.gauge) as (timed, _):
                 sizes = sizes[: len(timed.entries)]
                 self.timed |= dict.fromkeys(job, timed)
-                zero_s.append(timed.zero_s_per_byte)
-        self.zero_s = max(zero_s)
+                copy_s.append(timed.copy_s_per_byte)
+        self.copy_s = max(copy_s)
 
     def profile(self, sizes: tuple[int, ...]) -> Profile:
         """Write down what was measured of ``sizes``, and name what is to be doubted."""
@@ -171,7 +171,7 @@ class _Measurement:
             layers=layers,
             update_s_per_byte=rounded(self.update_s),
             loss_s_per_element=rounded(self.loss_s),
-            zero_s_per_byte=rounded(self.zero_s),
+            copy_s_per_byte=rounded(self.copy_s),
             memory_source=self.gauge.source if self.gauge else None,
             device_kind="cuda" if bench.on_gpu else "cpu",
             library_bytes=0 if bench.on_gpu else self.library_bytes,

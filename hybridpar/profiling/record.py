@@ -15,7 +15,7 @@ from hybridpar.errors import ProfileError
 from hybridpar.model.chain import Chain
 from hybridpar.schema import from_data, read_json, to_data
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Table = tuple[tuple[float, ...], ...]
 """``table[i][j]`` belongs to fraction i and micro-batch size j of the profile. A row may end early: what it lacks
@@ -75,8 +75,8 @@ class Profile:
     """Optimizer step, seconds per byte of parameters."""
     loss_s_per_element: float
     """Softmax cross-entropy with its gradient, seconds per logit."""
-    zero_s_per_byte: float = 0.0
-    """Setting gradients to zero at the begin of a step, seconds per byte; 0 where unknown."""
+    copy_s_per_byte: float = 0.0
+    """Copying gradients to their place in a bucket, seconds per byte; 0 where unknown."""
     optimizer: str | None = None
     """What ``update_s_per_byte`` is for; None: SGD with momentum."""
     loader_samples_per_s: float | None = None
@@ -123,7 +123,7 @@ class Profile:
         for name in (
             "update_s_per_byte",
             "loss_s_per_element",
-            "zero_s_per_byte",
+            "copy_s_per_byte",
             "loader_samples_per_s",
             "library_bytes",
         ):

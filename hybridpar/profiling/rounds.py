@@ -79,7 +79,7 @@ class Timed:
     entries: list[Entry]
     accumulate_s: list[float]
     """Per layer of the first strand: adding its gradients to those that are there."""
-    zero_s_per_byte: float
+    copy_s_per_byte: float
 
 
 @contextmanager
@@ -95,8 +95,8 @@ def run_job(
     began, memory_bytes, made = time.perf_counter(), bench.memory_bytes(), Made()
     try:
         entries = _grow(bench, job, sizes, began + share_s, memory_bytes, gauge, made)
-        accumulate, zero = _rounds(bench, entries, began, share_s)
-        yield Timed(entries, accumulate, zero), made
+        accumulate, copy = _rounds(bench, entries, began, share_s)
+        yield Timed(entries, accumulate, copy), made
     finally:
         nn.ModuleList(chain(*(modules for _, modules in made))).to_empty(device="meta")
         torch.cuda.empty_cache()
@@ -272,9 +272,9 @@ def visit(bench: Bench, entry: Entry, pass_s: float) -> list[list[float]]:
 
 
 def _rounds(bench: Bench, entries: list[Entry], began: float, share_s: float) -> tuple[list[float], float]:
-    """Visit all sizes in rounds; returns what adding gradients takes per layer, and zeroing them per byte."""
+    """Visit all sizes in rounds; returns what adding gradients takes per layer, and copying them per byte."""
     first = {id(entry): entry.passes for entry in entries}
-    added, zeroed = list[list[float]](), list[float]()
+    added, copied = list[list[float]](), list[float]()
     for number in range(MOST_ROUNDS):
         limit_s = share_s * (1.0 if number < LEAST_ROUNDS else REFINE_SHARE)
         round_s = sum(_visit_s(e.pass_s(e.strands)) for e in entries) * bench.stretch
@@ -287,12 +287,12 @@ def _rounds(bench: Bench, entries: list[Entry], began: float, share_s: float) ->
             kept = [] if entry.passes is first[id(entry)] else entry.passes
             entry.passes = kept + visit(bench, entry, pass_s)
         added.append(_accumulation(bench, entries[0]))
-        zeroed.append(_zeroing(bench, entries[0]))
+        copied.append(_copying(bench, entries[0]))
         bench.progress(f"round {number + 1} through {len(entries)} sizes: {time.perf_counter() - began:.0f} s")
     if len(added) < LEAST_ROUNDS:
         bench.note(f"every size was timed in {len(added)} rounds instead of {LEAST_ROUNDS}: the time was over")
     typical = [max(0.0, statistics.median(column)) for column in zip(*added, strict=True)]
-    return typical, statistics.median(zeroed)
+    return typical, statistics.median(copied)
 
 
 def _accumulation(bench: Bench, entry: Entry) -> list[float]:
@@ -310,13 +310,16 @@ def _accumulation(bench: Bench, entry: Entry) -> list[float]:
     return added_s
 
 
-def _zeroing(bench: Bench, entry: Entry) -> float:
-    """Seconds per byte that the first strand's gradients take to be set to zero."""
+def _copying(bench: Bench, entry: Entry) -> float:
+    """Seconds per byte that the first strand's gradients take to be copied to memory that was used before."""
     gradients = {id(p.grad): p.grad for m in entry.made[0][1] for p in m.parameters() if p.grad is not None}
     total = sum(g.nbytes for g in gradients.values())
+    place = torch.zeros(
+        max((g.nbytes for g in gradients.values()), default=0), dtype=torch.uint8, device=bench.device
+    )
     begin = bench.mark()
     for gradient in gradients.values():
-        gradient.zero_()
+        place[: gradient.nbytes].view(gradient.dtype).view_as(gradient).copy_(gradient)
     end = bench.mark()
     bench.wait()
     return bench.seconds(begin, end) / total if total else 0.0

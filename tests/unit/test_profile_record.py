@@ -82,7 +82,7 @@ def test_a_profile_of_an_earlier_schema_is_refused_with_the_remedy(tmp_path: Pat
     data = json.loads(profile().to_json())
     for schema in (1, None, SCHEMA_VERSION + 1):
         path.write_text(json.dumps(data | {"schema": schema, "unheard_of": 1}))
-        with pytest.raises(ProfileError, match=rf"old.json: schema: {schema} is not 2; measure the profile again"):
+        with pytest.raises(ProfileError, match=rf"old.json: schema: {schema} is not 3; measure the profile again"):
             Profile.load(path)
 
 

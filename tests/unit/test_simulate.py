@@ -156,6 +156,20 @@ def test_the_last_layers_are_reduced_while_the_first_run_backward(nodes: tuple[N
     assert run(program, slower).ends_s[0] == pytest.approx(step_s)
 
 
+def test_a_first_backward_adds_nothing_and_copies_into_the_bucket() -> None:
+    """Weights gather in place; of two biases with 11 numbers the gradients go to their place in the bucket."""
+    adding_s, copy_s_per_byte = 0.5, 1e-3
+    profile = profile_of(MLP, FORWARD_S, BACKWARD_S)
+    layers = tuple(replace(layer, accumulate_s=adding_s) for layer in profile.layers)
+    profile = replace(profile, layers=layers, copy_s_per_byte=copy_s_per_byte)
+    whole_s = 2 * 2 * 2 * (FORWARD_S + BACKWARD_S)
+    for ranks, copied_bytes in (((0,), 0), ((0, 1), 8 * 11)):
+        program = program_of(MLP, front(2, *ranks), batch=4 * len(ranks))
+        timeline = simulate(program, Costs(profile, cluster_of(Node(len(ranks)))))
+        step_s = whole_s - 2 * adding_s + copied_bytes * copy_s_per_byte
+        assert timeline.period_s == pytest.approx(step_s)
+
+
 def test_a_pipeline_of_two_segments() -> None:
     """Two micro-batches of one sample. Rank 0: F0 F1 . B0 . B1; rank 1 does F B F B. c is one message's time.
 
