@@ -35,6 +35,7 @@ def main() -> int:
         arguments.global_batch or contest.global_batch,
         arguments.micro_batch or contest.micro_batch,
         arguments.bucket_mib,
+        arguments.segments,
     )
     folder = arguments.out or Path("runs") / f"runtime-{setting.contest}-{setting.model}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,8 @@ def _render(setting: Setting, arguments: argparse.Namespace, world: int, found: 
     sizes = (
         f"{batch} samples per step, micro-batches of {setting.micro_batch}, buckets of {setting.bucket_mib} MiB"
     )
+    if setting.contest == "middle":
+        sizes += f", {setting.segments} segment(s) per rank"
     date, rounds = (
         time.strftime("%Y-%m-%d", time.gmtime()),
         f"{arguments.rounds} rounds of {arguments.steps} steps",
@@ -96,6 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--global-batch", type=int, help="samples per step; default: the contest's")
     parser.add_argument("--micro-batch", type=int, help="default: the contest's")
     parser.add_argument("--bucket-mib", type=int, default=8, help="our gradient buckets; default: %(default)s")
+    parser.add_argument("--segments", type=int, default=2, help="of our pipeline, per rank; default: %(default)s")
     parser.add_argument("--cores", type=float, default=0.45, help="of every rank; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=2, help="of a turn; default: %(default)s")

@@ -23,6 +23,8 @@ class Setting:
     """Of the pipelines, and of those that run alone."""
     bucket_mib: int
     """Of our plan; DistributedDataParallel has its own default."""
+    segments: int = 2
+    """Of our pipeline, per rank: interleaved where there are several."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def _front(setting: Setting, chain: Chain) -> tuple[Stage, ...]:
 
 
 def _middle(setting: Setting, chain: Chain) -> tuple[Stage, ...]:
-    segments = tuple(Segment(layers, (rank,)) for rank, layers in enumerate(balanced(chain, 4)))
+    parts = balanced(chain, 4 * setting.segments)
+    segments = tuple(Segment(layers, (number % 4,)) for number, layers in enumerate(parts))
     return (Stage("middle", setting.micro_batch, segments),)
 
 
