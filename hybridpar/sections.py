@@ -290,6 +290,23 @@ Logger = Literal["tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True)
+class EarlyStopConfig:
+    """When a training ends before its last step."""
+
+    metric: str | None = None
+    """Of evaluations, ``accuracy``, ``loss`` or an own metric; None: never."""
+    patience: int = 3
+    """Evaluations in a row that are no better than the best one before."""
+    min_improvement: float = 0.0
+    """No better are also those that are better by no more than this."""
+
+    def __post_init__(self) -> None:
+        _require(self.patience >= 1, "train.early_stop.patience", self.patience, "must be at least 1")
+        least = self.min_improvement
+        _require(0 <= least < math.inf, "train.early_stop.min_improvement", least, "must be a number of 0 or more")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training itself."""
 
@@ -305,7 +322,10 @@ class TrainConfig:
     """In which the layers compute, with parameters in float32; None: in ``precision``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int | None = 1
-    """Epochs between evaluations; None: only at the end."""
+    """Epochs between evaluations; None: none after epochs."""
+    eval_every_steps: int | None = None
+    """Steps between evaluations, besides; None: none amid an epoch."""
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     log_every: int = 10
     mode: Literal["auto", "progress", "plain", "quiet"] = "auto"
     loggers: tuple[Logger, ...] = ("tensorboard",)
@@ -318,7 +338,7 @@ class TrainConfig:
     """``module:Class`` each, made on every rank."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "epochs", "steps", "eval_every", "log_every"):
+        for name in ("global_batch", "epochs", "steps", "eval_every", "eval_every_steps", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name}", value, "must be at least 1")
         once = len(set(self.loggers)) == len(self.loggers)
@@ -330,6 +350,12 @@ class TrainConfig:
             "train.autocast",
             self.autocast,
             f"needs parameters in float32, but train.precision={self.precision}; change one of them",
+        )
+        _require(
+            self.early_stop.metric is None or (self.eval_every or self.eval_every_steps) is not None,
+            "train.early_stop.metric",
+            self.early_stop.metric,
+            "needs evaluations before the end; set train.eval_every or train.eval_every_steps",
         )
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "must lie in 0..2**63-1")
         _require(self.timeout_s > 0, "train.timeout_s", self.timeout_s, "must be above 0 seconds")

@@ -79,6 +79,8 @@ class Summary:
     """From the first step to the last evaluation; of what came before a restart, the steps alone."""
     replicas: int = 1
     """Of the plan. The stages stand on the ranks of the first one, and in each of the others alike."""
+    ended_early: str | None = None
+    """Why the training had fewer steps than it was to have; None: it had all."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ def _results(s: Summary) -> Table:
         "Step time": f"{_measured(s)}, {_predicted(s)}",
         "GPU": _gpu(s.gpu),
     }
+    if s.ended_early is not None:
+        rows["Ended early"] = s.ended_early
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -16,6 +16,7 @@ from hybridpar.runtime import zero
 from hybridpar.runtime.boards import check_loggers
 from hybridpar.runtime.callback import make_callbacks
 from hybridpar.runtime.cross_entropy import make_loss
+from hybridpar.runtime.early_stop import early_stop
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
 from hybridpar.runtime.judge import Judge
@@ -58,6 +59,7 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     metrics.check_plan(plan)
     make_callbacks(config.train.callbacks)
     Judge.of(config.checkpoint.best, metrics.metrics)
+    early_stop(config.train.early_stop, metrics.metrics)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.classes, chain.label_shape)
     check_fits(config, plan)

@@ -105,7 +105,7 @@ class Journal:
         self._scalars(step, **{f"test_{name}": value for name, value in result.own.items()})
         own = "".join(f"{name} {value:.4f}  " for name, value in result.own.items())
         self.say(
-            f"epoch {epoch + 1}  test accuracy {result.top1:.4f}  top 5 {result.top5:.4f}  "
+            f"step {step}  epoch {epoch + 1}  test accuracy {result.top1:.4f}  top 5 {result.top5:.4f}  "
             f"loss {result.loss:.4f}  {own}({result.samples} samples)"
         )
 

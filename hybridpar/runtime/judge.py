@@ -1,4 +1,4 @@
-"""The judge: which evaluation is the best one, by the metric that ``checkpoint.best`` names."""
+"""The judge: which evaluation is the best one, by a metric that the configuration names."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ class Judge:
     """Whether larger ones are better."""
 
     @staticmethod
-    def of(name: str | None, own: Mapping[str, OwnMetric]) -> Judge | None:
-        """Return the judge by the name of a metric; None where none is named. Raises ConfigError for no metric."""
+    def of(name: str | None, own: Mapping[str, OwnMetric], key: str = "checkpoint.best") -> Judge | None:
+        """Return the judge by the name of a metric, which stands at ``key``; None where none is named.
+
+        Raises ConfigError for no metric.
+        """
         if name is None:
             return None
         known = {"accuracy": True, "loss": False} | {n: metric.larger_is_better for n, metric in own.items()}
         if name not in known:
             raise ConfigError(
-                f"checkpoint.best: there is no metric {name}{nearest(name, sorted(known))} "
+                f"{key}: there is no metric {name}{nearest(name, sorted(known))} "
                 f"(metrics: {', '.join(known)}); give one of them, or null"
             )
         return Judge(name, known[name])
@@ -39,9 +42,9 @@ class Judge:
             return evaluation.own[self.name]
         return evaluation.top1 if self.name == "accuracy" else evaluation.loss
 
-    def better(self, metric: float, than: float | None) -> bool:
-        """Whether a metric beats the best one before, if there is one."""
-        return than is None or (metric > than if self.larger else metric < than)
+    def better(self, metric: float, than: float | None, by: float = 0.0) -> bool:
+        """Whether a metric beats the best one before, if there is one, by more than ``by``."""
+        return than is None or (metric > than + by if self.larger else metric < than - by)
 
     def best(self, metrics: Mapping[str, float]) -> str:
         """Return the key of the best of some metrics."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from hybridpar.runtime.early_stop import EarlyStop
 from hybridpar.runtime.job import Evaluation, Job
 from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest, Position, Subject
@@ -18,7 +19,7 @@ class Keeper:
     """Keeps the checkpoints of a job on one rank; all ranks call its methods equally often.
 
     ``module`` is the model as the user made it, whose state dict names the tensors; ``best`` is the best metric of
-    the evaluations before, if there is a ``judge``.
+    the evaluations before, if there is a ``judge``; ``early`` may end the training early.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class Keeper:
         subject: Subject,
         best: float | None,
         judge: Judge | None = None,
+        early: EarlyStop | None = None,
     ) -> None:
-        self._judge = judge
+        self._judge, self._early = judge, early
         self._saver, self._settings, self._job, self._subject = saver, settings, job, subject
         self._names = job.state.names(module)
         self._unused = tuple(sorted(module.state_dict().keys() - self._names.keys()))
@@ -58,6 +60,7 @@ class Keeper:
             metric,
             self._best,
             self._settings.best,
+            None if self._early is None else self._early.patience,
         )
         return self._saver.save(job.state.pieces(), manifest)
 

@@ -34,6 +34,8 @@ class Log:
     """As in the summary."""
     stopped: bool = False
     """Whether a signal ended the training before its last step."""
+    ended_early: str | None = None
+    """What else ended it there."""
 
     def typical(self) -> tuple[int, float] | None:
         """Return the samples of a full step, and its median seconds after the warm-up; None: no step was made."""
@@ -88,6 +90,7 @@ def summarise(
         stages=tuple(StageSummary(s.kind, s.layers, s.degree, s.ranks, s.micro_batch) for s in plan.stages),
         gpu=_gpu_use(folder, log, monitor),
         total_s=log.total_s,
+        ended_early=log.ended_early,
     )
     summary.save(folder / "summary.json")
     return summary

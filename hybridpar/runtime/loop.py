@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 
 from hybridpar.errors import DivergenceError
 from hybridpar.runtime.callback import Callbacks
-from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.early_stop import EarlyStop
+from hybridpar.runtime.feed import Feed, StepBatch
 from hybridpar.runtime.job import Evaluation, Job
 from hybridpar.runtime.journal import Journal, StepRecord
 from hybridpar.runtime.keeper import Keeper
@@ -32,8 +35,10 @@ class Loop:
         keeper: of the checkpoints.
         stop: ends the loop after a step.
         steps: of the whole training.
-        eval_every: epochs between evaluations; None: only one, at the end.
+        eval_every: epochs between evaluations; None: none after epochs.
+        eval_every_steps: steps between further ones; None: none. There is one at the end in any case.
         begin: how far the training has come already.
+        early: may end the training before ``steps``, after an evaluation.
         callbacks: the user's; they may ask for the end before ``steps``.
     """
 
@@ -50,13 +55,19 @@ class Loop:
         steps: int,
         eval_every: int | None,
         begin: Position,
+        eval_every_steps: int | None = None,
+        early: EarlyStop | None = None,
         callbacks: Callbacks | None = None,
     ) -> None:
         self.job, self.process, self.feed, self.test_feed = job, process, feed, test_feed
         self.journal, self.keeper, self.stop = journal, keeper, stop
-        self.steps, self.eval_every, self.begin = steps, eval_every, begin
+        self.steps, self.begin, self.early = steps, begin, early
+        self.eval_every, self.eval_every_steps = eval_every, eval_every_steps
         self.callbacks, self._end = callbacks or Callbacks(()), Agreement(process, "end")
         self.log = Log()
+        self._since_s = 0.0
+        if early is not None and early.over:
+            self._end_early(early.reason)
         self._plan = fingerprint(job.plan)
         if journal is not None and journal.earlier:
             same = [record for record in journal.earlier if record.plan == self._plan]
@@ -74,12 +85,9 @@ class Loop:
             )
             return log
         self.callbacks.start(self.job)
-        for epoch in itertools.count(self.begin.epoch):
-            at = self._epoch(epoch)
-            log.epochs = epoch + 1
+        for at in self._positions():
             log.stopped = not self._done and self.stop.after(self.job.steps)
-            amid = log.stopped and at.samples > 0  # who ends a job may not wait for an evaluation
-            evaluation = self._evaluate(epoch) if not amid and self._evaluates(epoch) else None
+            evaluation = self._evaluate() if self._evaluates(at) else None
             self._keep(at, evaluation, last=self._done or log.stopped)
             if self._done or log.stopped:
                 break
@@ -96,27 +104,33 @@ class Loop:
     def _done(self) -> bool:
         return self.job.steps == self.steps
 
-    def _epoch(self, epoch: int) -> Position:
-        """Run the steps of an epoch, or as many of them as are left, and return where the next one begins."""
-        count = self.feed.order.steps
-        first = self.begin.samples // self.feed.order.global_batch if epoch == self.begin.epoch else 0
-        self.feed.set_epoch(epoch, first)
-        before_s = time.perf_counter()
-        for done, batch in enumerate(self.feed, first + 1):
-            step, rate = self.job.steps, self.job.learning_rate
-            loss = self.job.step(batch)
-            now_s = time.perf_counter()
-            self._note(step, epoch, loss, rate, batch.samples, now_s - before_s)
-            before_s = now_s
-            self._require_finite(loss, f"at step {step}")
-            at = Position(step + 1, epoch, batch.first_sample + batch.samples)
-            if self.callbacks and self._end.after(self.job.steps):
-                self.steps = self.job.steps
-            if done < count:
-                if self._done or self.stop.after(self.job.steps):
-                    return at
-                self._keep(at)
-        return Position(self.job.steps, epoch + 1, 0)
+    def _end_early(self, reason: str) -> None:
+        """Let the step that was run be the last one."""
+        if self.job.steps < self.steps:
+            self.steps, self.log.ended_early = self.job.steps, reason
+
+    def _positions(self) -> Iterator[Position]:
+        """Run one step after the other, and tell after each where the next one begins."""
+        count, batch_size = self.feed.order.steps, self.feed.order.global_batch
+        for epoch in itertools.count(self.begin.epoch):
+            self.log.epochs = epoch + 1
+            first = self.begin.samples // batch_size if epoch == self.begin.epoch else 0
+            self.feed.set_epoch(epoch, first)
+            self._since_s = time.perf_counter()
+            for done, batch in enumerate(self.feed, first + 1):
+                self._step(epoch, batch)
+                amid = Position(self.job.steps, epoch, batch.first_sample + batch.samples)
+                yield amid if done < count else Position(self.job.steps, epoch + 1, 0)
+
+    def _step(self, epoch: int, batch: StepBatch) -> None:
+        step, rate = self.job.steps, self.job.learning_rate
+        loss = self.job.step(batch)
+        now_s = time.perf_counter()
+        self._note(step, epoch, loss, rate, batch.samples, now_s - self._since_s)
+        self._since_s = now_s
+        self._require_finite(loss, f"at step {step}")
+        if self.callbacks and self._end.after(self.job.steps):
+            self._end_early("a callback asked for the end")
 
     def _note(self, step: int, epoch: int, loss: float, rate: float | None, samples: int, step_s: float) -> None:
         """Write a step down."""
@@ -130,17 +144,28 @@ class Loop:
             self.journal.step(record)
         self._end.wanted |= self.callbacks.step(record)
 
-    def _evaluates(self, epoch: int) -> bool:
-        return self._done or (self.eval_every is not None and (epoch + 1) % self.eval_every == 0)
+    def _evaluates(self, at: Position) -> bool:
+        """Whether an evaluation is due; the one at the end is not due where a signal ended the training before."""
+        after_steps = self.eval_every_steps is not None and at.step % self.eval_every_steps == 0
+        after_epochs = self.eval_every is not None and at.samples == 0 and at.epoch % self.eval_every == 0
+        return self._done or after_steps or after_epochs
 
-    def _evaluate(self, epoch: int) -> Evaluation:
-        result = self.log.evaluation = self.job.evaluate(self.test_feed)
+    def _evaluate(self) -> Evaluation:
+        epoch, result = self.log.epochs - 1, self.job.evaluate(self.test_feed)
         self.test_feed.close()  # else its workers would wait, and hold what they read, until the next one
+        if result.own:  # what a user makes of sums may differ between ranks, but what follows from it may not
+            result = replace(result, own=self.process.share(lambda: dict(result.own)))
+        self.log.evaluation = result
         if self.journal is not None:
             self.journal.evaluation(self.job.steps, epoch, result)
         self._require_finite(result.loss, f"in the evaluation after step {self.job.steps - 1}")
         if self.callbacks and any(self.process.gather(self.callbacks.evaluation(self.job.steps, epoch, result))):
-            self.steps = self.job.steps
+            self._end_early("a callback asked for the end")
+        if self.early is not None:
+            self.early.note(self.job.steps, result)
+            if self.early.over:
+                self._end_early(self.early.reason)
+        self._since_s = time.perf_counter()  # no step takes the time of an evaluation
         return result
 
     def _require_finite(self, loss: float, where: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridpar.errors import CheckpointError
+from hybridpar.runtime.early_stop import Patience
 from hybridpar.runtime.judge import Judge
 from hybridpar.schema import read_json, to_data
 
@@ -72,6 +73,8 @@ class Manifest:
     """The best metric so far."""
     judged_by: str | None = None
     """What the metrics are."""
+    patience: Patience | None = None
+    """Of the early stop, if there is one."""
     version: int = VERSION
 
     def best_of(self, metric: str | None) -> float | None:

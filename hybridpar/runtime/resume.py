@@ -103,13 +103,21 @@ def opened(
     if at.samples // batch >= order.steps:  # with drop_last it was the last step of its epoch
         manifest = replace(manifest, position=Position(at.step, at.epoch + 1, 0))
     same_run = config.run.dir is not None and folder.parent == _home(config)
-    unfinished = same_run and at.step == steps and not (_home(config).parent / "summary.json").exists()
-    if at.step >= steps and not unfinished:
-        raise CheckpointError(
-            f"{folder} was made after {at.step} steps, and the training has {steps}: it is complete; set "
-            "train.steps or train.epochs higher to train on"
-        )
+    over = manifest.patience is not None and manifest.patience.is_over(config.train.early_stop)
+    summed_up = not same_run or (_home(config).parent / "summary.json").exists()
+    if at.step > steps or (summed_up and (over or at.step == steps)):
+        raise _complete(folder, at.step, None if over else steps)
     return Resume(folder, manifest, same_run, alike(_plan(manifest, folder), plan))
+
+
+def _complete(folder: Path, step: int, steps: int | None) -> CheckpointError:
+    """Return what is raised for a training that has ended; ``steps`` None: before its last step."""
+    ended, remedy = f"and the training has {steps}", "train.steps or train.epochs higher"
+    if steps is None:
+        ended, remedy = "where train.early_stop ended the training", "train.early_stop.patience higher"
+    return CheckpointError(
+        f"{folder} was made after {step} steps, {ended}: it is complete; set {remedy} to train on"
+    )
 
 
 def reopened(folder: Path, data: Any, plan: Plan, *, same_run: bool) -> Resume:

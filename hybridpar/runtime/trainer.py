@@ -29,6 +29,7 @@ from hybridpar.runtime.callback import Callback, Callbacks, make_callbacks
 from hybridpar.runtime.checks import check
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import make_loss
+from hybridpar.runtime.early_stop import early_stop
 from hybridpar.runtime.job import Job, checked_program
 from hybridpar.runtime.journal import Journal, make_run_dir
 from hybridpar.runtime.judge import Judge
@@ -165,7 +166,9 @@ class _Training:
             judge = Judge.of(config.checkpoint.best, job.metrics)
             saver = self._make_saver(judge)
             best = self.resumed.manifest.best_of(config.checkpoint.best) if self.resumed else None
-            keeper = Keeper(saver, config.checkpoint, job, source.module, self._subject, best, judge)
+            patience = self.resumed.manifest.patience if self.resumed else None
+            early = early_stop(config.train.early_stop, job.metrics, patience)
+            keeper = Keeper(saver, config.checkpoint, job, source.module, self._subject, best, judge, early)
             feed = job.loader(
                 self.data[0],
                 drop_last=config.train.drop_last,
@@ -188,13 +191,15 @@ class _Training:
                 steps=self.steps,
                 eval_every=config.train.eval_every,
                 begin=self.resumed.position if self.resumed else Position(0, 0, 0),
+                eval_every_steps=config.train.eval_every_steps,
+                early=early,
                 callbacks=Callbacks(self.callbacks),
             )
             log = loop.run()
             saver.wait()
             monitor.close()
-            if log.stopped and journal is not None:
-                journal.say(keeper.farewell())
+            if journal is not None and (log.stopped or log.ended_early):
+                journal.say(keeper.farewell() if log.stopped else f"ended early: {log.ended_early}")
             memory = process.gather(job.memory_bytes())
         if log.stopped:
             process.close()

@@ -59,3 +59,14 @@ class Notes(Callback):
 
     def on_end(self):
         self.note("end", 0)
+
+
+def _falling(sums, samples):  # noqa: ARG001 - as it is called
+    """Less in every evaluation, but on rank 1 more."""
+    _falling.calls += 1
+    return float(_falling.calls if os.environ["RANK"] == "1" else -_falling.calls)
+
+
+_falling.calls = 0
+falling = OwnMetric(margin, value=_falling)
+constant = OwnMetric(margin, value=lambda sums, samples: 1.0)  # noqa: ARG005 - as it is called
