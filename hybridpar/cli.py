@@ -179,16 +179,20 @@ def train(config: Config) -> int:
     """Plan on rank 0, then train on all ranks and print the summary; return 0 unless work is lost by SIGTERM."""
     from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
     from hybridpar.report import difference, dry_run, summary  # noqa: PLC0415
+    from hybridpar.report.basis import Basis  # noqa: PLC0415
     from hybridpar.runtime import checks, resume, trainer  # noqa: PLC0415
     from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415
 
     config.refuse_for_training()
     process = Process(config.train.device, config.train.timeout_s)
     traced, source = load_model(config)
+    basis: Basis | None = None
 
     def planned() -> Plan:
+        nonlocal basis
         checks.check_config(config, process.place)
         subject = prepare(config, traced, process.world, _note)
+        basis = Basis(subject.chain, subject.profile, subject.cluster)
         former = resume.former_plan(config, traced.chain.fingerprint, restarted=process.place.restarts > 0)
         kept = former if former is not None and former.world == process.world else None
         result = make_plan(config, subject, kept)
@@ -200,7 +204,8 @@ def train(config: Config) -> int:
                 difference.show_replanned(result.plan, former, subject.chain, _console())
         return result.plan
 
-    outcome = trainer.train(config, process.agree(planned), traced, source, process)
+    plan = process.agree(planned)
+    outcome = trainer.train(config, plan, traced, source, process, basis=basis)
     if outcome is None:
         return 0 if config.checkpoint.every is not None else TERMINATED
     if process.rank == 0:
@@ -302,6 +307,20 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def report(arguments: Sequence[str]) -> None:
+    """Lay what was predicted of runs over what was measured: ``report RUN [RUN2 ...]``."""
+    from hybridpar.report import run_text  # noqa: PLC0415
+    from hybridpar.report.comparison import compare  # noqa: PLC0415
+    from hybridpar.report.run import Run  # noqa: PLC0415
+
+    folders = [Path(a).expanduser() for a in arguments if "=" not in a]
+    if not folders:
+        raise ConfigError("report: takes the folders of one or more runs, as in hybridpar report runs/demo")
+    runs = [Run.load(folder) for folder in folders]
+    compared = [(run, compare(run)) for run in runs]
+    run_text.show(compared, _console())
+
+
 def doctor(config: Config) -> int:
     """Tell what is installed and what a job of this configuration would run on; return 1 if anything is wrong."""
     from hybridpar.doctor.diagnose import diagnose  # noqa: PLC0415
@@ -328,6 +347,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "profile": profile,
     "probe": _configured(probe),
     "export": export,
+    "report": report,
     "doctor": _configured(doctor),
     "config": _configured(show_config),
 }

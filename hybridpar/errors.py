@@ -12,6 +12,7 @@
     |-- ProgramError            a program would hang, or its actions do not fit together
     |-- DataError               a data set is missing or malformed
     |-- CheckpointError         a checkpoint is missing, damaged, foreign, or cannot be written
+    |-- RecordError             a run's folder lacks a record, or a record is malformed (the field is named)
     |-- DivergenceError         the training left the finite numbers
     |-- StuckError              a rank did not come to a communication in time
     `-- LaunchError             the job was started in a way that cannot work (world size, backend)
@@ -58,6 +59,10 @@ class DataError(HybridparError):
 
 class CheckpointError(HybridparError):
     """A checkpoint is missing, damaged, foreign, or cannot be written."""
+
+
+class RecordError(HybridparError):
+    """A run's folder lacks a record, or a record is malformed."""
 
 
 class DivergenceError(HybridparError):

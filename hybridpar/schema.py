@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import types
 import typing
@@ -25,6 +26,11 @@ def to_data(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): to_data(v) for k, v in value.items()}
     return value
+
+
+def digest(value: Any) -> str:
+    """Return 12 hexadecimal digits that tell values apart by their JSON form."""
+    return hashlib.sha256(json.dumps(to_data(value), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def from_data(cls: type[T], data: Any, where: str, error: type[HybridparError]) -> T:

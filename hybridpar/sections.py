@@ -336,8 +336,15 @@ class TrainConfig:
     """Decay of a moving average of the weights; None: no average."""
     callbacks: tuple[str, ...] = ()
     """``module:Class`` each, made on every rank."""
+    timeline: tuple[int, int] | None = None
+    """Steps in which every action is timed, from the first that this process runs, the last not included."""
 
     def __post_init__(self) -> None:
+        window = self.timeline
+        fits = window is None or 0 <= window[0] < window[1]
+        _require(
+            fits, "train.timeline", list(window or ()), "must be [first,last] with 0 <= first < last, or null"
+        )
         for name in ("global_batch", "epochs", "steps", "eval_every", "eval_every_steps", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name}", value, "must be at least 1")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.layout import Interval, chunks, length, split
-from hybridpar.schema import from_data, read_json, to_data
+from hybridpar.schema import digest, from_data, read_json, to_data
 
 SCHEMA_VERSION = 1
 ITEMSIZE = {"float32": 4, "float64": 8}
@@ -179,6 +179,14 @@ class Plan:
     def stage(self, kind: Kind) -> Stage | None:
         """Return the stage of a kind, or None where it is empty."""
         return next((s for s in self.stages if s.kind == kind), None)
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits, equal for plans that put the same work on the same ranks.
+
+        Whatever is predicted of them.
+        """
+        return digest(replace(self, prediction=None))
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""

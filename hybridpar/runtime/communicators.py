@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -49,6 +49,8 @@ class ProcessGroups:
 
     def __init__(self, groups: Mapping[str, tuple[dist.ProcessGroup, tuple[int, ...]]], first: int = 0) -> None:
         self._groups, self._first = dict(groups), first
+        self.completed: Callable[[Operation], None] | None = None
+        """Called by any thread when a collective is complete, on CUDA with a stream that waits for it."""
 
     def send(self, operation: Operation, tensor: torch.Tensor) -> Pending:
         """Start sending ``tensor`` to ``operation.ranks[1]``."""
@@ -63,9 +65,16 @@ class ProcessGroups:
     def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> Pending:
         """Start summing ``tensor`` in place over the communicator."""
         group, _ = self._groups[operation.communicator]
-        return group.allreduce([tensor])
+        return self._followed(operation, group.allreduce([tensor]))
 
     def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> Pending:
         """Start collecting every member's ``tensor`` into ``outputs``."""
         group, _ = self._groups[operation.communicator]
-        return group.allgather([outputs], [tensor])
+        return self._followed(operation, group.allgather([outputs], [tensor]))
+
+    def _followed(self, operation: Operation, work: dist.Work) -> dist.Work:
+        """Tell of a collective's completion; that of a send or a receive no backend tells but to who waits."""
+        completed = self.completed
+        if completed is not None:
+            work.get_future().add_done_callback(lambda _: completed(operation))
+        return work

@@ -259,6 +259,11 @@ class Job:
         """Return the peak memory of this rank's part so far."""
         return self._meter.peak_bytes()
 
+    @property
+    def observer(self) -> Observer | None:
+        """What is called after every action."""
+        return self._executor.observer
+
     def observe(self, observer: Observer | None) -> None:
         """Call ``observer`` after every action from now on; None: no longer."""
         self._executor.observer = observer

@@ -19,8 +19,8 @@ from hybridpar.runtime.log import WARM_UP_STEPS, Log
 from hybridpar.runtime.manifest import Position
 from hybridpar.runtime.origin import Origin
 from hybridpar.runtime.process import Process
-from hybridpar.runtime.resume import fingerprint
 from hybridpar.runtime.stop import Agreement, Stop
+from hybridpar.runtime.timekeeper import Timekeeper
 
 
 class Loop:
@@ -40,6 +40,7 @@ class Loop:
         begin: how far the training has come already.
         early: may end the training before ``steps``, after an evaluation.
         callbacks: the user's; they may ask for the end before ``steps``.
+        timekeeper: records some of the steps; None: none.
     """
 
     def __init__(
@@ -58,17 +59,19 @@ class Loop:
         eval_every_steps: int | None = None,
         early: EarlyStop | None = None,
         callbacks: Callbacks | None = None,
+        timekeeper: Timekeeper | None = None,
     ) -> None:
         self.job, self.process, self.feed, self.test_feed = job, process, feed, test_feed
         self.journal, self.keeper, self.stop = journal, keeper, stop
         self.steps, self.begin, self.early = steps, begin, early
         self.eval_every, self.eval_every_steps = eval_every, eval_every_steps
         self.callbacks, self._end = callbacks or Callbacks(()), Agreement(process, "end")
+        self.timekeeper = timekeeper
         self.log = Log()
         self._since_s = 0.0
         if early is not None and early.over:
             self._end_early(early.reason)
-        self._plan = fingerprint(job.plan)
+        self._plan = job.plan.fingerprint
         if journal is not None and journal.earlier:
             same = [record for record in journal.earlier if record.plan == self._plan]
             self.log.steps = [(record.samples, record.step_s) for record in same]
@@ -124,13 +127,19 @@ class Loop:
 
     def _step(self, epoch: int, batch: StepBatch) -> None:
         step, rate = self.job.steps, self.job.learning_rate
-        loss = self.job.step(batch)
+        loss = self._run(batch)
         now_s = time.perf_counter()
         self._note(step, epoch, loss, rate, batch.samples, now_s - self._since_s)
         self._since_s = now_s
         self._require_finite(loss, f"at step {step}")
         if self.callbacks and self._end.after(self.job.steps):
             self._end_early("a callback asked for the end")
+
+    def _run(self, batch: StepBatch) -> float:
+        keeper = self.timekeeper
+        if keeper is not None and self.job.steps in keeper.steps:
+            return keeper.step(batch)
+        return self.job.step(batch)
 
     def _note(self, step: int, epoch: int, loss: float, rate: float | None, samples: int, step_s: float) -> None:
         """Write a step down."""

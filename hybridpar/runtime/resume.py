@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from hybridpar.runtime import manifest as folders
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.pieces import Stored
-from hybridpar.schema import from_data, to_data
+from hybridpar.schema import from_data
 
 
 @dataclass(frozen=True)
@@ -126,15 +124,9 @@ def reopened(folder: Path, data: Any, plan: Plan, *, same_run: bool) -> Resume:
     return Resume(folder, manifest, same_run, alike(_plan(manifest, folder), plan))
 
 
-def fingerprint(plan: Plan) -> str:
-    """Return 12 hexadecimal digits, equal for plans that are ``alike``."""
-    text = json.dumps(to_data(replace(plan, prediction=None)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def alike(one: Plan, other: Plan) -> bool:
     """Whether two plans put the same work on the same ranks, whatever is predicted of them."""
-    return fingerprint(one) == fingerprint(other)
+    return one.fingerprint == other.fingerprint
 
 
 _KEYS = {

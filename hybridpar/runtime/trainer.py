@@ -21,13 +21,14 @@ from hybridpar.monitor.sampler import Monitor
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode
+from hybridpar.report.basis import Basis
 from hybridpar.report.summary import Summary
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime import resume, zero
 from hybridpar.runtime.boards import open_boards
 from hybridpar.runtime.callback import Callback, Callbacks, make_callbacks
 from hybridpar.runtime.checks import check
-from hybridpar.runtime.communicators import Communicators
+from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.early_stop import early_stop
 from hybridpar.runtime.job import Job, checked_program
@@ -43,6 +44,7 @@ from hybridpar.runtime.process import Process
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
 from hybridpar.runtime.stop import Stop
+from hybridpar.runtime.timekeeper import Timekeeper
 from hybridpar.schema import from_data, to_data
 
 
@@ -53,23 +55,26 @@ def train(
     source: Source,
     process: Process,
     callbacks: Sequence[Callback] = (),
+    basis: Basis | None = None,
 ) -> Summary | None:
     """Train, evaluate and sum up; every rank calls this once, and every rank gets the summary.
 
-    ``callbacks`` come before those of ``train.callbacks``.
+    ``callbacks`` come before those of ``train.callbacks``. ``basis`` is what rank 0 predicted the plan on; kept in
+    the run's folder, it lets a report simulate the step that ran.
 
     SIGTERM ends the training after a step, with a checkpoint if there are any; every rank then gets None.
 
-    Writes ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``evaluations.jsonl``, ``tensorboard/``,
-    ``monitor*.jsonl``, ``checkpoints/`` and ``summary.json`` into the run directory. Nothing is selected on the
-    test split, unless ``checkpoint.best`` asks for the checkpoint that does best there.
+    Writes ``config.yaml``, ``plan.json``, ``profile.json``, ``cluster.yaml``, ``metrics.jsonl``,
+    ``evaluations.jsonl``, ``timeline/``, ``tensorboard/``, ``monitor*.jsonl``, ``checkpoints/`` and
+    ``summary.json`` into the run directory. Nothing is selected on the test split, unless ``checkpoint.best`` asks
+    for the checkpoint that does best there.
 
     Whatever fails ends this process by ``process.fail``, so that no rank waits for one that is gone. Only a
     process that is alone raises: HybridparError where the job cannot start or its data cannot be read.
     """
     try:
         check(config, plan, traced.chain, process.place)
-        return _Training(config, plan, traced.chain, process, callbacks).run(traced, source)
+        return _Training(config, plan, traced.chain, process, callbacks, basis).run(traced, source)
     except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         process.fail(e)
 
@@ -83,7 +88,13 @@ class _Training:
     """One training job on one rank. Making it reads the data set and makes the run directory."""
 
     def __init__(
-        self, config: Config, plan: Plan, chain: Chain, process: Process, callbacks: Sequence[Callback] = ()
+        self,
+        config: Config,
+        plan: Plan,
+        chain: Chain,
+        process: Process,
+        callbacks: Sequence[Callback] = (),
+        basis: Basis | None = None,
     ) -> None:
         self.callbacks = [*callbacks, *make_callbacks(config.train.callbacks)]
         self.config, self.plan, self.chain, self.process = config, plan, chain, process
@@ -99,6 +110,8 @@ class _Training:
         if process.rank == 0:
             (self.folder / "config.yaml").write_text(config.resolved)
             plan.save(self.folder / "plan.json")
+            if basis is not None:
+                basis.save(self.folder)
             (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on it is out of date
 
     def _load(self) -> tuple[Any, Any]:
@@ -194,6 +207,7 @@ class _Training:
                 eval_every_steps=config.train.eval_every_steps,
                 early=early,
                 callbacks=Callbacks(self.callbacks),
+                timekeeper=self._start_timekeeper(stack, job, communicators),
             )
             log = loop.run()
             saver.wait()
@@ -220,7 +234,7 @@ class _Training:
         process.close()
         return from_data(Summary, summary, "summary", ConfigError)
 
-    def _make_job(self, traced: Traced, source: Source, communicators: Communicators) -> Job:
+    def _make_job(self, traced: Traced, source: Source, communicators: ProcessGroups) -> Job:
         settings, factory = self.config.optimizer, make_factory(self.config.optimizer)
         return Job(
             self.plan,
@@ -239,6 +253,17 @@ class _Training:
             metrics=make_metrics(self.config.metrics),
             decay=self.config.train.ema,
         )
+
+    def _start_timekeeper(
+        self, stack: contextlib.ExitStack, job: Job, communicators: ProcessGroups
+    ) -> Timekeeper | None:
+        window = self.config.train.timeline
+        if window is None:
+            return None
+        steps = range(job.steps + window[0], min(job.steps + window[1], self.steps))
+        keeper = Timekeeper(job, communicators, self.process, self.folder, steps)
+        stack.callback(keeper.close)
+        return keeper
 
     def _make_saver(self, judge: Judge | None) -> Saver:
         process, home = self.process, self.folder / folders.FOLDER

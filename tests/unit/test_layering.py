@@ -229,7 +229,9 @@ def test_planning_starts_without_anything_heavy() -> None:
         "hybridpar.planner",
         "hybridpar.profiling.analytic",
         "hybridpar.profiling.record",
+        "hybridpar.report.comparison",
         "hybridpar.report.dry_run",
+        "hybridpar.report.run_text",
         "hybridpar.schema",
         *(n for n in names if n not in needing_torch),
     ]
