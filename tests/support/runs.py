@@ -32,7 +32,9 @@ COMMON = (
 )
 
 
-def run(ranks: int, *arguments: str, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    ranks: int, *arguments: str, restarts: int = 0, timeout_s: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Start the worker, by torchrun where there are several ranks; a job that hangs fails the test."""
     launcher = [
         "-m",
@@ -46,7 +48,7 @@ def run(ranks: int, *arguments: str, restarts: int = 0, **environment: str) -> s
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_s,
         check=False,
     )
 
