@@ -21,6 +21,7 @@ from torch import nn
 
 from hybridpar.cluster.describe import local
 from hybridpar.cluster.topology import Cluster
+from hybridpar.model.chain import Autocast
 from hybridpar.model.deferred import Source, ready
 from hybridpar.model.named import Naming
 from hybridpar.model.trace import Traced, trace
@@ -38,9 +39,9 @@ from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import ParameterGroup
+from hybridpar.sections import LossScale, ParameterGroup
 
-__all__ = ["CrossEntropy", "Job", "OwnLoss", "OwnMetric", "ParameterGroup", "plan", "process", "wrap"]
+__all__ = ["CrossEntropy", "Job", "LossScale", "OwnLoss", "OwnMetric", "ParameterGroup", "plan", "process", "wrap"]
 
 
 @lru_cache(maxsize=1)
@@ -64,6 +65,7 @@ def plan(
     effort: Effort = "normal",
     input_dtype: Literal["float", "int"] = "float",
     layers: Naming | None = None,
+    autocast: Autocast | None = None,
 ) -> Plan:
     """Plan the training of a model; under torchrun rank 0 plans and all ranks get its plan.
 
@@ -82,6 +84,8 @@ def plan(
         input_dtype: ``int`` for token ids.
         layers: names the model's layers, where tracing cannot find them: a function of the model that gives a list
             of (name, module) that run one after the other. A method ``hybridpar_layers`` of the model does too.
+        autocast: ``bfloat16`` or ``float16``, in which layers compute with parameters in float32. The latter needs
+            ``Recipe(scaling=True)``, and ``scaling=LossScale()`` in :func:`wrap`, for gradients that are small.
 
     Raises:
         ModelError: the model cannot be traced.
@@ -89,7 +93,7 @@ def plan(
         LaunchError: the plan is for another number of ranks than the job has.
 
     """
-    traced, place = _traced(model, tuple(in_shape), input_dtype, layers), process()
+    traced, place = _traced(model, tuple(in_shape), input_dtype, layers, autocast), process()
     validate_recipe(recipe or Recipe(), precision)
     request = Request(
         global_batch,
@@ -118,6 +122,7 @@ def wrap(
     in_shape: Sequence[int] | None = None,
     input_dtype: Literal["float", "int"] = "float",
     layers: Naming | None = None,
+    autocast: Autocast | None = None,
     seed: int = 0,
     max_norm: float | None = None,
     rate: Callable[[int], float] | None = None,
@@ -125,6 +130,7 @@ def wrap(
     groups: Sequence[ParameterGroup] = (),
     metrics: Mapping[str, OwnMetric | Function] | None = None,
     ema: float | None = None,
+    scaling: LossScale | None = None,
 ) -> Job:
     """Take this rank's part of a model and connect the ranks; every rank calls it with the same arguments.
 
@@ -137,6 +143,7 @@ def wrap(
         in_shape: of one input sample, where the model was not planned in this process.
         input_dtype: as for :func:`plan`, where the model was not planned in this process.
         layers: likewise.
+        autocast: likewise.
         seed: of dropout.
         max_norm: clips the gradients by their global norm; the plan's recipe must say so.
         rate: learning rate by step; default: the optimizer's own.
@@ -147,12 +154,14 @@ def wrap(
         metrics: ``{"name": function}`` of (logits, labels), or ``OwnMetric``: further figures of ``job.evaluate``.
         ema: decay of a moving average of the weights, which ``job.evaluate`` uses; ``Recipe(average=True)`` tells
             the planner of its memory.
+        scaling: ``LossScale()`` scales the loss as ``torch.amp.GradScaler`` does; the plan's recipe must say so:
+            ``Recipe(scaling=True)``.
 
     A rank's number in its plan replica is ``job.place``; ``job.program().reads(job.place)`` are its samples.
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
     """
     place = process()
-    traced = _traced(model, None if in_shape is None else tuple(in_shape), input_dtype, layers)
+    traced = _traced(model, None if in_shape is None else tuple(in_shape), input_dtype, layers, autocast)
     return Job(
         plan,
         traced,
@@ -169,6 +178,7 @@ def wrap(
         groups=groups,
         metrics=metrics,
         decay=ema,
+        scaling=scaling,
     )
 
 
@@ -176,15 +186,22 @@ _known: dict[int, tuple[nn.Module, Traced]] = {}
 
 
 def _traced(
-    model: nn.Module, in_shape: tuple[int, ...] | None, input_dtype: Literal["float", "int"], layers: Naming | None
+    model: nn.Module,
+    in_shape: tuple[int, ...] | None,
+    input_dtype: Literal["float", "int"],
+    layers: Naming | None,
+    autocast: Autocast | None,
 ) -> Traced:
     """Trace a model once; later calls for it may leave out the shape and what else they know of it."""
-    if id(model) in _known and in_shape in {None, _known[id(model)][1].chain.in_shape}:
-        return _known[id(model)][1]
+    if id(model) in _known:
+        chain = _known[id(model)][1].chain
+        if in_shape is None or (in_shape, autocast) == (chain.in_shape, chain.autocast):
+            return _known[id(model)][1]
     if in_shape is None:
         raise TypeError("wrap() needs in_shape for a model that was not planned in this process")
-    _known[id(model)] = model, trace(model, in_shape, type(model).__name__, input_dtype, layers)
-    return _known[id(model)][1]
+    traced = trace(model, in_shape, type(model).__name__, input_dtype, layers, autocast)
+    _known[id(model)] = model, traced
+    return traced
 
 
 def _profile(

@@ -233,7 +233,9 @@ def verify(config: Config) -> int:
     plan = process.agree(planned)
     if config.train.autocast is not None:
         _note(f"verified without train.autocast={config.train.autocast}, which rounds differently in every plan")
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, autocast=None))
+        scale = dataclasses.replace(config.train.loss_scale, enabled=plan.recipe.scaling)
+        train = dataclasses.replace(config.train, autocast=None, loss_scale=scale)
+        config = dataclasses.replace(config, train=train)
         traced, source = load_model(config)
         plan = dataclasses.replace(plan, chain=traced.chain.fingerprint)
     found = verifying.verify(config, plan, traced, source, process)

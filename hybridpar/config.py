@@ -100,7 +100,8 @@ class Config:
             raise ConfigError(
                 f"diff={self.diff}: of no effect with format=json, which is the plan alone; drop one"
             )
-        validate_recipe(Recipe(self.optimizer.clip is not None, self._sharding), self.train.precision)
+        clipping, scaling = self.optimizer.clip is not None, self.train.scaling is not None
+        validate_recipe(Recipe(clipping, self._sharding, scaling=scaling), self.train.precision)
         if self.resume == "auto" and self.run.dir is None:
             raise ConfigError("resume=auto: continues the run in run.dir, which is missing; give run.dir=...")
         self._check_front()
@@ -168,7 +169,8 @@ class Config:
             from hybridpar.runtime.optimizer import state_count  # noqa: PLC0415 - torch takes seconds to import
 
             states = state_count(self.optimizer)
-        return Recipe(self.optimizer.clip is not None, self._sharding, states, self.train.ema is not None)
+        average, scaling = self.train.ema is not None, self.train.scaling is not None
+        return Recipe(self.optimizer.clip is not None, self._sharding, states, average, scaling)
 
 
 def conf_dir() -> Path:

@@ -286,6 +286,36 @@ class LossConfig:
             _require(fits, "loss.class_weights", list(self.class_weights), "must be finite numbers, none below 0")
 
 
+@dataclass(frozen=True)
+class LossScale:
+    """How the loss is scaled, so that float16 holds small gradients; the defaults are torch's (GradScaler)."""
+
+    init: float = 2.0**16
+    """The scale of the first step."""
+    growth_factor: float = 2.0
+    """The scale is multiplied by it after every ``growth_interval`` steps in a row with finite gradients."""
+    backoff_factor: float = 0.5
+    """The scale is multiplied by it after a step with others, which is skipped."""
+    growth_interval: int = 2000
+
+    def __post_init__(self) -> None:
+        where = "train.loss_scale"
+        _require(0 < self.init < 2.0**127, f"{where}.init", self.init, "must lie above 0 and below 2^127")
+        grows = 1 < self.growth_factor < math.inf
+        _require(grows, f"{where}.growth_factor", self.growth_factor, "must be a number above 1")
+        shrinks = 0 < self.backoff_factor < 1
+        _require(shrinks, f"{where}.backoff_factor", self.backoff_factor, "must lie between 0 and 1")
+        _require(self.growth_interval >= 1, f"{where}.growth_interval", self.growth_interval, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class LossScaleConfig(LossScale):
+    """When the loss is scaled, and how."""
+
+    enabled: bool | None = None
+    """None: with autocast in float16."""
+
+
 Logger = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -320,6 +350,7 @@ class TrainConfig:
     """Of parameters, gradients and the optimizer's state."""
     autocast: Autocast | None = None
     """In which the layers compute, with parameters in float32; None: in ``precision``."""
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int | None = 1
     """Epochs between evaluations; None: none after epochs."""
@@ -366,6 +397,13 @@ class TrainConfig:
         )
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "must lie in 0..2**63-1")
         _require(self.timeout_s > 0, "train.timeout_s", self.timeout_s, "must be above 0 seconds")
+
+    @property
+    def scaling(self) -> LossScale | None:
+        """How the loss is scaled; None: it is not."""
+        wanted = self.loss_scale.enabled
+        on = self.autocast == "float16" if wanted is None else wanted
+        return self.loss_scale if on else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hybridpar.schema import to_data
 
 SCHEMA_VERSION = 1
 
-Autocast = Literal["bfloat16"]
+Autocast = Literal["bfloat16", "float16"]
 """What layers compute in where their parameters stay float32, as ``torch.autocast`` has it."""
 LOWERED_BYTES = 2
 """Per element in one of these."""

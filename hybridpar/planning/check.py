@@ -286,7 +286,7 @@ class _RankData:
             own = [self._gradients(p) for p in self.program.positions]
             return {token: count for tokens in own for token, count in tokens.items()}
         needs = self._gradients(self.program.positions[action.block or 0])
-        if self.program.plan.recipe.clipping:
+        if self.program.plan.recipe.normed:
             needs["global norm" if not alone else "norm", 0, 0] = 1
         return needs
 

@@ -99,7 +99,7 @@ class _Compiler:
             self.blocks,
             self.boundaries,
             self.train,
-            self.train and self.plan.recipe.clipping,
+            self.train and self.plan.recipe.normed,
             self.samples < self.plan.replica_batch,
         )
         tasks = task_sequence(flow)
@@ -233,7 +233,7 @@ class _Compiler:
     def _update(self, task: Task) -> None:
         (rank,), position = task.ranks, self.positions[task.block]
         self._await_gradients(rank, position)
-        if self.plan.recipe.clipping:
+        if self.plan.recipe.normed:
             self._wait_once(rank, self.shared["norm"].index)
         size = self.plan.itemsize * parameter_count(self.chain, position.layers, trained=True)
         if not (is_zero(self.plan, position) and size):

@@ -18,6 +18,8 @@ from hybridpar.profiling.record import Profile
 NORM_SHARE = 1 / 5
 """Of an optimizer step's memory traffic: a norm reads the gradients once; SGD with momentum reads parameters,
 gradients and momenta and writes parameters and momenta."""
+FACTOR_SHARE = 2 / 5
+"""Likewise: gradients are read and written once more to clip them, to undo the scale of the loss, or both."""
 AVERAGE_SHARE = 3 / 5
 """Likewise: a moving average reads parameters and averages, and writes averages."""
 COPY_PASSES = 2
@@ -225,7 +227,7 @@ class Costs:
     def update(self, plan: Plan, chain: Chain, blocks: list[Block], index: int) -> float:
         """Return the seconds of an optimizer step for blocks of one position on its rank number ``index``."""
         total = sum(self._elements(chain, block, index) for block in blocks)
-        passes = 1 + AVERAGE_SHARE * plan.recipe.average
+        passes = 1 + AVERAGE_SHARE * plan.recipe.average + FACTOR_SHARE * plan.recipe.normed
         return total * plan.itemsize * self.profile.update_s_per_byte * passes
 
     def _elements(self, chain: Chain, block: Block, index: int) -> float:

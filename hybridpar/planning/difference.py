@@ -26,6 +26,7 @@ WORDS = {
     "clipping": "gradient clipping",
     "optimizer_states": "optimizer states",
     "average": "average of the weights",
+    "scaling": "loss scaling",
 }
 """What a user calls a field; one that is missing here goes by its own name."""
 COUNTED_AS: dict[Kind, str] = {"front": "replicas", "middle": "segments", "tail": "shards"}

@@ -50,7 +50,8 @@ class Flow:
     blocks: tuple[Block, ...]
     boundaries: tuple[Boundary, ...]
     train: bool
-    clipping: bool
+    normed: bool
+    """Every update waits for the global norm of all gradients."""
     partial: bool = False
     """A last partial batch: caps that its shorter regroupings do not fit are raised to what it needs."""
 
@@ -256,7 +257,7 @@ class _Graph:
         for (kind, block, _, _), number in self.at.items():
             if kind == "backward":
                 ends[self.flow.blocks[block].position].add(number)
-        norms = self._add_norms(ends) if self.flow.clipping else None
+        norms = self._add_norms(ends) if self.flow.normed else None
         for position in self.flow.positions:
             for rank in position.ranks:
                 self._add(Task("update", position.index, 0, (rank,)), 1, (4, -position.index))

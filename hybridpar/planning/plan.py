@@ -86,6 +86,13 @@ class Recipe:
     """Tensors of a parameter's size that the optimizer keeps (SGD with momentum 1, AdamW 2)."""
     average: bool = False
     """Every rank keeps a moving average of the parameters that it trains."""
+    scaling: bool = False
+    """The gradients are those of a scaled loss; the update waits for their global norm, to see if it is finite."""
+
+    @property
+    def normed(self) -> bool:
+        """Whether every update waits for the global norm of all gradients."""
+        return self.clipping or self.scaling
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,13 @@ def validate_recipe(recipe: Recipe, precision: Precision) -> None:
         recipe.clipping,
         "does not work with sharding=zero1, which never has whole gradients to take the global norm of; "
         "set optimizer.clip=null or optimizer.sharding=none",
+    )
+    _require(
+        not recipe.scaling,
+        "recipe.scaling",
+        recipe.scaling,
+        "does not work with sharding=zero1, which never has whole gradients to tell whether all are finite; "
+        "set train.loss_scale.enabled=false, or optimizer.sharding=none",
     )
     _require(
         precision == "float32",

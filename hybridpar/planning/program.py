@@ -38,10 +38,10 @@ Content = Literal[
 
 activation, gradient: a transfer of an exchange. label: all labels of the step, of which the loss takes its own and
 the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
-statistics: the figures per label of a sharded cross-entropy. norm: squared gradient norm. metrics: loss and hits.
-zero: an update whose communication DeepSpeed does (gradients reduced to shards, parameters gathered).
-running_statistics: buffers of batch norms, averaged over the replicas before an evaluation. No program holds it,
-as it happens between two steps.
+statistics: the figures per label of a sharded cross-entropy. norm: squared norm of all gradients, to clip by it
+and to see whether they are finite. metrics: loss and hits. zero: an update whose communication DeepSpeed does
+(gradients reduced to shards, parameters gathered). running_statistics: buffers of batch norms, averaged over the
+replicas before an evaluation. No program holds it, as it happens between two steps.
 """
 
 ActionKind = Literal["load", "forward", "score", "loss", "backward", "copy", "start", "wait", "norm", "update"]

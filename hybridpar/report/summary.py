@@ -81,6 +81,8 @@ class Summary:
     """Of the plan. The stages stand on the ranks of the first one, and in each of the others alike."""
     ended_early: str | None = None
     """Why the training had fewer steps than it was to have; None: it had all."""
+    skipped_steps: int | None = None
+    """Those whose gradients were not all finite; None: the loss was not scaled."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -108,9 +110,11 @@ def show(summary: Summary, console: Console) -> None:
 def _results(s: Summary) -> Table:
     table = Table.grid(padding=(0, 2))
     replicas = f", {s.replicas} plan replicas" if s.replicas > 1 else ""
+    skipped = f" ({s.skipped_steps} skipped)" if s.skipped_steps else ""
     rows = {
         "Model, data": f"{s.model} on {s.data}, seed {s.seed}, {s.precision}, {s.world} x {s.device}{replicas}",
-        "Training": f"{s.steps} steps of {s.global_batch} samples in {s.epochs} epochs, {s.total_s:.1f} s",
+        "Training": f"{s.steps} steps{skipped} of {s.global_batch} samples in {s.epochs} epochs, "
+        f"{s.total_s:.1f} s",
         "Test accuracy": f"{s.test_accuracy:.4f} (top 5 {s.test_top5:.4f}, loss {s.test_loss:.4f}) "
         f"on {s.test_samples} samples",
         "Throughput": "unknown" if s.samples_per_s is None else f"{s.samples_per_s:.1f} samples/s",

@@ -71,6 +71,7 @@ def check_fits(config: Config, plan: Plan) -> None:
         zero.require_deepspeed()
     ema, decay = config.train.ema, "a decay" if plan.recipe.average else "null"
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
+    scaling = plan.recipe.scaling
     sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
     for name, given, planned, remedy in (
         ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
@@ -78,6 +79,7 @@ def check_fits(config: Config, plan: Plan) -> None:
         ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
         ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
         ("train.ema", ema is not None, plan.recipe.average, decay),
+        ("train.loss_scale.enabled", config.train.scaling is not None, scaling, str(scaling).lower()),
     ):
         if given != planned:
             raise ConfigError(

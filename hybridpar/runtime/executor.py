@@ -90,6 +90,8 @@ class Executor:
                 with self._named(program, action):
                     self._act(state, action)
                     self._free(state, number)
+        if train:
+            self.updater.finish(state.norm)
         return Metrics(*state.metrics.tolist())
 
     def _begin(
@@ -201,7 +203,7 @@ class Executor:
             self.own.add(logits, figures, self.loss.ignored)
         outcome = self.loss.combine(logits, figures, weight, train=state.program.mode == "train")
         if outcome.gradient is not None:
-            state.gradients[key] = outcome.gradient.view_as(logits.values)
+            state.gradients[key] = self.updater.scaled(outcome.gradient).view_as(logits.values)
         self._report(state, outcome)
 
     def _logits(self, state: StepState, key: Key, values: torch.Tensor) -> Logits:

@@ -36,10 +36,11 @@ from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.origin import Origin, Watch
 from hybridpar.runtime.own_metric import Function, OwnMetric, OwnMetrics
+from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.state import State
 from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
-from hybridpar.sections import ParameterGroup
+from hybridpar.sections import LossScale, ParameterGroup
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -97,10 +98,12 @@ class Job:
             learning rates to the optimizer's.
         decay: of a moving average of the weights, which evaluations then use; None: no average.
         metrics: further figures of evaluations, by name: functions of (logits, labels), or ``OwnMetric``.
+        scaling: scales the loss, if ``plan.recipe.scaling`` is set; a step whose gradients are not all finite is
+            skipped then.
 
     Raises:
-        PlanError: the plan is for another model, asks for clipping or sharding that is not given, or has the
-            logits where an own loss cannot use them.
+        PlanError: the plan is for another model, asks for clipping, scaling or sharding that is not given, or has
+            the logits where an own loss cannot use them.
         ModelError: all parameters of the model are frozen.
         ConfigError: the optimizer refuses the parameters, a group has none, or the loss has another number of
             classes.
@@ -125,6 +128,7 @@ class Job:
         groups: Sequence[ParameterGroup] = (),
         metrics: Mapping[str, OwnMetric | Function] | None = None,
         decay: float | None = None,
+        scaling: LossScale | None = None,
     ) -> None:
         self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
         self.replica, self.place = plan.locate(rank)
@@ -137,6 +141,8 @@ class Job:
         self._communicators, self._next_sample = communicators, 0
         self._loss = loss or CrossEntropy()
         self._metrics = OwnMetrics(metrics or {}, self.chain)
+        self.scaler = None if scaling is None else Scaler(scaling)
+        """Of the loss: its scale, and how many steps were skipped; None: the loss is not scaled."""
         self._check(max_norm, engines, groups)
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
@@ -154,6 +160,7 @@ class Job:
             self.replica,
             self.device,
             self._updater.average,
+            self.scaler,
         )
         """What a checkpoint of this rank holds."""
         self._executor = Executor(
@@ -183,6 +190,11 @@ class Job:
             raise PlanError(
                 f"plan.recipe.clipping: {plan.recipe.clipping}, but the largest norm is {max_norm}; "
                 "plan again with the optimizer's settings"
+            )
+        if plan.recipe.scaling != (self.scaler is not None):
+            raise PlanError(
+                f"plan.recipe.scaling: {plan.recipe.scaling}, but the loss is "
+                f"{'not scaled' if self.scaler is None else 'scaled'}; plan again with train.loss_scale as it is"
             )
         if plan.recipe.sharding != "none" and engines is None:
             raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
@@ -215,7 +227,16 @@ class Job:
             p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(self.plan, p)
         }
         return Updater(
-            self.place, self._positions, self._blocks, optimizer, max_norm, sharded, self.replica, groups, decay
+            self.place,
+            self._positions,
+            self._blocks,
+            optimizer,
+            max_norm,
+            sharded,
+            self.replica,
+            groups,
+            decay,
+            self.scaler,
         )
 
     def _blocks_of(self, position: Position) -> list[BlockModules]:

@@ -48,6 +48,10 @@ class StepRecord:
     """Seconds since the epoch, at the end of the step."""
     plan: str = ""
     """Fingerprint of the plan that it ran under."""
+    loss_scale: float | None = None
+    """What the loss was scaled by for its gradients; null: it was not."""
+    skipped: bool = False
+    """The gradients were not all finite, so that the parameters stayed as they were."""
 
 
 class Journal:
@@ -73,6 +77,7 @@ class Journal:
         kept = _records(folder / "metrics.jsonl", position, "step")
         self.earlier = [_step_record(line) for line in kept]
         """The steps before this process began."""
+        self._skipped = sum(record.skipped for record in self.earlier)
         evaluated = _records(folder / "evaluations.jsonl", position, "evaluation")
         self._metrics = _rewritten(folder / "metrics.jsonl", kept)
         self._evaluations = _rewritten(folder / "evaluations.jsonl", evaluated)
@@ -88,9 +93,13 @@ class Journal:
     def step(self, record: StepRecord) -> None:
         """Note a step."""
         _write(self._metrics, vars(record))
-        self._scalars(record.step, loss=record.loss, lr=record.lr, samples_per_s=record.samples_per_s)
+        scalars = {"lr": record.lr, "samples_per_s": record.samples_per_s, "loss_scale": record.loss_scale}
+        self._scalars(record.step, loss=record.loss, **scalars)
+        self._skipped += record.skipped
         rate = "" if record.lr is None else f"lr {record.lr:.3g}  "
-        text = f"epoch {record.epoch + 1}  loss {record.loss:.4f}  {rate}{record.samples_per_s:.1f} samples/s"
+        scale = "" if record.loss_scale is None else f"scale {record.loss_scale:g} ({self._skipped} skipped)  "
+        speed = f"{record.samples_per_s:.1f} samples/s"
+        text = f"epoch {record.epoch + 1}  loss {record.loss:.4f}  {rate}{scale}{speed}"
         self._latest_s.append(record.step_s)
         if self._progress is not None:
             self._progress.update(self._task, advance=1, description=text)

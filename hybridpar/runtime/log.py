@@ -26,6 +26,8 @@ class Log:
     steps: list[tuple[int, float]] = field(default_factory=list)
     """Samples and seconds of every step under the present plan, also before this process began."""
     loss: float = 0.0
+    skipped: int | None = None
+    """Steps that left the parameters as they were; None: the loss is not scaled."""
     epochs: int = 0
     evaluation: Evaluation | None = None
     measured_since_s: float = 0.0
@@ -91,6 +93,7 @@ def summarise(
         gpu=_gpu_use(folder, log, monitor),
         total_s=log.total_s,
         ended_early=log.ended_early,
+        skipped_steps=log.skipped,
     )
     summary.save(folder / "summary.json")
     return summary

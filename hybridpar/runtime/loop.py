@@ -22,6 +22,9 @@ from hybridpar.runtime.process import Process
 from hybridpar.runtime.stop import Agreement, Stop
 from hybridpar.runtime.timekeeper import Timekeeper
 
+SKIPPED_IN_A_ROW = 20
+"""So many steps without finite gradients, each at half of the scale before, end the training."""
+
 
 class Loop:
     """Trains a job up to ``steps`` steps on one rank, from ``begin`` on; all ranks run theirs alike.
@@ -67,7 +70,7 @@ class Loop:
         self.eval_every, self.eval_every_steps = eval_every, eval_every_steps
         self.callbacks, self._end = callbacks or Callbacks(()), Agreement(process, "end")
         self.timekeeper = timekeeper
-        self.log = Log()
+        self.log = Log(skipped=job.scaler.skipped if job.scaler else None)
         self._since_s = 0.0
         if early is not None and early.over:
             self._end_early(early.reason)
@@ -131,7 +134,7 @@ class Loop:
         now_s = time.perf_counter()
         self._note(step, epoch, loss, rate, batch.samples, now_s - self._since_s)
         self._since_s = now_s
-        self._require_finite(loss, f"at step {step}")
+        self._require_sound(step, loss)
         if self.callbacks and self._end.after(self.job.steps):
             self._end_early("a callback asked for the end")
 
@@ -148,7 +151,21 @@ class Loop:
         first = self.begin.step
         if step < first + min(WARM_UP_STEPS, max(1, (self.steps - first) // 5)):
             self.log.measured_since_s = time.time()
-        record = StepRecord(step, epoch, loss, rate, samples, step_s, samples / step_s, time.time(), self._plan)
+        scaler = self.job.scaler
+        record = StepRecord(
+            step,
+            epoch,
+            loss,
+            rate,
+            samples,
+            step_s,
+            samples / step_s,
+            time.time(),
+            self._plan,
+            loss_scale=scaler.used if scaler else None,
+            skipped=scaler is not None and scaler.in_a_row > 0,
+        )
+        self.log.skipped = scaler.skipped if scaler else None
         if self.journal is not None:
             self.journal.step(record)
         self._end.wanted |= self.callbacks.step(record)
@@ -176,6 +193,22 @@ class Loop:
                 self._end_early(self.early.reason)
         self._since_s = time.perf_counter()  # no step takes the time of an evaluation
         return result
+
+    def _require_sound(self, step: int, loss: float) -> None:
+        """Raise DivergenceError for a loss that is not finite, or for gradients that are not at any scale.
+
+        A step that was skipped has left the parameters as they were, whatever its loss.
+        """
+        scaler = self.job.scaler
+        if scaler is None or not scaler.in_a_row:
+            self._require_finite(loss, f"at step {step}")
+        elif scaler.in_a_row >= SKIPPED_IN_A_ROW:
+            where = f"at step {step}, the last of {SKIPPED_IN_A_ROW} in a row that were skipped"
+            self._require_finite(loss, where)
+            raise DivergenceError(
+                f"the gradients are not finite {where}, though the loss is, and its scale is down to "
+                f"{scaler.scale:g}; lower train.loss_scale.init if it was far too large, else optimizer.lr"
+            )
 
     def _require_finite(self, loss: float, where: str) -> None:
         """Raise DivergenceError, which says where it arose, for a loss that no training comes back from.

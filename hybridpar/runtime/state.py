@@ -15,20 +15,22 @@ from hybridpar.runtime.average import Average
 from hybridpar.runtime.modules import BlockModules, Owned
 from hybridpar.runtime.optimizer_state import ShardedState, WholeState
 from hybridpar.runtime.pieces import Piece, Stored
+from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.update import ShardedEngine
 
 PARAMETER, AVERAGE, BUFFER, GENERATOR = "parameter/", "average/", "buffer/", "generator/"
+SCALER = "scaler"
 
 
 class State:
-    """One rank's parameters, buffers, optimizer state and random generators.
+    """One rank's parameters, buffers, optimizer state, scale of the loss and random generators.
 
     Names: ``parameter/NAME``; ``average/NAME`` for the moving average of one that is trained;
     ``optimizer/KEY/NAME`` for the optimizer's tensor KEY of a parameter;
     ``buffer/I/NAME`` for the buffer of the I-th of the ranks that hold it (batch norms differ between them);
-    ``generator/RANK/KIND`` of ``runtime.randomness``. A parameter that several ranks hold is written by the first
-    of them. Of a tied parameter there is one, by its first name. A position has one of ``optimizers``, or of
-    ``engines``.
+    ``generator/RANK/KIND`` of ``runtime.randomness``; ``scaler`` for the scale of the loss, the same on all ranks.
+    A parameter that several ranks hold is written by the first of them. Of a tied parameter there is one, by its
+    first name. A position has one of ``optimizers``, or of ``engines``.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class State:
         replica: int,
         device: torch.device,
         average: Average | None = None,
+        scaler: Scaler | None = None,
     ) -> None:
-        self._average = average
+        self._average, self._scaler = average, scaler
         self._traced, self._positions, self._blocks = traced, positions, blocks
         self._rank, self._place, self._replica, self._device = rank, place, replica, device
         self._shapes = {
@@ -85,6 +88,8 @@ class State:
                 result[f"{BUFFER}{self._copy(name)}/{name}"] = Piece.whole(buffer)
         for kind, generator in randomness.states(self._device).items():
             result[f"{GENERATOR}{self._rank}/{kind}"] = Piece.whole(generator)
+        if self._scaler is not None and self._rank == 0:
+            result[SCALER] = Piece.whole(self._scaler.state())
         return result
 
     def restore(self, stored: Stored, *, same_plan: bool) -> None:
@@ -92,7 +97,8 @@ class State:
 
         Under the plan that saved them (``same_plan``) every rank gets its own buffers and generators again; under
         another one the buffers are the mean over those who held them, and the generators stay as they are. Raises
-        CheckpointError for what does not fit. An average begins anew where the checkpoint has none.
+        CheckpointError for what does not fit. An average, and the scale of the loss, begin anew where the
+        checkpoint has none.
         """
         averaged = self._average is not None and any(name.startswith(AVERAGE) for name in stored.tensors)
         for position in self._positions:
@@ -110,6 +116,8 @@ class State:
                 buffer.data.copy_(value.view_as(buffer))
         if self._average is not None and averaged:
             self._average.go_on()
+        if self._scaler is not None and SCALER in stored.tensors:
+            self._scaler.load(stored.read(SCALER))
         if same_plan:
             self._restore_generators(stored)
 

@@ -252,6 +252,7 @@ class _Training:
             groups=settings.parameter_groups,
             metrics=make_metrics(self.config.metrics),
             decay=self.config.train.ema,
+            scaling=self.config.train.scaling,
         )
 
     def _start_timekeeper(

@@ -6,6 +6,7 @@ reduce and for an update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from hybridpar.runtime.average import Average
 from hybridpar.runtime.fragment import Fragment
 from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
+from hybridpar.runtime.scaler import Scaler
 from hybridpar.sections import ParameterGroup
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter] | Iterable[dict[str, Any]]], torch.optim.Optimizer]
@@ -59,7 +61,8 @@ class Updater:
     ``rank`` is its number in plan replica ``replica``, ``positions`` are its own. Positions that are reduced keep
     their gradients in one flat bucket per block, as views: what autograd makes is copied there at a step's first
     backward, and later ones add to it. Gradients that a layer gathers by itself have their place from the start,
-    in a bucket or not. ``max_norm`` clips by the global norm as ``torch.nn.utils.clip_grad_norm_`` does.
+    in a bucket or not. ``max_norm`` clips by the global norm as ``torch.nn.utils.clip_grad_norm_`` does. With a
+    ``scaler`` gradients are those of a scaled loss until the update.
     """
 
     def __init__(
@@ -73,9 +76,12 @@ class Updater:
         replica: int = 0,
         groups: Sequence[ParameterGroup] = (),
         decay: float | None = None,
+        scaler: Scaler | None = None,
     ) -> None:
         self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
         self.engines = engines or {}
+        self.scaler = scaler
+        """Of the loss, if it is scaled."""
         self._buckets: dict[int, torch.Tensor] = {}
         self._places: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         """Where a block's gradients lie in its bucket."""
@@ -145,8 +151,15 @@ class Updater:
                 parameter.grad = place.zero_()
         return self._buckets[block]
 
+    def scaled(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Scale the loss's gradient with respect to logits, in place."""
+        return gradient if self.scaler is None else gradient.mul_(self.scaler.scale)
+
     def squared_norm(self) -> torch.Tensor:
-        """Return this rank's share of the squared global norm, float64 scalar: each parameter counts once."""
+        """Return this rank's share of the squared global norm, float64 scalar: each parameter counts once.
+
+        Of gradients as they are, so scaled if the loss is.
+        """
         total: torch.Tensor | None = None
         for position in self._positions:
             if self._replica or (position.replicated and position.ranks[0] != self._rank):
@@ -161,24 +174,47 @@ class Updater:
         return torch.zeros((), dtype=torch.float64, device=some.device)
 
     def update(self, position: int, squared_norm: torch.Tensor | None) -> None:
-        """Clip by the global norm, if one is given, and step the optimizer of a position."""
+        """Step the optimizer of a position, with gradients that are unscaled and clipped by the global norm.
+
+        With a scaler, gradients that are not all finite leave the parameters as they are.
+        """
         optimizer = self.optimizers.get(position)
         if optimizer is None:
             return
-        if squared_norm is not None and self._max_norm is not None:
-            factor = (self._max_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
-            for parameter in self._parameters[position]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor.to(parameter.grad.dtype))
-        optimizer.step()
+        if self.scaler is None or _finite(squared_norm):
+            self._make_true(position, squared_norm)
+            optimizer.step()
         if self.average is not None:
             self.average.update(position)
+
+    def _make_true(self, position: int, squared_norm: torch.Tensor | None) -> None:
+        """Undo the scale of a position's gradients and clip them, in one pass over them."""
+        if squared_norm is None:
+            return
+        scale, factor = 1.0 if self.scaler is None else self.scaler.scale, torch.ones_like(squared_norm)
+        if self._max_norm is not None:
+            factor = (self._max_norm / (squared_norm.sqrt() / scale + 1e-6)).clamp(max=1.0)
+        factor = factor / scale
+        for parameter in self._parameters[position]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+
+    def finish(self, squared_norm: torch.Tensor | None) -> None:
+        """End a step: choose the scale of the next one."""
+        if self.scaler is not None:
+            self.scaler.update(finite=_finite(squared_norm))
 
     def sharded_update(self, position: int) -> None:
         """Reduce and update a position whose optimizer state is sharded."""
         self.engines[position].step()
         if self.average is not None:
             self.average.update(position)
+
+
+def _finite(squared_norm: torch.Tensor | None) -> bool:
+    """Whether all gradients are; waits for the device."""
+    assert squared_norm is not None
+    return math.isfinite(squared_norm)
 
 
 class _Move:

@@ -150,6 +150,7 @@ def _verifier(
         engines=zero.make_engines(process, factory) if sharded else None,
         loss=make_loss(config.loss, traced.chain.classes),
         groups=settings.parameter_groups,
+        scaling=config.train.scaling,
     )
     reference = None
     if process.rank == 0:

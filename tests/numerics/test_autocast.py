@@ -15,7 +15,8 @@ from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.trace import trace
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
-from hybridpar.planning.plan import Plan, Segment, Stage, validate
+from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
+from hybridpar.sections import LossScale
 from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
 from tests.support.parity import PLACEMENTS, shape
 from tests.support.rendezvous import run_strictly
@@ -33,8 +34,9 @@ from tests.support.training import (
 )
 
 STEPS, SAMPLES = 5, 13
-ROUNDOFF = 2.0**-9
-"""Of bfloat16, which has 8 significant bits."""
+ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
+"""They have 8 and 11 significant bits."""
+SCALING = {"bfloat16": None, "float16": LossScale(growth_interval=2)}
 
 
 def normed():
@@ -55,13 +57,16 @@ def normed():
 def case_of(build, autocast="bfloat16", steps=STEPS):
     source = defer(build)
     traced = trace(source.module, (2, 6, 6), "small", autocast=autocast)
-    return Case(source, traced, steps, (SAMPLES,) * steps, dtype=torch.float32)
+    case = Case(source, traced, steps, (SAMPLES,) * steps, dtype=torch.float32)
+    case.scaling = SCALING.get(autocast)
+    return case
 
 
 def plan_of(case, *stages, **fields):
     chain = case.traced.chain
     world = 1 + max(r for s in stages for r in s.ranks)
-    plan = Plan(chain.model, chain.fingerprint, world, SAMPLES, "float32", tuple(stages), **fields)
+    recipe = Recipe(scaling=case.scaling is not None)
+    plan = Plan(chain.model, chain.fingerprint, world, SAMPLES, "float32", tuple(stages), recipe=recipe, **fields)
     validate(plan, chain)
     return plan
 
@@ -74,18 +79,20 @@ def stages_of_normed(tail):
 
 SHAPES = [((2, 1, 2), "own"), ((1, 2, 3), "shared"), ((3, 0, 1), "overlapping"), ((3, 0, 0), "own")]
 CASES = [
-    *((lambda: small_vgg(0.3), shape(*degrees, PLACEMENTS[place], uneven=True), again)
+    *((lambda: small_vgg(0.3), shape(*degrees, PLACEMENTS[place], uneven=True), again, "bfloat16")
       for degrees, place in SHAPES for again in (False, True)),
-    (normed, list(stages_of_normed(tail=False)), False),
-    (normed, list(stages_of_normed(tail=False)), True),
+    (normed, list(stages_of_normed(tail=False)), False, "bfloat16"),
+    (normed, list(stages_of_normed(tail=False)), True, "bfloat16"),
+    (lambda: small_vgg(0.3), shape(2, 1, 2, PLACEMENTS["own"], uneven=True), False, "float16"),
+    (normed, list(stages_of_normed(tail=False)), False, "float16"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("build", "stages", "recompute"), CASES)
+@pytest.mark.parametrize(("build", "stages", "recompute", "autocast"), CASES)
 @pytest.mark.parametrize("bucket", [1, 2000])
-def test_execution_is_the_program(build, stages, recompute, bucket):
+def test_execution_is_the_program(build, stages, recompute, autocast, bucket):
     """Actions, bytes of every message and what autograd keeps after every action, under autocast."""
-    case = case_of(build, steps=1)
+    case = case_of(build, autocast, steps=1)
     if recompute:
         stages = [replace(s, recompute=True) for s in stages]
     plan = plan_of(case, *stages, bucket_bytes=bucket)
@@ -121,7 +128,11 @@ def trained(case, plan):
 
 
 def trained_alone(case, autocast):
-    """Plain PyTorch: autocast around the forward of the whole batch, the loss in float32."""
+    """Plain PyTorch: autocast around the forward of the whole batch, the loss in float32, scaled for float16."""
+    settings = case.scaling or LossScale()
+    scaler = torch.amp.GradScaler(
+        "cpu", settings.init, growth_interval=settings.growth_interval, enabled=case.scaling is not None
+    )
     model = whole_model(case)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
@@ -133,8 +144,9 @@ def trained_alone(case, autocast):
         with lowering("cpu", autocast):
             logits = model(x)
         loss = F.cross_entropy(logits.to(case.dtype), y)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         losses.append(loss.item())
     names = dict.fromkeys(n for per_layer in case.traced.names for n in per_layer.values())
     moved = {n: (p.detach(), p.detach() - b) for n, p, b in zip(names, model.parameters(), before, strict=True)}
@@ -147,27 +159,28 @@ def apart(parameters, moved):
     return float(distance.sqrt() / sum(m.double().square().sum() for _, m in moved.values()).sqrt())
 
 
-NEAR = 8 * ROUNDOFF
-"""Every activation and its gradient is rounded to 2^-9 of itself, and of what a plan cuts in other pieces (a
-micro-batch's part of a gradient, summands of a sharded linear) each piece is: some roundings more or fewer per
-layer, of which there are 16 here. They are independent, so that over all parameters they add up to a few. A
-micro-batch that is lost moves the parameters by a tenth."""
+NEAR = 8
+"""Roundings. Every activation and its gradient is rounded to 2^-9 of itself in bfloat16, 2^-12 in float16, and of
+what a plan cuts in other pieces (a micro-batch's part of a gradient, summands of a sharded linear) each piece is:
+some roundings more or fewer per layer, of which there are 16 here. They are independent, so that over all
+parameters they add up to a few. A micro-batch that is lost moves the parameters by a tenth."""
 
 
+@pytest.mark.parametrize("autocast", ROUNDOFF)
 @pytest.mark.parametrize(("degrees", "place"), SHAPES)
-def test_training_is_that_of_a_single_process(degrees, place):
-    case = case_of(lambda: small_vgg(0.3))
+def test_training_is_that_of_a_single_process(degrees, place, autocast):
+    case, roundoff = case_of(lambda: small_vgg(0.3), autocast), ROUNDOFF[autocast]
     plan = plan_of(case, *shape(*degrees, PLACEMENTS[place], uneven=True), bucket_bytes=500)
     losses, parameters, gradients = trained(case, plan)
-    expected, moved = trained_alone(case, torch.bfloat16)
-    assert losses == pytest.approx(expected, rel=ROUNDOFF)
-    assert apart(parameters, moved) < NEAR
+    expected, moved = trained_alone(case, getattr(torch, autocast))
+    assert losses == pytest.approx(expected, rel=roundoff)
+    assert apart(parameters, moved) < NEAR * roundoff
     assert {t.dtype for t in (*parameters.values(), *gradients.values())} == {torch.float32}
-    exact = replace(case, dtype=torch.float64, data=[])
+    exact = replace(case, dtype=torch.float64, data=[], scaling=None)
     exact.data = [(x.double(), y) for x, y in case.data]
     _, truth = trained_alone(exact, None)
     alone = apart({n: p for n, (p, _) in moved.items()}, truth)
-    assert ROUNDOFF / 4 < apart(parameters, truth) < 2 * alone, (
+    assert roundoff / 4 < apart(parameters, truth) < 2 * alone, (
         "as far from the truth as plain autocast, not nearer"
     )
 

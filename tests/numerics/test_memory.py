@@ -15,6 +15,7 @@ from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.executor import Executor
+from hybridpar.sections import LossScale
 from scripts.bench.accuracy.live import LiveBytes
 from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
 from tests.support.parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
@@ -116,11 +117,12 @@ def _assert_execution_is_the_program(number: int, stages: list[Stage]) -> None:
 def test_live_bytes_are_exact(degrees: tuple[int, int, int], placement: str, norm: float | None) -> None:
     """Bytes of all storages that torch makes and frees in a second step: gradients and momenta come and stay."""
     number = COMBINED.index((degrees, placement))
-    case = replace(case_of(0.4 * (number % 2), (13,)), max_norm=norm)
+    scaling = LossScale() if number % 4 == 3 else None
+    case = replace(case_of(0.4 * (number % 2), (13,)), max_norm=norm, scaling=scaling, data=[])
     stages = shape(*degrees, PLACEMENTS[placement], uneven=number % 5 < 2)
     stages = [replace(s, recompute=s.kind == "front" and number % 4 == 1) for s in stages]
     plan = plan_of(*stages, bucket_bytes=(1, 2000)[number % 2])
-    plan = replace(plan, recipe=replace(plan.recipe, clipping=norm is not None, optimizer_states=1))
+    plan = replace(plan, recipe=Recipe(norm is not None, optimizer_states=1, scaling=scaling is not None))
     program = compile_program(plan, case.traced.chain, 13, "train")
 
     def body(rank: int, endpoint: Endpoint) -> list[int]:

@@ -64,8 +64,11 @@ def plan_of(case: Case, kind: str) -> Plan:
     return plan
 
 
-def make_job(case: Case, plan: Plan, rank: int, groups: ProcessGroups, optimizer: str = "sgd") -> Job:
-    return Job(plan, case.traced, case.source, make_factory(OPTIMIZERS[optimizer]), groups, rank=rank, seed=7)
+def make_job(
+    case: Case, plan: Plan, rank: int, groups: ProcessGroups, optimizer: str = "sgd", **settings: Any
+) -> Job:
+    factory = make_factory(OPTIMIZERS[optimizer])
+    return Job(plan, case.traced, case.source, factory, groups, rank=rank, seed=7, **settings)
 
 
 SAVING = (

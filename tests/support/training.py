@@ -21,8 +21,10 @@ from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.executor import Executor
 from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.modules import ModuleFactory, Owned
+from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import Updater
+from hybridpar.sections import LossScale
 from tests.support.rendezvous import Endpoint
 
 SEED = 7
@@ -44,6 +46,8 @@ class Case:
     loss: Loss | None = None
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy
     """What torch has for ``loss``."""
+    scaling: LossScale | None = None
+    """How the loss is scaled."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -147,6 +151,7 @@ def make_executor(
         case.max_norm,
         replica=replica,
         decay=decay,
+        scaler=Scaler(case.scaling) if case.scaling else None,
     )
     device = torch.device("cpu")
     return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=device, loss=case.loss)
