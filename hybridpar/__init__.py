@@ -19,6 +19,7 @@ _API = {
     "OwnLoss": "hybridpar.api",
     "OwnMetric": "hybridpar.api",
     "ParameterGroup": "hybridpar.sections",
+    "Stream": "hybridpar.data.stream",
     "wrap": "hybridpar.api",
 }
 
@@ -30,6 +31,7 @@ __all__ = [
     "OwnLoss",
     "OwnMetric",
     "ParameterGroup",
+    "Stream",
     "__version__",
     "plan",
     "wrap",

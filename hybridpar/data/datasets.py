@@ -17,13 +17,15 @@ from hybridpar.data import transforms
 from hybridpar.data.samples import (
     IGNORED,
     FileImages,
-    MapSamples,
+    Form,
     Samples,
     SyntheticSamples,
     TensorImages,
     check_labels,
+    size_of,
 )
 from hybridpar.data.spec import Augment, DataSpec
+from hybridpar.data.stream import as_samples, require_end
 from hybridpar.data.transforms import ImageTransform, Normalization
 from hybridpar.errors import DataError
 
@@ -103,7 +105,7 @@ def load(
     }
     splits = loaders[spec.name](spec, tuple(in_shape), classes)
     for name, samples in (("training", splits.train), ("test", splits.test)):
-        if len(samples) == 0:
+        if size_of(samples) == 0:
             raise DataError(f"the {name} split of data set {spec.name} has no samples")
         if samples.labels is not None:
             check_labels(samples.labels, classes, f"the {name} split of data set {spec.name}", ignored)
@@ -184,11 +186,13 @@ def _load_custom(
         raise DataError(
             f"{spec.function} returned a {type(made).__name__}; return the two data sets (train, test)"
         )
-    train, test = made
-    return Splits(
-        MapSamples(train, in_shape, classes, f"the training split of {spec.function}", ignored, label_shape),
-        MapSamples(test, in_shape, classes, f"the test split of {spec.function}", ignored, label_shape),
+    form = Form(in_shape, classes, ignored, label_shape)
+    train, test = (
+        as_samples(split, form, f"the {name} split of {spec.function}")
+        for name, split in zip(("training", "test"), made, strict=True)
     )
+    require_end(test)
+    return Splits(train, test)
 
 
 def _transform(

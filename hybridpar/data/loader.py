@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from hybridpar.data.keys import Keys
 from hybridpar.data.mixing import Mix, Mixing
-from hybridpar.data.sampler import EpochOrder
-from hybridpar.data.samples import Batch, Samples
+from hybridpar.data.sampler import Order
+from hybridpar.data.samples import Batch, Samples, size_of
+from hybridpar.data.stream import StreamSamples
 from hybridpar.errors import DataError
 
 Intervals = Callable[[int], tuple[tuple[int, int], ...]]
@@ -44,7 +45,7 @@ class _Request(NamedTuple):
 class _Requests:
     """What to read in each step of an epoch, in order; steps in which nothing is read are left out."""
 
-    def __init__(self, order: EpochOrder, intervals: Intervals, mixing: Mixing | None = None) -> None:
+    def __init__(self, order: Order, intervals: Intervals, mixing: Mixing | None = None) -> None:
         self.order, self.mixing = order, mixing
         self.epoch = 0
         self.start_step = 0
@@ -56,9 +57,17 @@ class _Requests:
         """The steps from the first that is wanted to the end of the epoch."""
         return range(self.start_step, self.order.steps)
 
+    @property
+    def reads(self) -> bool:
+        """Whether the rank reads anything, in whatever step."""
+        return any(len(self._of(count)) for count in self.order.counts)
+
     def work(self, step: int) -> NDArray[np.int64]:
         """Return the work numbers that the rank reads, one interval after the other; may be empty."""
-        count = self.order.count(step)
+        return self._of(self.order.count(step))
+
+    def _of(self, count: int) -> NDArray[np.int64]:
+        """Return those of a step of so many samples."""
         if count not in self._work:
             intervals = self._intervals(count)
             assert all(0 <= start <= stop <= count for start, stop in intervals), (intervals, count)
@@ -111,6 +120,8 @@ class StepLoader:
 
     With ``mixing`` inputs are mixed with those of the samples before them in the step; labels stay their own.
 
+    A stream is read by one process at most.
+
     One iteration at a time: a new one, ``set_epoch`` or ``close`` ends the one before. Raises DataError when the
     order is for another number of samples, and while iterating for samples that cannot be read.
     """
@@ -118,7 +129,7 @@ class StepLoader:
     def __init__(
         self,
         dataset: Samples,
-        order: EpochOrder,
+        order: Order,
         intervals: Intervals,
         *,
         workers: int = 0,
@@ -126,12 +137,14 @@ class StepLoader:
         prefetch: int = 2,
         mixing: Mixing | None = None,
     ) -> None:
-        if len(dataset) != order.size:
+        if (size := size_of(dataset)) != order.size:
             raise DataError(
-                f"the order is for {order.size} samples, but the data set has {len(dataset)}; give the order the "
-                "size of the data set"
+                f"the order is for {order.size} samples, but the data set has {size}; give the order the size of "
+                "the data set"
             )
-        self._samples = dataset
+        if workers > 1 and isinstance(dataset, StreamSamples):
+            raise DataError(f"data.workers: {workers}, but a stream is read in order, by one process; set it to 1")
+        self._samples = dataset.seeded(order.seed) if isinstance(dataset, StreamSamples) else dataset
         self._requests = _Requests(order, intervals, mixing)
         self._workers = workers
         self._pin = pin
@@ -152,7 +165,7 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[Batch | None]:
         self._iteration += 1
-        if not self._workers or not any(len(self._requests.work(step)) for step in self._requests.steps):
+        if not self._workers or not self._requests.reads:
             return self._read_here(self._iteration)
         if self._loader is None:
             self._loader = self._started()

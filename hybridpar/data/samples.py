@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -60,6 +61,51 @@ def check_labels(labels: Tensor, classes: int, where: str, ignored: int = IGNORE
             f"but the model has {classes} classes, 0 to {classes - 1}; give the model more classes or correct the "
             "labels"
         )
+
+
+def size_of(samples: Samples) -> int | None:
+    """Return the number of samples; None: a stream that has no length."""
+    return None if getattr(samples, "endless", False) else len(samples)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a sample (tensor, int) of a user's own has to look like; (tensor, tensor) with several labels."""
+
+    in_shape: tuple[int, ...]
+    classes: int
+    ignored: int = IGNORED
+    label_shape: tuple[int, ...] = ()
+
+    def checked(self, sample: Any, what: str) -> tuple[Tensor, Tensor]:
+        """Return input and label, int64. Raises DataError for another form; ``what`` names the sample."""
+        if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor)):
+            raise DataError(f"{what} is a {type(sample).__name__}; return (tensor, int)")
+        x, label = sample[0], self._label(sample[1], what)
+        if x.shape != self.in_shape:
+            raise DataError(
+                f"{what} has shape {tuple(x.shape)}, but the model takes {self.in_shape}; resize it in the data "
+                "set"
+            )
+        return x, label
+
+    def batch(self, checked: Sequence[tuple[Tensor, Tensor]], name: str) -> Batch:
+        """Return samples as a batch. Raises DataError for labels out of range; ``name`` is the data set's."""
+        inputs, labels = (torch.stack(parts) for parts in zip(*checked, strict=True))
+        check_labels(labels, self.classes, name, self.ignored)
+        return Batch(inputs, labels)
+
+    def _label(self, given: Any, what: str) -> Tensor:
+        """Return the label or labels of a sample, ``label_shape``."""
+        if not self.label_shape:
+            return torch.tensor(int(given), dtype=torch.int64)
+        label = torch.as_tensor(given)
+        if label.shape != self.label_shape or label.is_floating_point():
+            raise DataError(
+                f"{what} has labels of shape {tuple(label.shape)} in {label.dtype}, but the model gives logits "
+                f"for {self.label_shape} labels; return an int64 tensor of that shape"
+            )
+        return label.to(torch.int64)
 
 
 class TensorImages:
@@ -171,10 +217,7 @@ class MapSamples:
                     f"{name} is a {type(dataset).__name__} without {method}; give a map-style data set"
                 )
         self._dataset = dataset
-        self._in_shape = tuple(in_shape)
-        self._classes, self._ignored = classes, ignored
-        self._label_shape = label_shape
-        self._name = name
+        self._form, self._name = Form(tuple(in_shape), classes, ignored, label_shape), name
         self.labels: Tensor | None = None if label_shape else _targets(dataset)
         if self.labels is not None:
             check_labels(self.labels, classes, name, ignored)
@@ -184,19 +227,16 @@ class MapSamples:
 
     def read(self, indices: Indices, keys: Keys) -> Batch:
         """Read samples by their indices (n,), with the global generators seeded by their keys (n,)."""
-        inputs, labels = [], []
+        found = []
         with all_borrowed():
             for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
                 seed_all(key)
-                x, label = self._checked(index)
-                inputs.append(x)
-                labels.append(label)
-        batch = Batch(torch.stack(inputs), torch.stack(labels))
-        self._check_labels(indices, batch.labels)
+                found.append(self._form.checked(self._dataset[index], f"sample {index} of {self._name}"))
+        batch = self._form.batch(found, self._name)
+        self._check_targets(indices, batch.labels)
         return batch
 
-    def _check_labels(self, indices: Indices, labels: Tensor) -> None:
-        check_labels(labels, self._classes, self._name, self._ignored)
+    def _check_targets(self, indices: Indices, labels: Tensor) -> None:
         if self.labels is None:
             return
         listed = self.labels[torch.from_numpy(indices)]
@@ -205,30 +245,6 @@ class MapSamples:
                 f"sample {indices[i]} of {self._name} has label {labels[i]}, but its targets[{indices[i]}] is "
                 f"{listed[i]}; make the two agree or remove the attribute targets"
             )
-
-    def _checked(self, index: int) -> tuple[Tensor, Tensor]:
-        sample = self._dataset[index]
-        if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor)):
-            raise DataError(f"sample {index} of {self._name} is a {type(sample).__name__}; return (tensor, int)")
-        x, label = sample[0], self._label(index, sample[1])
-        if x.shape != self._in_shape:
-            raise DataError(
-                f"sample {index} of {self._name} has shape {tuple(x.shape)}, but the model takes {self._in_shape};"
-                " resize it in the data set"
-            )
-        return x, label
-
-    def _label(self, index: int, given: Any) -> Tensor:
-        """Return the label or labels of a sample, ``label_shape``."""
-        if not self._label_shape:
-            return torch.tensor(int(given), dtype=torch.int64)
-        label = torch.as_tensor(given)
-        if label.shape != self._label_shape or label.is_floating_point():
-            raise DataError(
-                f"sample {index} of {self._name} has labels of shape {tuple(label.shape)} in {label.dtype}, but "
-                f"the model gives logits for {self._label_shape} labels; return an int64 tensor of that shape"
-            )
-        return label.to(torch.int64)
 
 
 def _targets(dataset: Any) -> Tensor | None:

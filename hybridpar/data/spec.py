@@ -22,7 +22,8 @@ class DataSpec:
     """Directory of ``cifar10`` (it holds ``cifar-10-batches-py``) and ``image_folder`` (``train`` and ``val``)."""
     function: str | None = None
     """``module:function`` of ``custom``; called with ``root``, ``in_shape`` and ``classes``, it returns two
-    map-style data sets (train, test) of (tensor, int); of (tensor, tensor) where every token has a label."""
+    data sets (train, test), map-style or streams, of (tensor, int); of (tensor, tensor) where every token has a
+    label."""
     augment: Augment = "none"
     """What happens to training images: ``shift`` moves them by up to an eighth of their size, ``flip_crop`` also
     mirrors half of them."""

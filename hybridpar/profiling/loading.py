@@ -9,6 +9,8 @@ import numpy as np
 
 from hybridpar.data.keys import mix
 from hybridpar.data.samples import Samples
+from hybridpar.data.stream import StreamSamples
+from hybridpar.errors import DataError
 
 _BATCH, _BUDGET_S = 32, 1.0
 """Samples per read, and CPU seconds of all reads."""
@@ -18,8 +20,11 @@ def samples_per_s(samples: Samples, clock: Callable[[], float] = time.process_ti
     """Return the samples per CPU second that ``samples`` are read with: decoding, augmenting, collating.
 
     Reads random batches for about a second, the first one to warm up. What it waits for a disk or a network
-    does not count: further cores do not shorten that. Raises DataError for samples that cannot be read.
+    does not count: further cores do not shorten that. Raises DataError for samples that cannot be read, or not at
+    random.
     """
+    if isinstance(samples, StreamSamples):
+        raise DataError("a stream has no random access")
     order = np.random.default_rng(0)
     batch = min(_BATCH, len(samples))
 

@@ -11,7 +11,7 @@ import torch
 from hybridpar.data.keys import Keys
 from hybridpar.data.loader import StepLoader
 from hybridpar.data.mixing import Mixing
-from hybridpar.data.sampler import EpochOrder
+from hybridpar.data.sampler import Order
 from hybridpar.data.samples import Batch, Indices
 
 
@@ -31,12 +31,12 @@ class StepBatch(NamedTuple):
 
 
 class Elsewhere:
-    """Stands for a data set of ``size`` samples on ranks that read nothing of it."""
+    """Stands for a data set of ``size`` samples, None: without an end, on ranks that read nothing of it."""
 
     labels = None
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int | None) -> None:
+        self._size, self.endless = size or 0, size is None
 
     def __len__(self) -> int:
         return self._size
@@ -52,12 +52,12 @@ class Feed:
     Every rank gets a StepBatch for every step. Raises DataError while iterating for samples that cannot be read.
     """
 
-    def __init__(self, loader: StepLoader, order: EpochOrder, mixing: Mixing | None = None) -> None:
+    def __init__(self, loader: StepLoader, order: Order, mixing: Mixing | None = None) -> None:
         self._loader, self._order, self._mixing = loader, order, mixing
         self._epoch = self._start = 0
 
     @property
-    def order(self) -> EpochOrder:
+    def order(self) -> Order:
         """Which sample stands where."""
         return self._order
 

@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from hybridpar.data.loader import StepLoader
 from hybridpar.data.mixing import Mixing
-from hybridpar.data.sampler import EpochOrder
-from hybridpar.data.samples import MapSamples, Samples
+from hybridpar.data.samples import Form, Samples
+from hybridpar.data.stream import Stream, as_samples, order_of
 from hybridpar.errors import DataError, PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
@@ -295,7 +295,7 @@ class Job:
 
     def loader(
         self,
-        dataset: Samples | Any,
+        dataset: Samples | Stream | Any,
         *,
         train: bool = True,
         seed: int | None = None,
@@ -306,34 +306,30 @@ class Job:
     ) -> Feed:
         """Return what feeds this rank from a data set: all that its steps need, and nothing else.
 
-        ``dataset`` is a ``hybridpar.data`` data set, a map-style one of (tensor, int), or on ranks that read
-        nothing its size alone. Training shuffles by ``seed`` (the job's by default), evaluation goes through all
-        samples once, in order. ``mixup`` and ``cutmix`` are alphas, see ``hybridpar.data.mixing``. Raises
-        DataError where the data set does not fit.
+        ``dataset`` is a ``hybridpar.data`` data set, a map-style one of (tensor, int), a ``Stream`` or any other
+        iterable of such samples, or on ranks that read nothing its size (None: a stream without one). Training
+        shuffles by ``seed`` (the job's by default), evaluation goes through all samples once, in order. ``mixup``
+        and ``cutmix`` are alphas, see ``hybridpar.data.mixing``. Raises DataError where the data set does not fit.
         """
-        if isinstance(dataset, int):
-            dataset = Elsewhere(dataset)
-        samples = (
-            dataset
-            if hasattr(dataset, "read")
-            else MapSamples(
-                dataset,
-                self.chain.in_shape,
-                self.chain.classes,
-                ignored=self._loss.ignored,
-                label_shape=self.chain.label_shape,
-            )
-        )
-        batch, size, seed = self.plan.global_batch, len(samples), self.seed if seed is None else seed
+        seed = self.seed if seed is None else seed
+        samples = self._samples(dataset)
         mixing = None
         if train and (mixup is not None or cutmix is not None):
             mixing = Mixing(seed, self.chain.in_shape, mixup, cutmix)
-        order = EpochOrder(size, batch, seed, drop_last) if train else EpochOrder.sequential(size, batch)
+        order = order_of(samples, self.plan.global_batch, seed, train=train, drop_last=drop_last)
         mode: Mode = "train" if train else "evaluate"
         intervals = lambda count: self.program(mode, count).reads(self.place)  # noqa: E731 - two lines say no more
         on_gpu = self.device.type == "cuda"
         loader = StepLoader(samples, order, intervals, workers=workers, pin=on_gpu, mixing=mixing)
         return Feed(loader, order, mixing)
+
+    def _samples(self, dataset: Samples | Any) -> Samples:
+        if dataset is None or isinstance(dataset, int):
+            return Elsewhere(dataset)
+        if hasattr(dataset, "read"):
+            return cast("Samples", dataset)
+        chain = self.chain
+        return as_samples(dataset, Form(chain.in_shape, chain.classes, self._loss.ignored, chain.label_shape))
 
     def step(self, batch: GivenBatch, *, samples: int | None = None) -> float:
         """Train on one step's samples and return their mean loss, the same on every rank.

@@ -49,8 +49,8 @@ class Subject:
     optimizer: str
     seed: int
     data: str
-    data_size: int
-    """Samples to train on."""
+    data_size: int | None
+    """Samples to train on; None: a stream without an end."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridpar.config import Config
-from hybridpar.data.sampler import EpochOrder
+from hybridpar.data.sampler import Order
 from hybridpar.errors import CheckpointError
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import manifest as folders
@@ -67,7 +67,7 @@ def former_plan(config: Config, chain: str, *, restarted: bool = False) -> Plan 
 
 
 def opened(
-    config: Config, plan: Plan, subject: Subject, order: EpochOrder, steps: int, *, restarted: bool = False
+    config: Config, plan: Plan, subject: Subject, order: Order, steps: int, *, restarted: bool = False
 ) -> Resume | None:
     """Return the checkpoint that the training begins with, compared with what is to be trained, ``steps`` steps.
 

@@ -11,7 +11,9 @@ import torch
 
 from hybridpar.config import Config
 from hybridpar.data import datasets
-from hybridpar.data.sampler import EpochOrder
+from hybridpar.data.sampler import Order
+from hybridpar.data.samples import Samples, size_of
+from hybridpar.data.stream import order_of
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
@@ -31,6 +33,7 @@ from hybridpar.runtime.checks import check
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.early_stop import early_stop
+from hybridpar.runtime.feed import Elsewhere
 from hybridpar.runtime.job import Job, checked_program
 from hybridpar.runtime.journal import Journal, make_run_dir
 from hybridpar.runtime.judge import Judge
@@ -79,11 +82,6 @@ def train(
         process.fail(e)
 
 
-def _size(split: Any) -> int:
-    """Return the samples of a split, which on ranks that do not read it is their number already."""
-    return split if isinstance(split, int) else len(split)
-
-
 class _Training:
     """One training job on one rank. Making it reads the data set and makes the run directory."""
 
@@ -101,8 +99,8 @@ class _Training:
         self.data = self._load()
         self._check_programs()
         settings = config.train
-        order = EpochOrder(_size(self.data[0]), plan.global_batch, drop_last=settings.drop_last)
-        self.steps = settings.steps or order.steps * settings.epochs
+        order = order_of(self.data[0], plan.global_batch, drop_last=settings.drop_last)
+        self.steps = order.total(settings.steps, settings.epochs)
         self.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, self.steps)
         restarted = process.place.restarts > 0
         self.resumed = self._resumed(order, restarted=restarted)
@@ -114,21 +112,21 @@ class _Training:
                 basis.save(self.folder)
             (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on it is out of date
 
-    def _load(self) -> tuple[Any, Any]:
-        """Return training and test samples: data sets where this rank reads them, their sizes elsewhere."""
+    def _load(self) -> tuple[Samples, Samples]:
+        """Return training and test samples, on ranks that do not read them as they stand there for them."""
         readers = self.plan.everywhere(positions(self.plan)[0].ranks)
         splits: list[datasets.Splits] = []
 
-        def load() -> list[int]:
+        def load() -> list[int | None]:
             chain, ignored = self.chain, self.config.loss.ignore_index
             splits.append(
                 datasets.load(self.config.data, chain.in_shape, chain.classes, ignored, chain.label_shape)
             )
-            return [len(splits[0].train), len(splits[0].test)]
+            return [size_of(splits[0].train), size_of(splits[0].test)]
 
         train_size, test_size = self.process.share(load, readers[0])
         if self.process.rank not in readers:
-            return train_size, test_size
+            return Elsewhere(train_size), Elsewhere(test_size)
         if not splits:
             load()
         return splits[0].train, splits[0].test
@@ -143,10 +141,10 @@ class _Training:
             config.optimizer.name,
             config.train.seed,
             config.data.name,
-            _size(self.data[0]),
+            size_of(self.data[0]),
         )
 
-    def _resumed(self, order: EpochOrder, *, restarted: bool) -> Resume | None:
+    def _resumed(self, order: Order, *, restarted: bool) -> Resume | None:
         """Return the checkpoint to begin with; rank 0 looks for it."""
         config, plan = self.config, self.plan
 
@@ -160,10 +158,9 @@ class _Training:
     def _check_programs(self) -> None:
         """Compile and check, before any process group exists, every program that the job will run."""
         batch, replica = self.plan.global_batch, self.plan.locate(self.process.rank)[0]
-        modes: tuple[tuple[Mode, Any], ...] = (("train", self.data[0]), ("evaluate", self.data[1]))
+        modes: tuple[tuple[Mode, Samples], ...] = (("train", self.data[0]), ("evaluate", self.data[1]))
         for mode, data in modes:
-            size = _size(data)
-            for samples in {min(batch, size), size % batch or batch}:
+            for samples in order_of(data, batch).counts:
                 checked_program(self.plan, self.chain, samples, mode, replica)
 
     def run(self, traced: Traced, source: Source) -> Summary | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -12,7 +11,9 @@ from hybridpar.config import Config
 from hybridpar.data import datasets
 from hybridpar.data.loader import StepLoader
 from hybridpar.data.mixing import Mixing
-from hybridpar.data.sampler import EpochOrder
+from hybridpar.data.sampler import Order
+from hybridpar.data.samples import Samples, size_of
+from hybridpar.data.stream import order_of
 from hybridpar.errors import ConfigError, ModelError
 from hybridpar.model.deferred import Source
 from hybridpar.model.trace import Traced
@@ -23,7 +24,7 @@ from hybridpar.report.verification import Verification
 from hybridpar.runtime import zero
 from hybridpar.runtime.checks import check_fits
 from hybridpar.runtime.cross_entropy import make_loss, torch_loss
-from hybridpar.runtime.feed import Feed
+from hybridpar.runtime.feed import Elsewhere, Feed
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import DTYPES, Job, checked_program
 from hybridpar.runtime.optimizer import make_factory, make_rate
@@ -81,8 +82,7 @@ def _in_precision(config: Config, plan: Plan, traced: Traced) -> Plan:
 
 def _verify(config: Config, plan: Plan, traced: Traced, source: Source, process: Process) -> Verification:
     train = _samples(config, plan, traced, process)
-    size = train if isinstance(train, int) else len(train)
-    order = EpochOrder(size, plan.global_batch, config.train.seed, drop_last=config.train.drop_last)
+    order = order_of(train, plan.global_batch, config.train.seed, drop_last=config.train.drop_last)
     steps = min(config.verify.steps, order.steps)
 
     def programs(samples: int) -> tuple[Program, ...]:
@@ -105,20 +105,20 @@ def _verify(config: Config, plan: Plan, traced: Traced, source: Source, process:
     return from_data(Verification, data, "verification", ConfigError)
 
 
-def _samples(config: Config, plan: Plan, traced: Traced, process: Process) -> Any:
-    """Return the training samples on rank 0 and where they are read, their number elsewhere."""
-    splits: list[Any] = []
+def _samples(config: Config, plan: Plan, traced: Traced, process: Process) -> Samples:
+    """Return the training samples on rank 0 and where they are read, elsewhere what stands for them."""
+    splits: list[Samples] = []
 
-    def load() -> int:
+    def load() -> int | None:
         chain, ignored = traced.chain, config.loss.ignore_index
         loaded = datasets.load(config.data, chain.in_shape, chain.classes, ignored, chain.label_shape)
         splits.append(loaded.train)
-        return len(splits[0])
+        return size_of(splits[0])
 
     size = process.share(load)
     if process.rank in plan.everywhere(positions(plan)[0].ranks) and not splits:
         load()
-    return splits[0] if splits else size
+    return splits[0] if splits else Elsewhere(size)
 
 
 def _verifier(
@@ -128,11 +128,11 @@ def _verifier(
     source: Source,
     process: Process,
     programs: Callable[[int], tuple[Program, ...]],
-    order: EpochOrder,
+    order: Order,
 ) -> tuple[Verifier, tuple[str, ...]]:
     """Return the verifier of this rank, and what it does not compare."""
     settings, factory, sharded = config.optimizer, make_factory(config.optimizer), plan.recipe.sharding == "zero1"
-    total = config.train.steps or order.steps * config.train.epochs
+    total = order.total(config.train.steps, config.train.epochs)
     rate = make_rate(settings.lr, settings.schedule, total)
     communicators = process.connect(plan)
     seed, device = config.train.seed, process.device

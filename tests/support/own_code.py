@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from hybridpar import Callback, OwnMetric
+from hybridpar import Callback, OwnMetric, Stream
 
 
 def margin(logits, labels):
@@ -70,3 +70,36 @@ def _falling(sums, samples):  # noqa: ARG001 - as it is called
 _falling.calls = 0
 falling = OwnMetric(margin, value=_falling)
 constant = OwnMetric(margin, value=lambda sums, samples: 1.0)  # noqa: ARG005 - as it is called
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    """A stream of images that tell their position and the opening, with noise from the global generator."""
+
+    def __init__(self, size, shape, classes):
+        self.size, self.shape, self.classes, self.epoch = size, shape, classes, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for i in range(self.size):
+            generator = torch.Generator().manual_seed(1000 * self.epoch + i)
+            image = torch.randn(self.shape, generator=generator) + 0.1 * torch.rand(1)
+            yield image, (self.epoch + i) % self.classes
+
+
+def noisy(sample):
+    image, label = sample
+    return image + 0.1 * torch.rand(image.shape), label
+
+
+def streams(root, in_shape, classes):  # noqa: ARG001 - as it is called
+    """One to train on whose length nobody knows, one to test on."""
+    train = Stream(Numbers(21, in_shape, classes), decode=noisy, shuffle=6)
+    return train, Stream(Numbers(16, in_shape, classes), size=12)
+
+
+def sized_streams(root, in_shape, classes):
+    """Epochs of 20 samples."""
+    train, test = streams(root, in_shape, classes)
+    return Stream(train.source, size=20, decode=noisy, shuffle=6), test

@@ -79,7 +79,8 @@ def train_by_command(ranks: int, folder: Path, *overrides: str) -> tuple[dict[st
 
 
 def small(*overrides: str) -> Config:
-    size = ("data=synthetic", "data.size=16", "data.test_size=8", "train.global_batch=8")
+    other = any(o.startswith("data=") for o in overrides)
+    size = ("train.global_batch=8", *(() if other else ("data=synthetic", "data.size=16", "data.test_size=8")))
     model = ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
     return compose([*size, *model, "train.device=cpu", *overrides])
 

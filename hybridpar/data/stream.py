@@ -1,0 +1,251 @@
+"""Streams: data sets without random access, which are gone through in order from their beginning.
+
+Every rank that reads opens the stream itself, goes through all of it, and decodes its own samples only. So no rank
+waits for another one to read, and what a sample is depends on its position alone: neither on plan and rank, nor on
+the processes that read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset
+
+from hybridpar.data.keys import Keys, mix
+from hybridpar.data.sampler import EpochOrder, Order, Positions
+from hybridpar.data.samples import Batch, Form, Indices, MapSamples, Samples, size_of
+from hybridpar.errors import ConfigError, DataError
+from hybridpar.generators import all_borrowed, seed_all
+
+_BLOCK, _OPENING, _NEXT = 4, 5, 6  # what a key is for, beside those of the sampler and of the mixing
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A data set that gives its samples one after the other.
+
+    Raises ConfigError for numbers out of range, DataError for a source that cannot be opened twice.
+    """
+
+    source: Any
+    """An iterable that begins anew with every ``iter``, or a function without arguments that returns an iterator;
+    each time, on every rank, the same samples in the same order. Its method ``set_epoch``, where it has one, is
+    called before with the number of the opening, from 0."""
+    size: int | None = None
+    """Samples of an epoch, the first so many of every opening; None: ``len(source)``, and where there is none, the
+    stream has no end: it is opened again where it ends, and has no epochs."""
+    decode: Callable[[Any], Any] | None = None
+    """Makes (tensor, int) of what the source gives, for the samples that a rank works on. What it draws from the
+    global generators is keyed by sample. None: the source gives them."""
+    shuffle: int = 1
+    """Each so many samples in a row are shuffled, anew in every epoch; every rank that reads keeps as many."""
+
+    def __post_init__(self) -> None:
+        if self.shuffle < 1 or (self.size is not None and self.size < 1):
+            raise ConfigError(f"Stream: size {self.size} and shuffle {self.shuffle} must be at least 1")
+        if isinstance(self.source, Iterator) or not (isinstance(self.source, Iterable) or callable(self.source)):
+            raise DataError(
+                f"a stream's source is a {type(self.source).__name__}, which cannot be gone through twice; give "
+                "an object with a method __iter__ that begins anew, or the function that makes the iterator"
+            )
+        if self.size is None and isinstance(self.source, Sized):
+            object.__setattr__(self, "size", len(self.source))
+
+    def open(self, opening: int) -> Iterator[Any]:
+        """Begin anew, for the given time from 0."""
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(opening)
+        return iter(self.source if isinstance(self.source, Iterable) else self.source())
+
+
+def as_stream(dataset: Any) -> Stream | None:
+    """Return a data set as a stream, None where it has random access. Raises DataError as ``Stream`` does."""
+    if isinstance(dataset, Stream):
+        return dataset
+    random_access = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+    return None if random_access or not isinstance(dataset, Iterable) else Stream(dataset)
+
+
+def as_samples(dataset: Any, form: Form, name: str = "the data set") -> Samples:
+    """Return a user's data set, map-style or a stream, to be read in batches. Raises DataError."""
+    stream = as_stream(dataset)
+    if stream is not None:
+        return StreamSamples(stream, form, name)
+    return MapSamples(dataset, form.in_shape, form.classes, name, form.ignored, form.label_shape)
+
+
+def require_end(samples: Samples) -> None:
+    """Raise DataError for samples that an evaluation would not come to the end of."""
+    if size_of(samples) is None:
+        raise DataError(
+            "a stream without a length cannot be evaluated on, as an evaluation goes through all of it; give "
+            "hybridpar.Stream(source, size=...)"
+        )
+
+
+@dataclass(frozen=True)
+class StreamOrder(Order):
+    """Which sample of a stream stands where in an epoch.
+
+    A sample's index is its position in all openings of the stream, one after the other. ``repeats``: every epoch
+    goes through the first opening, as an evaluation does.
+    """
+
+    shuffle: int = 1
+    repeats: bool = False
+
+    def indices(self, epoch: int, positions: Positions) -> NDArray[np.int64]:
+        """Return the index in the stream of the samples at ``positions`` of ``epoch``."""
+        first = 0 if self.size is None or self.repeats else epoch * self.size
+        if self.shuffle == 1:
+            return first + positions
+        blocks, places = positions // self.shuffle, positions % self.shuffle
+        result = np.empty_like(positions)
+        for block in np.unique(blocks).tolist():
+            begin, count = block * self.shuffle, self.shuffle
+            if self.size is not None:
+                count = min(count, self.size - begin)
+            inside = blocks == block
+            result[inside] = begin + _permutation(self.seed, epoch, block, count)[places[inside]]
+        return first + result
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, block: int, count: int) -> NDArray[np.int64]:
+    order = np.argsort(mix(seed, epoch, _BLOCK, block, np.arange(count)), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def order_of(
+    samples: Samples, global_batch: int, seed: int = 0, *, train: bool = True, drop_last: bool = False
+) -> Order:
+    """Return the order of a training's samples, or of an evaluation's: every one once, in order.
+
+    Raises ConfigError or DataError where no step is possible, or an evaluation would not end.
+    """
+    size = size_of(samples)
+    if not train:
+        require_end(samples)
+        seed, drop_last = 0, False
+    shuffle = samples.stream.shuffle if train and isinstance(samples, StreamSamples) else 1
+    if isinstance(samples, StreamSamples) or size is None:
+        return StreamOrder(size, global_batch, seed, drop_last, shuffle, repeats=not train)
+    return EpochOrder(size, global_batch, seed, drop_last, shuffle=train)
+
+
+class StreamSamples:
+    """The samples of a stream, read in order; going back opens it anew.
+
+    What the source draws from the global generators of torch, numpy and ``random`` is keyed by ``seed`` and the
+    sample's index. Raises DataError at reading for a sample of another form, and for a stream that ends before its
+    ``size``. ``name`` appears in messages.
+    """
+
+    labels = None
+
+    def __init__(self, stream: Stream, form: Form, name: str = "the data set", seed: int = 0) -> None:
+        self.stream, self.seed = stream, seed
+        self._form, self._name = form, name
+        self._iterator: Iterator[Any] | None = None
+        self._opening = 0
+        self._begun = 0
+        """Index with which the opening of a stream without a length began."""
+        self._next = 0
+        """Index of what the iterator gives next."""
+        self._held: dict[int, Any] = {}
+        """What it gave, by index, as far as it is still needed."""
+
+    @property
+    def endless(self) -> bool:
+        """Whether it has no length."""
+        return self.stream.size is None
+
+    def __len__(self) -> int:
+        if self.stream.size is None:
+            raise TypeError(f"{self._name} is a stream without a length")
+        return self.stream.size
+
+    def seeded(self, seed: int) -> StreamSamples:
+        """Return the same samples with another seed, to be read independently of these."""
+        return StreamSamples(self.stream, self._form, self._name, seed)
+
+    def read(self, indices: Indices, keys: Keys) -> Batch:
+        """Read samples by their indices (n,), decoded with the global generators seeded by their keys (n,).
+
+        Later calls ask for samples of the same block or of later ones: others are forgotten.
+        """
+        wanted, latest = set(indices.tolist()), int(indices.max())
+        floor = self._block_start(latest)
+        with all_borrowed():
+            if any(index < self._next and index not in self._held for index in wanted):
+                self._iterator, self._next, self._begun, self._held = None, 0, 0, {}
+            for index in self._passed(min(wanted), latest):
+                item = self._pull(index)
+                if index in wanted or index >= floor:
+                    self._held[index] = item
+            decoded = [self._decoded(i, key) for i, key in zip(indices.tolist(), keys.tolist(), strict=True)]
+        self._held = {index: item for index, item in self._held.items() if index >= floor}
+        return self._form.batch(decoded, self._name)
+
+    def _block_start(self, index: int) -> int:
+        """Return the first index of the samples that ``index`` is shuffled with."""
+        first = 0 if self.stream.size is None else index // self.stream.size * self.stream.size
+        return first + (index - first) // self.stream.shuffle * self.stream.shuffle
+
+    def _passed(self, first: int, last: int) -> range:
+        """Return the indices to go through; whole openings of a known size before ``first`` are left out."""
+        begin = self._next
+        if self.stream.size is not None:
+            begin = max(begin, first // self.stream.size * self.stream.size)
+        return range(begin, last + 1)
+
+    def _pull(self, index: int) -> Any:
+        """Return what the source gives for an index, which is the next one or the first of an opening."""
+        size = self.stream.size
+        if self._iterator is None or (size is not None and index % size == 0):
+            self._open(0 if size is None else index // size)
+        self._next = index + 1
+        while True:
+            seed_all(self._key(_NEXT, index))
+            try:
+                assert self._iterator is not None
+                return next(self._iterator)
+            except StopIteration:
+                self._end(index)
+
+    def _open(self, opening: int) -> None:
+        seed_all(self._key(_OPENING, opening))
+        self._iterator, self._opening = self.stream.open(opening), opening
+
+    def _end(self, index: int) -> None:
+        """Open a stream without a length again. Raises DataError where it should not have ended."""
+        size = self.stream.size
+        if size is not None:
+            raise DataError(
+                f"{self._name} ended after {index % size} samples, but its length is {size}; give "
+                "hybridpar.Stream the size that it has on every rank"
+            )
+        if index == self._begun:
+            raise DataError(f"{self._name} is a stream without samples")
+        self._begun = index
+        self._open(self._opening + 1)
+
+    def _decoded(self, index: int, key: int) -> tuple[Any, Any]:
+        item = self._held[index]
+        if self.stream.decode is not None:
+            seed_all(key)
+            item = self.stream.decode(item)
+        return self._form.checked(item, f"sample {index} of {self._name}")
+
+    def _key(self, purpose: int, number: int) -> int:
+        return int(mix(self.seed, purpose, number)[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be sent to a process that reads ahead: that begins anew."""
+        return {**vars(self), "_iterator": None, "_next": 0, "_begun": 0, "_held": {}}
