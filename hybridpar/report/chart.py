@@ -1,8 +1,12 @@
-"""The timeline's scene as a figure: rows of ranks with communication in thin lanes below, over the time."""
+"""Scenes of timelines as a figure: rows of ranks with communication in thin lanes below, over the time.
+
+Several scenes stand one above the other on one scale.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridpar.report.figure import (
@@ -18,7 +22,7 @@ from hybridpar.report.figure import (
     text_width,
     write,
 )
-from hybridpar.report.palette import IDLE, INK, LINE, PALE_INK, ink_on
+from hybridpar.report.palette import GRID, IDLE, INK, LINE, PALE_INK, ink_on
 from hybridpar.report.timeline import Paint, Row, Scene
 
 if TYPE_CHECKING:
@@ -31,33 +35,34 @@ SEAM = 0.01
 """Of a cell's right side, left free, so that neighbours of one colour can be told apart; inches."""
 LEGEND_LINE = 0.2
 LEGEND_BOX = 0.13
+AXIS = 0.55
+"""Below the rows, for the time."""
+HEADING = 0.3
+"""Above the rows of one of several scenes."""
 
 
 class _Frame:
-    """Where everything lies, in inches."""
+    """Where a scene's rows lie, in inches; ``top`` is the upper edge of the first."""
 
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
+    def __init__(self, scene: Scene, left: float, length_s: float) -> None:
+        self.scene, self.left, self.length_s = scene, left, length_s
         rows = len(scene.rows)
         self.compute = 0.34 if rows <= 8 else 0.2 if rows <= 32 else 0.15
         self.lane = 0.07 if rows <= 8 else 0.045 if rows <= 32 else 0.03
         self.pitch = self.compute + len(scene.lanes) * self.lane + (0.12 if rows <= 8 else 0.06)
         self.node_gap = 0.14 if rows <= 8 else 0.08
-        self.left = MARGIN + max(text_width(row.label, TEXT) for row in scene.rows) + 0.08
         self.right = WIDTH - MARGIN
-        self.legend = _legend_lines(scene.paints, WIDTH - 2 * MARGIN)
-        self.top = MARGIN + 0.3 + NOTE_LINE * len(scene.notes)
-        self.bottom = MARGIN + LEGEND_LINE * (len(self.legend) + 1) + 0.55
         jumps = sum(a.node != b.node for a, b in zip(scene.rows, scene.rows[1:], strict=False))
-        self.height = self.top + rows * self.pitch + jumps * self.node_gap + self.bottom
+        self.height = rows * self.pitch + jumps * self.node_gap
+        self.top = 0.0
 
     def x(self, seconds: float) -> float:
         """Return where a time lies."""
-        return self.left + (self.right - self.left) * seconds / self.scene.length_s
+        return self.left + (self.right - self.left) * seconds / self.length_s
 
     def tops(self) -> list[float]:
         """Return the upper edge of every row."""
-        result, at = [], self.height - self.top
+        result, at = [], self.top
         for i, row in enumerate(self.scene.rows):
             if i and row.node != self.scene.rows[i - 1].node:
                 at -= self.node_gap
@@ -68,12 +73,41 @@ class _Frame:
 
 def timeline_figure(scene: Scene) -> Figure:
     """Draw a scene. The figure is 14 inches wide and as high as its rows need."""
-    frame = _Frame(scene)
-    figure, axes = page(frame.height, scene.title, scene.notes)
-    _axis(axes, frame)
-    _cells(axes, frame)
-    _legend(axes, frame)
+    return _figure(scene.title, scene.notes, [("", scene)])
+
+
+def timelines_figure(title: str, scenes: Sequence[tuple[str, Scene]]) -> Figure:
+    """Draw scenes one above the other on one scale, each under its heading with its notes."""
+    return _figure(title, (), scenes)
+
+
+def _figure(title: str, notes: Sequence[str], scenes: Sequence[tuple[str, Scene]]) -> Figure:
+    rows = [row for _, scene in scenes for row in scene.rows]
+    left = MARGIN + max(text_width(row.label, TEXT) for row in rows) + 0.08
+    length_s = max(scene.length_s for _, scene in scenes)
+    frames = [_Frame(scene, left, length_s) for _, scene in scenes]
+    heads = [HEADING if heading else 0.0 for heading, _ in scenes]
+    legend = _legend_lines([p for _, scene in scenes for p in scene.paints], WIDTH - 2 * MARGIN)
+    bottom = MARGIN + LEGEND_LINE * (len(legend) + 1)
+    body = sum(head + frame.height + AXIS for head, frame in zip(heads, frames, strict=True))
+    height = MARGIN + 0.3 + NOTE_LINE * len(notes) + body + bottom
+    figure, axes = page(height, title, notes)
+    at = bottom + body
+    for (heading, _), head, frame in zip(scenes, heads, frames, strict=True):
+        frame.top = at - head
+        if heading:
+            _heading(axes, heading, frame.scene.notes, at - head / 2 + 0.05)
+        _axis(axes, frame)
+        _cells(axes, frame)
+        at = frame.top - frame.height - AXIS
+    _legend(axes, legend, frames)
     return figure
+
+
+def _heading(axes: Axes, heading: str, notes: Sequence[str], y: float) -> None:
+    write(axes, MARGIN, y, heading, TEXT, INK, bold=True)
+    used = MARGIN + text_width(heading, TEXT, bold=True) + 0.15
+    write(axes, used, y, fitted(" · ".join(notes), WIDTH - MARGIN - used, SMALL), SMALL, PALE_INK)
 
 
 def _cells(axes: Axes, frame: _Frame) -> None:
@@ -83,7 +117,7 @@ def _cells(axes: Axes, frame: _Frame) -> None:
     labels: list[tuple[float, float, float, str, str]] = []
     for row, top in zip(frame.scene.rows, frame.tops(), strict=True):
         base = top - frame.compute
-        background.append((frame.left, base, frame.right - frame.left, frame.compute))
+        background.append((frame.left, base, frame.x(frame.scene.length_s) - frame.left, frame.compute))
         for cell in row.cells:
             left, width = frame.x(cell.start_s), frame.x(cell.end_s) - frame.x(cell.start_s)
             found[cell.paint].append((left, base, max(width - SEAM, 0.6 * width), frame.compute))
@@ -116,13 +150,13 @@ def _axis(axes: Axes, frame: _Frame) -> None:
     """Draw the time in milliseconds along the bottom, and where the step before ends."""
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - an optional dependency
 
-    scene = frame.scene
-    top, bottom = frame.height - frame.top + 0.03, frame.tops()[-1] - frame.pitch
-    ticks = [t for t in MaxNLocator(12).tick_values(0, scene.length_s * 1e3) if 0 <= t <= scene.length_s * 1e3]
+    scene, length_ms = frame.scene, frame.length_s * 1e3
+    top, bottom = frame.top + 0.03, frame.tops()[-1] - frame.pitch
+    ticks = [t for t in MaxNLocator(12).tick_values(0, length_ms) if 0 <= t <= length_ms]
     axes.plot([frame.left, frame.right], [bottom, bottom], color=LINE, linewidth=0.8)
     for tick in ticks:
         x = frame.x(tick / 1e3)
-        axes.plot([x, x], [bottom, top], color="#dddddd", linewidth=0.5, zorder=0)
+        axes.plot([x, x], [bottom, top], color=GRID, linewidth=0.5, zorder=0)
         write(axes, x, bottom - 0.1, f"{tick:.6g}", SMALL, INK, across="center")
     write(axes, (frame.left + frame.right) / 2, bottom - 0.27, "ms", TEXT, INK, across="center")
     if scene.previous_end_s > 0:
@@ -130,10 +164,10 @@ def _axis(axes: Axes, frame: _Frame) -> None:
         axes.plot([x, x], [bottom, top], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=5)
 
 
-def _legend_lines(paints: tuple[Paint, ...], width: float) -> list[list[tuple[float, list[Paint]]]]:
+def _legend_lines(paints: Sequence[Paint], width: float) -> list[list[tuple[float, list[Paint]]]]:
     """Place the legend's entries, one per name; computation and communication have lines of their own."""
     entries: dict[tuple[bool, str], list[Paint]] = defaultdict(list)
-    for paint in paints:
+    for paint in sorted(set(paints), key=lambda p: (p.order, p.name)):
         entries[paint.phase == "communication", paint.name].append(paint)
     lines: list[list[tuple[float, list[Paint]]]] = []
     at, last = 0.0, None
@@ -147,9 +181,9 @@ def _legend_lines(paints: tuple[Paint, ...], width: float) -> list[list[tuple[fl
     return lines
 
 
-def _legend(axes: Axes, frame: _Frame) -> None:
-    y = MARGIN + LEGEND_LINE * (len(frame.legend) + 0.5)
-    for line in frame.legend:
+def _legend(axes: Axes, legend: list[list[tuple[float, list[Paint]]]], frames: Sequence[_Frame]) -> None:
+    y = MARGIN + LEGEND_LINE * (len(legend) + 0.5)
+    for line in legend:
         for at, paints in line:
             x = MARGIN + at
             for paint in paints:
@@ -159,8 +193,8 @@ def _legend(axes: Axes, frame: _Frame) -> None:
             write(axes, x + 0.06, y, paints[0].name, TEXT, INK)
         y -= LEGEND_LINE
     hint = "pale: forward · full colour: backward · number: micro-batch · grey background: idle"
-    if frame.scene.lanes:
-        hint += f" · thin lanes below a rank, its communication: {', '.join(frame.scene.lanes)}"
-    if frame.scene.previous_end_s > 0:
+    if all(frame.scene.lanes == frames[0].scene.lanes for frame in frames) and frames[0].scene.lanes:
+        hint += f" · thin lanes below a rank, its communication: {', '.join(frames[0].scene.lanes)}"
+    if any(frame.scene.previous_end_s > 0 for frame in frames):
         hint += " · dashed: the step before ends"
     write(axes, MARGIN, y, fitted(hint, WIDTH - 2 * MARGIN, SMALL), SMALL, PALE_INK)

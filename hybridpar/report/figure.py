@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path as FilePath
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,10 +34,10 @@ FONT = "DejaVu Sans"
 SAFETY = 1.02
 
 
-def require_matplotlib() -> None:
-    """Raise ConfigError with the remedy where matplotlib is missing."""
+def require_matplotlib(key: str = "pictures") -> None:
+    """Raise ConfigError with the remedy where matplotlib is missing; ``key`` asked for it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures: drawing needs matplotlib; pip install 'hybridpar[pictures]'")
+        raise ConfigError(f"{key}: drawing needs matplotlib; pip install 'hybridpar[pictures]'")
 
 
 def prepare_folder(folder: FilePath) -> None:
@@ -144,8 +145,19 @@ def save(figure: Figure, path: FilePath) -> None:
 
     Raises OSError where the file cannot be written.
     """
+    _save(figure, path, path.suffix[1:])
+
+
+def svg_text(figure: Figure) -> str:
+    """Return a figure as SVG without a background, alike for the same figure."""
+    text = StringIO()
+    _save(figure, text, "svg", facecolor="none")
+    return text.getvalue()
+
+
+def _save(figure: Figure, to: FilePath | StringIO, kind: str, **options: Any) -> None:
     from matplotlib import rc_context  # noqa: PLC0415
 
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    metadata = {"Date": None} if kind == "svg" else {}
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hybridpar"}):
-        figure.savefig(path, metadata=metadata)
+        figure.savefig(to, format=kind, metadata=metadata, **options)

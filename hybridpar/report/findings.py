@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hybridpar.report.comparison import HOW_TO_RECORD, Comparison
@@ -37,6 +37,47 @@ def findings(run: Run, comparison: Comparison | None) -> tuple[Finding, ...]:
     if run.summary is not None:
         result.append(_memory(run))
     return tuple(result)
+
+
+def beside(runs: Sequence[tuple[Run, Comparison | None]]) -> Finding:
+    """Return several runs side by side, a row each."""
+    rows = []
+    for run, comparison in runs:
+        prediction, last = run.plan.prediction, run.steps[-1] if run.steps else None
+        waiting = None
+        if comparison is not None:
+            waiting = sum(s.waiting_s / sum(s) for s in comparison.measured_shares) / len(
+                comparison.measured_shares
+            )
+        rows.append(
+            (
+                run.name,
+                " | ".join(f"{s.kind} {s.degree} x {s.micro_batch}" for s in run.plan.stages),
+                str(run.plan.world),
+                str(run.plan.global_batch),
+                "unknown" if run.step_s is None else in_time(run.step_s),
+                "unknown" if prediction is None else in_time(prediction.step_s),
+                "unknown" if run.step_s is None else f"{run.plan.global_batch / run.step_s:.1f}",
+                "unknown" if waiting is None else f"{waiting:.0%}",
+                "none yet" if last is None else str(last.step + 1),
+                "none yet" if last is None else f"{last.loss:.4f}",
+                "none yet" if not run.evaluations else f"{run.evaluations[-1].top1:.4f}",
+            )
+        )
+    columns = (
+        "run",
+        "stages: degree x micro-batch",
+        "ranks",
+        "global batch",
+        "step",
+        "predicted",
+        "samples/s",
+        "waiting",
+        "steps",
+        "loss",
+        "test accuracy",
+    )
+    return Finding("side by side", columns, tuple(rows), texts=2)
 
 
 def missing(run: Run) -> str | None:

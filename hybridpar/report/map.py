@@ -19,7 +19,7 @@ from hybridpar.report.figure import (
     text_width,
     write,
 )
-from hybridpar.report.palette import IDLE, INK, LINE, PALE_INK, PAPER, ink_on, tint
+from hybridpar.report.palette import GRID, HEAVY, IDLE, INK, LINE, PALE_INK, PAPER, ink_on, tint
 from hybridpar.report.placement import Board, Card, NodeBox, Part, memory_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ NAME = 0.26
 """Height of a node's name, above its cards."""
 REPLICA = 0.06
 """Height of the band that marks a plan replica's ranks."""
-BANDS = ("#222222", "#9a9a9a")
+BANDS = (HEAVY, LINE)
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,6 @@ def _memory(axes: Axes, card: Card, box: Box) -> None:
     """Draw a bar of the memory's share of the limit, red where it is above, and write both."""
     left, bottom, width, height = box
     share = card.memory_bytes / card.limit_bytes
-    boxes(axes, [box], "#dddddd")
+    boxes(axes, [box], GRID)
     boxes(axes, [(left, bottom, width * min(share, 1.0), height)], "#555555" if share <= 1 else "#cc0000")
     write(axes, left, bottom + height + 0.08, fitted(memory_text(card), width, SMALL), SMALL, INK)

@@ -14,7 +14,11 @@ from hybridpar.planning.program import Content
 Phase = Literal["forward", "backward", "update", "other", "communication"]
 Lane = Literal["activations", "gradients", "collectives"]
 
-INK, PALE_INK, IDLE, LINE, PAPER = "#1a1a1a", "#5a5a5a", "#f1f1f1", "#9a9a9a", "#ffffff"
+INK, PALE_INK, IDLE, LINE, GRID, PAPER = "#1a1a1a", "#5a5a5a", "#f1f1f1", "#9a9a9a", "#dddddd", "#ffffff"
+HEAVY = "#222222"
+"""Of what matters most among communication."""
+INK_ON_PALE, INK_ON_FULL = "#1a1a1b", "#fffffe"
+"""A hair off ``INK`` and ``PAPER``: a page in the dark exchanges those, but not what is written on a colour."""
 
 _FRONT, _TAIL = "#0072b2", "#d55e00"
 _MIDDLE = ("#009e73", "#cc79a7", "#999933", "#882255")
@@ -26,8 +30,8 @@ UPDATE, OTHER = "#f0e442", "#b8b8b8"
 _CONTENT: dict[str, tuple[str, str, Lane]] = {
     "activation": ("activations", "#56b4e9", "activations"),
     "gradient": ("gradients of activations", "#e69f00", "gradients"),
-    "bucket": ("gradient buckets", "#222222", "collectives"),
-    "zero": ("sharded update", "#222222", "collectives"),
+    "bucket": ("gradient buckets", HEAVY, "collectives"),
+    "zero": ("sharded update", HEAVY, "collectives"),
     "sum": ("sums inside the tail", "#44aa99", "collectives"),
 }
 _CONTROL: tuple[str, str, Lane] = ("control", "#a08070", "collectives")
@@ -75,4 +79,4 @@ def ink_on(colour: str) -> str:
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return INK if (luminance + 0.05) / 0.06 >= 1.05 / (luminance + 0.05) else PAPER
+    return INK_ON_PALE if (luminance + 0.05) / 0.06 >= 1.05 / (luminance + 0.05) else INK_ON_FULL

@@ -10,7 +10,7 @@ from rich.console import Console
 from hybridpar.errors import ConfigError
 from hybridpar.planning.pareto import Front, Point
 from hybridpar.report.figure import DOTS_PER_INCH, FONT, prepare_folder, save
-from hybridpar.report.palette import INK, LINE
+from hybridpar.report.palette import GRID, INK, LINE
 from hybridpar.report.text import in_bytes, in_time, plural, titled
 from hybridpar.schema import to_data
 
@@ -124,6 +124,6 @@ def front_figure(found: Front) -> Figure:
     axes.set_ylabel("samples/s", color=INK, family=[FONT, "sans-serif"])
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.grid(color="#dddddd", linewidth=0.5)
+    axes.grid(color=GRID, linewidth=0.5)
     axes.legend(loc="lower right", frameon=False)
     return figure

@@ -8,13 +8,15 @@ from rich.console import Console
 from rich.text import Text
 
 from hybridpar.report.comparison import Comparison
-from hybridpar.report.findings import Finding, findings, missing
+from hybridpar.report.findings import Finding, beside, findings, missing
 from hybridpar.report.run import Run
 from hybridpar.report.text import titled
 
 
 def show(runs: Sequence[tuple[Run, Comparison | None]], console: Console) -> None:
-    """Print what there is to say of each run."""
+    """Print several runs side by side, then what there is to say of each."""
+    if len(runs) > 1:
+        _print(beside(runs), console)
     for number, (run, comparison) in enumerate(runs):
         if number:
             console.rule()

@@ -2,15 +2,15 @@
 
 Format: trace events (Google, "Trace Event Format", 2016): a JSON object whose ``traceEvents`` are complete events
 ("X", microseconds), metadata ("M") that names processes and threads, and flows ("s", "f") from sender to receiver.
-A process is a node; a rank has a thread for its computations and one for its communications, or several where
-communications of a rank overlap, as the events of a thread must not.
+A process is a node, or a node in one of several timelines. A rank has a thread for its computations and one for
+its communications, or several where communications of a rank overlap, as the events of a thread must not.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hybridpar.cluster.topology import Cluster
@@ -20,12 +20,37 @@ from hybridpar.report.palette import stage_name
 
 Event = dict[str, Any]
 
+PROCESSES = 100_000
+"""Process numbers per timeline: more than any cluster has nodes."""
 THREADS = 100
 """Thread numbers per rank: its computations have the first, its communications the following ones."""
 
 
 def trace(program: Program, timeline: Timeline, cluster: Cluster) -> Event:
     """Return the last step, from its first computation on, as a trace; of several plan replicas the first."""
+    return _trace(program, timeline, cluster, _events(program, timeline, cluster))
+
+
+def traces(program: Program, timelines: Mapping[str, Timeline], cluster: Cluster) -> Event:
+    """Return several timelines of a program in one trace, each from its first computation on.
+
+    Processes are called after timeline and node: ``measured node0``. The figures about the trace are the first's.
+    """
+    events: list[Event] = []
+    for number, (name, timeline) in enumerate(timelines.items()):
+        for event in _events(program, timeline, cluster):
+            event["pid"] += number * PROCESSES
+            if "id" in event:
+                event["id"] += number * len(program.operations)
+            if event["name"] == "process_name":
+                event["args"]["name"] = f"{name} {event['args']['name']}"
+            if event["name"] == "process_sort_index":
+                event["args"]["sort_index"] += number * PROCESSES
+            events.append(event)
+    return _trace(program, next(iter(timelines.values())), cluster, events)
+
+
+def _events(program: Program, timeline: Timeline, cluster: Cluster) -> list[Event]:
     begin = min((s.start_s for s in timeline.spans), default=0.0)
     events = _names(program, cluster)
     events += [_computation(program, cluster, span, begin) for span in timeline.spans]
@@ -34,6 +59,10 @@ def trace(program: Program, timeline: Timeline, cluster: Cluster) -> Event:
     for flight, numbers in zip(flights, threads, strict=True):
         events += _communication(program, cluster, flight, numbers, begin)
     events += _communication_names(program, cluster, threads, flights)
+    return events
+
+
+def _trace(program: Program, timeline: Timeline, cluster: Cluster, events: list[Event]) -> Event:
     plan = program.plan
     about = {
         "model": plan.model,
@@ -47,7 +76,12 @@ def trace(program: Program, timeline: Timeline, cluster: Cluster) -> Event:
 
 def trace_json(program: Program, timeline: Timeline, cluster: Cluster) -> str:
     """Return the trace as JSON text."""
-    return json.dumps(trace(program, timeline, cluster), separators=(",", ":")) + "\n"
+    return as_json(trace(program, timeline, cluster))
+
+
+def as_json(events: Event) -> str:
+    """Return a trace as JSON text."""
+    return json.dumps(events, separators=(",", ":")) + "\n"
 
 
 def _names(program: Program, cluster: Cluster) -> list[Event]:

@@ -10,6 +10,7 @@ import pytest
 from hybridpar.errors import ConfigError
 from hybridpar.planning.program import Action, Program
 from hybridpar.report.comparison import compare, programs_of
+from hybridpar.report.overlay import FILES
 from hybridpar.report.run import Run
 from hybridpar.runtime.callback import Callback
 from hybridpar.runtime.job import Job
@@ -75,13 +76,37 @@ def test_two_runs_are_told_one_after_the_other(folder: Path, capsys: pytest.Capt
     assert out.count("largest deviations") == 2
 
 
+def test_a_page_and_pictures_are_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, pictures = tmp_path / "report.html", tmp_path / "pictures"
+    out, err = run(capsys, "report", str(folder), f"out={page}", f"pictures={pictures}")
+    assert "largest deviations" in out
+    assert f"page saved to {page}" in err
+    assert "the step, predicted and measured" in page.read_text()
+    assert {p.name for p in pictures.iterdir()} == set(FILES)
+
+
+def test_what_cannot_be_drawn_or_written_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = copied(folder, tmp_path / "run", "plan.json", "metrics.jsonl", "profile.json", "cluster.yaml")
+    _, err = run(capsys, "report", str(bare), f"pictures={tmp_path / 'p'}", code=2)
+    assert "no timeline was recorded under this plan: train with train.timeline=[10,13]" in err
+    _, err = run(capsys, "report", str(folder), str(folder), f"pictures={tmp_path / 'p'}", code=2)
+    assert "are of one run's step; ask for them run by run" in err
+    _, err = run(capsys, "report", str(folder), f"out={tmp_path / 'no' / 'page.html'}", code=2)
+    assert err.startswith(f"hybridpar: out: cannot write {tmp_path / 'no' / 'page.html'}")
+    _, err = run(capsys, "report", str(folder), "colour=red", code=2)
+    assert err.startswith("hybridpar: report ")
+    assert "takes the folders of one or more runs, out=FILE.html for a page" in err
+
+
 def test_a_folder_that_is_none_or_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, err = run(capsys, "report", str(tmp_path / "nowhere"), code=2)
     assert err.startswith(f"hybridpar: there is no folder {tmp_path / 'nowhere'}; ")
     _, err = run(capsys, "report", str(tmp_path), code=2)
     assert err.startswith(f"hybridpar: {tmp_path} is no run's folder: it lacks plan.json")
     _, err = run(capsys, "report", code=2)
-    assert "report: takes the folders of one or more runs" in err
+    assert "takes the folders of one or more runs" in err
     assert err.count("\n") == 1
 
 

@@ -32,7 +32,7 @@ from hybridpar.report import figure as figures
 from hybridpar.report.chart import timeline_figure
 from hybridpar.report.figure import fitted, prepare_folder, save, text_width
 from hybridpar.report.map import WIDTH, arrange, placement_figure
-from hybridpar.report.palette import ink_on, stage_name
+from hybridpar.report.palette import INK_ON_FULL, INK_ON_PALE, ink_on, stage_name
 from hybridpar.report.pictures import FILES, draw
 from hybridpar.report.placement import placement_board
 from hybridpar.report.timeline import MOST_CELLS, MOST_ROWS, Cell, Paint, paint_of, summed, timeline_scene, united
@@ -453,6 +453,6 @@ def test_a_text_that_is_too_wide_loses_its_middle() -> None:
 
 
 def test_text_on_colours_is_readable() -> None:
-    assert ink_on("#ffffff") == "#1a1a1a"
-    assert ink_on("#222222") == "#ffffff"
+    assert ink_on("#ffffff") == INK_ON_PALE
+    assert ink_on("#222222") == INK_ON_FULL
     assert math.isclose(text_width("ab", 14), 2 * text_width("ab", 7), rel_tol=0.1)
