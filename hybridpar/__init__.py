@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 _API = {
     "plan": "hybridpar.api",
     "Job": "hybridpar.api",
+    "ArcFace": "hybridpar.runtime.margin",
     "Callback": "hybridpar.runtime.callback",
+    "CosFace": "hybridpar.runtime.margin",
+    "CosineLinear": "hybridpar.model.linear",
     "CrossEntropy": "hybridpar.api",
     "LossScale": "hybridpar.sections",
     "OwnLoss": "hybridpar.api",
@@ -24,7 +27,10 @@ _API = {
 }
 
 __all__ = [
+    "ArcFace",
     "Callback",
+    "CosFace",
+    "CosineLinear",
     "CrossEntropy",
     "Job",
     "LossScale",

@@ -23,6 +23,7 @@ from hybridpar.cluster.describe import local
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Autocast
 from hybridpar.model.deferred import Source, ready
+from hybridpar.model.linear import CosineLinear
 from hybridpar.model.named import Naming
 from hybridpar.model.trace import Traced, trace
 from hybridpar.planning.plan import Kind, Plan, Precision, Recipe, validate_recipe
@@ -35,13 +36,27 @@ from hybridpar.runtime import zero
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.loss import Loss
+from hybridpar.runtime.margin import ArcFace, CosFace
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory
 from hybridpar.sections import LossScale, ParameterGroup
 
-__all__ = ["CrossEntropy", "Job", "LossScale", "OwnLoss", "OwnMetric", "ParameterGroup", "plan", "process", "wrap"]
+__all__ = [
+    "ArcFace",
+    "CosFace",
+    "CosineLinear",
+    "CrossEntropy",
+    "Job",
+    "LossScale",
+    "OwnLoss",
+    "OwnMetric",
+    "ParameterGroup",
+    "plan",
+    "process",
+    "wrap",
+]
 
 
 @lru_cache(maxsize=1)
@@ -147,8 +162,8 @@ def wrap(
         seed: of dropout.
         max_norm: clips the gradients by their global norm; the plan's recipe must say so.
         rate: learning rate by step; default: the optimizer's own.
-        loss: ``CrossEntropy(label_smoothing=..., class_weights=..., ignore_index=...)``, which works on sharded
-            classes too, or ``OwnLoss(function)``; default: the former, without arguments.
+        loss: ``CrossEntropy(label_smoothing=..., class_weights=..., ignore_index=..., margin=...)``, which works
+            on sharded classes too, or ``OwnLoss(function)``; default: the former, without arguments.
         groups: ``[ParameterGroup("features.*", {"lr": 0.01, "weight_decay": 0})]``: parameters, by patterns of
             their names, for which the optimizer is to have other options. The first group that matches has them.
         metrics: ``{"name": function}`` of (logits, labels), or ``OwnMetric``: further figures of ``job.evaluate``.

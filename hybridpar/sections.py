@@ -270,6 +270,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class MarginConfig:
+    """The margin of a softmax over cosines."""
+
+    name: Literal["none", "arcface", "cosface"] = "none"
+    scale: float = 64.0
+    """Multiplies the cosines."""
+    size: float | None = None
+    """Of arcface in radians; None: 0.5 of arcface, 0.35 of cosface."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.scale < math.inf, "loss.margin.scale", self.scale, "must be above 0")
+        fits = self.size is None or 0 <= self.size < (2.0 if self.name == "cosface" else math.pi)
+        _require(fits, "loss.margin.size", self.size, "must be 0 or more, and below pi (arcface) or 2 (cosface)")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """The cross-entropy, with the meaning of ``torch.nn.CrossEntropyLoss``."""
 
@@ -278,6 +294,8 @@ class LossConfig:
     """One number per class, or the path of a JSON file with a list of them; None: 1 each."""
     ignore_index: int = -100
     """Label of samples that do not count."""
+    margin: MarginConfig = field(default_factory=MarginConfig)
+    """Of a model that ends in cosines."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")

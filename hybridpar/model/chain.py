@@ -47,6 +47,8 @@ class Linear:
     in_features: int
     out_features: int
     bias: bool
+    normalized: bool = False
+    """It divides its input, and its weight per output, by their lengths: only by columns can it be sharded."""
 
 
 @dataclass(frozen=True)
@@ -220,5 +222,8 @@ class Chain:
             del data["autocast"]
             for layer in data["layers"]:
                 del layer["lowered"]
+        for layer in data["layers"]:  # and one without normalised layers
+            if layer["linear"] and not layer["linear"]["normalized"]:
+                del layer["linear"]["normalized"]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,10 +14,11 @@ from hybridpar.errors import ModelError
 from hybridpar.model.copies import share
 from hybridpar.model.expand import expansion
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
+from hybridpar.model.linear import CosineLinear
 
 
 class _Tracer(fx.Tracer):
-    """Traces into everything but torch's own modules and those that turned out to be untraceable."""
+    """Traces into everything but torch's own modules, our linear layers and what turned out to be untraceable."""
 
     proxy_buffer_attributes = True
     """What is computed from a buffer is part of the graph, not a constant of the time of tracing."""
@@ -30,7 +31,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a call of ``m`` stays one node."""
-        if module_qualified_name in self._opaque:
+        if module_qualified_name in self._opaque or isinstance(m, CosineLinear):
             return True
         return expansion(m) is None and super().is_leaf_module(m, module_qualified_name)
 

@@ -1,4 +1,4 @@
-"""A linear layer that adds its weight's gradient up where it lies.
+"""Linear layers that add their weight's gradient up where it lies.
 
 Autograd makes a gradient anew for every micro-batch and adds it to the one that is there. Where a layer is wide
 and the samples are few, that is more than twice the memory traffic, and on a CPU the system clears the pages of
@@ -7,12 +7,41 @@ each new one. Here the matrix product itself adds (Megatron-LM calls it gradient
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+
+class CosineLinear(nn.Module):
+    """The cosines between an embedding (samples, in) and a vector per class: (samples, out), in [-1, 1].
+
+    The head of recognition models that margin losses are for. A tail shards it by its classes, never by features,
+    over all of which it normalises. Neither has a length below 1e-12, as for ``F.normalize``.
+
+    Args:
+        in_features: of the embedding.
+        out_features: classes.
+
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Give the cosines, (samples, out), of (samples, in)."""
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class GatheringLinear(nn.Module):
@@ -66,6 +95,44 @@ class GatheringLinear(nn.Module):
             weight.grad = home.copy_(product)
 
 
+class GatheringCosine(GatheringLinear):
+    """``CosineLinear``, or some of its classes, that adds its weight's gradient up where it lies.
+
+    With u the embedding x over its length, w a class's vector and r one over its length, the cosine is
+    ``c = r u w``, and for the gradient g of c::
+
+        dw = sum g r u  -  (sum g c) r^2 w        (sums over samples)
+        du = sum g r w  (over classes),           dx = (du - (du u) u) / |x|
+
+    so that no normalised weight is ever made. ``du`` is a sum over classes, hence over shards, and dx is linear in
+    it: shards sum dx. It computes in the weight's dtype, under autocast too: cosines of lower precision would blur
+    the margin.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Take a parameter, or values for it."""
+        super().__init__(weight, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Give the cosines, (samples, out), of (samples, in)."""
+        y: torch.Tensor = _Cosines.apply(x, self.weight, self)
+        return y
+
+    def gather_cosines(self, gradient: torch.Tensor, unit: torch.Tensor, cosines: torch.Tensor) -> None:
+        """Add the weight's gradient, given the output's, the unit embeddings and the output."""
+        inverse = _inverse_lengths(self.weight)
+        self.gather(gradient * inverse, unit)
+        along = (gradient * cosines).sum(0).mul_(inverse).mul_(inverse)
+        assert self.weight.grad is not None
+        self.weight.grad.addcmul_(self.weight, along[:, None], value=-1)
+
+
+def gathering(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> GatheringLinear:
+    """Return what stands for a linear layer in a run, with the weight and bias of it or of a slice."""
+    normalizes = isinstance(module, CosineLinear | GatheringCosine)
+    return GatheringCosine(weight) if normalizes else GatheringLinear(weight, bias)
+
+
 def _parameter(value: torch.Tensor) -> nn.Parameter:
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value)
 
@@ -89,3 +156,45 @@ class _Map(torch.autograd.Function):
         if x is not None:
             ctx.layer.gather(gradient, x.to(kind))
         return of_input, None, of_bias, None
+
+
+_LEAST_LENGTH = 1e-12
+
+
+def _inverse_lengths(rows: torch.Tensor) -> torch.Tensor:
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return lengths.clamp_min_(_LEAST_LENGTH).reciprocal_()
+
+
+def _unlowered(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Let no autocast touch what is computed; on the meta device there is none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+class _Cosines(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: GatheringCosine) -> torch.Tensor:
+        ctx.layer, needs = layer, ctx.needs_input_grad
+        with _unlowered(x.device):
+            own = x.to(weight.dtype)
+            unit = own * _inverse_lengths(own)[:, None]
+            y = torch.mm(unit, weight.t()).mul_(_inverse_lengths(weight))
+        ctx.save_for_backward(
+            x if needs[0] or needs[1] else None, weight if needs[0] else None, y if needs[1] else None
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, cosines = ctx.saved_tensors
+        own = x.to(gradient.dtype)
+        inverse = _inverse_lengths(own)[:, None]
+        unit, of_input = own * inverse, None
+        if weight is not None:
+            toward = (gradient * _inverse_lengths(weight)) @ weight
+            across = toward - (toward * unit).sum(1, keepdim=True) * unit
+            of_input = across.mul_(inverse).to(x.dtype)
+        if cosines is not None:
+            ctx.layer.gather_cosines(gradient, unit, cosines)
+        return of_input, None, None

@@ -19,6 +19,7 @@ from hybridpar.model.copies import blank
 from hybridpar.model.cut import ELEMENTWISE
 from hybridpar.model.footprint import META_FAILURES, remedy, runnable
 from hybridpar.model.keyed import KeyedStochasticDepth
+from hybridpar.model.linear import CosineLinear
 
 LARGEST_FLOPS = 5e9
 """Of one sample's forward. A layer that needs more is not run: all of them together would take long."""
@@ -34,6 +35,7 @@ _BY_SAMPLE_MODULES = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.Linear,
+    CosineLinear,
     nn.Embedding,
     nn.Hardsigmoid,
     nn.Dropout,

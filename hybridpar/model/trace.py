@@ -20,7 +20,7 @@ from hybridpar.model.cut import ELEMENTWISE, cut
 from hybridpar.model.footprint import Footprint, measure
 from hybridpar.model.graph import capture, input_node, module_of
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
-from hybridpar.model.linear import GatheringLinear
+from hybridpar.model.linear import CosineLinear, gathering
 from hybridpar.model.named import Named, Naming, compare, named_layers
 from hybridpar.model.samples import check_samples
 
@@ -82,7 +82,8 @@ def trace(
         shape = described[-1].out_shape if described else tuple(in_shape)
         in_dtype = floating if described else dtype
         ends = autocast is not None and piece is pieces[-1]
-        run = part if autocast is None else _as_run(part, shape)
+        stands = autocast is not None or isinstance(part, CosineLinear)
+        run = _as_run(part, shape) if stands else part
         footprint = measure(run, shape, entering, differentiable, floating, piece.name, lowered, ends=ends)
         differentiable, entering = footprint.differentiable, footprint.dtype
         described.append(_describe(part, piece.nodes, piece.name, shape, footprint, full_names))
@@ -95,12 +96,21 @@ def trace(
 
 def _as_run(part: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
     """Return what stands for a layer in a run; it keeps less under autocast."""
-    return GatheringLinear(part.weight, part.bias) if _is_flat(part, in_shape) else part
+    if not _is_flat(part, in_shape):
+        return part
+    return gathering(part, part.weight, part.bias if isinstance(part, nn.Linear) else None)
 
 
-def _is_flat(part: nn.Module, in_shape: tuple[int, ...]) -> TypeGuard[nn.Linear]:
-    """Whether a layer is a single linear map over dim 1."""
-    return type(part) is nn.Linear and len(in_shape) == 1
+def _is_flat(part: nn.Module, in_shape: tuple[int, ...]) -> TypeGuard[nn.Linear | CosineLinear]:
+    """Whether a layer is a single linear map over dim 1, normalised or not."""
+    return type(part) in {nn.Linear, CosineLinear} and len(in_shape) == 1
+
+
+def _linear(part: nn.Module, in_shape: tuple[int, ...]) -> Linear | None:
+    if not _is_flat(part, in_shape):
+        return None
+    normalized = isinstance(part, CosineLinear)
+    return Linear(part.in_features, part.out_features, not normalized and part.bias is not None, normalized)
 
 
 @dataclass(frozen=True)
@@ -245,9 +255,7 @@ def _describe(
         saves_input=footprint.saves_input,
         saves_output=footprint.saves_output,
         aliases_input=footprint.aliases_input,
-        linear=Linear(part.in_features, part.out_features, part.bias is not None)
-        if _is_flat(part, in_shape)
-        else None,
+        linear=_linear(part, in_shape),
         channelwise=_is_channelwise(part, nodes, in_shape, footprint.out_shape),
         random="unkeyed" if footprint.draws else "keyed" if keyed else "none",
         batch_norm="batch_norm" in functions

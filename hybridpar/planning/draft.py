@@ -13,7 +13,7 @@ from hybridpar.planning.layout import length, split
 from hybridpar.planning.placement import Placement
 from hybridpar.planning.plan import Kind, OrderRule, Plan, Segment, Stage
 from hybridpar.planning.request import Mode, Request
-from hybridpar.planning.sharding import Sharded, best_sharding
+from hybridpar.planning.sharding import Sharded, best_sharding, ways
 from hybridpar.planning.sizes import usual_sizes
 from hybridpar.profiling.record import Profile
 
@@ -162,12 +162,12 @@ class Drafting:
         """Return the sizes of gradient buckets to try, ascending; one where no gradient is reduced."""
         return self.request.buckets if placement.reduces else (None,)
 
-    def modes(self, draft: Draft) -> int:
-        """Return the number of linears of a draft's tail that are sharded."""
+    def modes(self, draft: Draft) -> list[Sharding]:
+        """Return, for every linear of a draft's tail that is sharded, the modes to choose from."""
         if not self._sharded(draft.placement):
-            return 0
+            return []
         start = draft.stage_bounds(len(self.chain.layers))[-1][0]
-        return sum(1 for layer in self.chain.layers[start:] if layer.linear)
+        return ways(self.chain, start, self.request.space.sharding)
 
     def sharded(self, start: int, shards: int) -> Sharded:
         """Return the sharding of a tail from a layer on that moves fewest bytes."""
@@ -182,7 +182,8 @@ class Drafting:
 
     def resharded(self, draft: Draft) -> Draft:
         """Give a draft one mode per sharded linear of its tail: the best ones, or what it has and some more."""
-        count = self.modes(draft)
+        free = self.modes(draft)
+        count = len(free)
         pinned = self.request.pin("tail").sharding
         if pinned is not None:
             return replace(draft, sharding=pinned if self._sharded(draft.placement) else ())
@@ -190,8 +191,7 @@ class Drafting:
             start = draft.stage_bounds(len(self.chain.layers))[-1][0]
             return replace(draft, sharding=self.sharded(start, len(draft.placement.groups[-1][0])).modes)
         kept = draft.sharding[max(len(draft.sharding) - count, 0) :]
-        modes = self.request.space.sharding
-        fresh: Sharding = tuple(modes[0] if (count - i) % 2 else modes[-1] for i in range(count - len(kept)))
+        fresh = tuple(free[i][0] if (count - i) % 2 else free[i][-1] for i in range(count - len(kept)))
         return replace(draft, sharding=fresh + kept)
 
     def allowed(self, draft: Draft) -> bool:

@@ -24,7 +24,7 @@ def drafts(drafting: Drafting, placement: Placement) -> Iterator[Draft]:
             )
             caps = [drafting.caps(base, i) for i in stages]
             pinned = request.pin("tail").sharding
-            modes = [request.space.sharding] * drafting.modes(base)
+            modes = drafting.modes(base)
             shardings = iter((pinned,)) if pinned is not None and modes else product(*modes)
             keeping = list(product(product(*caps), product(*recompute)))
             rules = list(product(request.orders, drafting.shardings(placement), drafting.buckets(placement)))

@@ -32,8 +32,8 @@ def neighbours(drafting: Drafting, draft: Draft, *, lacking: bool) -> Iterator[D
 def _other_rules(drafting: Drafting, draft: Draft) -> Iterator[Draft]:
     """Yield drafts with another sharding of a linear or the optimizer, or another order."""
     if drafting.request.pin("tail").sharding is None and len(draft.sharding) <= MOST_FREE:
-        for i, mode in enumerate(draft.sharding):
-            for other in drafting.request.space.sharding:
+        for i, (mode, free) in enumerate(zip(draft.sharding, drafting.modes(draft), strict=True)):
+            for other in free:
                 if other != mode:
                     yield replace(draft, sharding=_with(draft.sharding, i, other))
     for order in drafting.request.orders:

@@ -390,6 +390,13 @@ def _validate_tail(stage: Stage, chain: Chain) -> None:
         stage.sharding,
         f"must have {len(linears)} entries, column or row for each linear layer",
     )
+    for layer, mode in zip(linears, stage.sharding, strict=True):
+        _require(
+            mode == "column" or layer.linear is None or not layer.linear.normalized,
+            "tail.sharding",
+            list(stage.sharding),
+            f"gives {layer.name} rows, which it cannot have: it normalises over all features; use column there",
+        )
     widths = [(f"entering layer {chain.layers[first].name}", chain.layers[first].in_shape[0])]
     for layer in linears:
         if layer.linear is not None:

@@ -37,16 +37,25 @@ class Sharded:
     """Communications inside, per micro-batch and direction."""
 
 
+def ways(chain: Chain, start: int, allowed: Sequence[Mode]) -> list[tuple[Mode, ...]]:
+    """Return, for every linear of a tail that starts at a layer, the modes that it can have of those allowed.
+
+    One that is normalised has columns, whatever is allowed: it needs all features of its input.
+    """
+    linears = [layer.linear for layer in chain.layers[start:] if layer.linear]
+    return [("column",) if linear.normalized else tuple(allowed) for linear in linears]
+
+
 def best_sharding(chain: Chain, start: int, shards: int, allowed: Sequence[Mode]) -> Sharded:
     """Return the sequence for a tail that starts at a layer, by bytes and then by the number of communications."""
     widths = [layer.out_elements for layer in chain.layers[start:] if layer.linear]
     entering = chain.layers[start].in_elements
+    free = ways(chain, start, allowed)
     if len(widths) <= MOST_FREE:
-        sequences = list(product(allowed, repeat=len(widths)))
+        sequences = list(product(*free))
     else:
-        sequences = [
-            tuple(allowed[(i + k) % len(allowed)] for i in range(len(widths))) for k in range(len(allowed))
-        ]
+        turns = range(len(allowed))
+        sequences = [tuple(own[(i + k) % len(own)] for i, own in enumerate(free)) for k in turns]
     found = [_priced(modes, entering, widths, shards) for modes in sequences]
     return min(found, key=lambda s: (s.entering + s.inside, s.sums))
 

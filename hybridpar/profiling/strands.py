@@ -15,7 +15,7 @@ from hybridpar.model.chain import Chain, Layer, Parameter
 from hybridpar.model.copies import blank
 from hybridpar.model.footprint import lowering, set_keys
 from hybridpar.model.keyed import Keys
-from hybridpar.model.linear import GatheringLinear
+from hybridpar.model.linear import CosineLinear, GatheringLinear, gathering
 from hybridpar.profiling.bench import Bench, Mark
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -110,8 +110,8 @@ def _as_in_training(layer: Layer, module: nn.Module) -> nn.Module:
     """Return a layer as the executor has it."""
     if layer.linear is None:
         return module
-    assert isinstance(module, nn.Linear)
-    return GatheringLinear(module.weight, module.bias)
+    assert isinstance(module, nn.Linear | CosineLinear)
+    return gathering(module, module.weight, module.bias if isinstance(module, nn.Linear) else None)
 
 
 def _narrow(strand: Strand, full: nn.Module) -> nn.Module:
@@ -124,7 +124,7 @@ def _narrow(strand: Strand, full: nn.Module) -> nn.Module:
     else:
         inputs = part(inputs, strand.share)
     bias = _part_of(full.get_parameter("bias"), (outputs,)) if linear.bias else None
-    return GatheringLinear(_part_of(full.get_parameter("weight"), (outputs, inputs)), bias)
+    return gathering(full, _part_of(full.get_parameter("weight"), (outputs, inputs)), bias)
 
 
 def _part_of(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:

@@ -20,6 +20,7 @@ from hybridpar.runtime.early_stop import early_stop
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
 from hybridpar.runtime.judge import Judge
+from hybridpar.runtime.loss import check_mixes
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.own_metric import OwnMetrics, make_metrics
 from hybridpar.runtime.process import Place
@@ -50,9 +51,12 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     place = place or Place.read(os.environ)
     check_config(config, place)
     check_trained(chain)
+    loss = make_loss(config.loss, chain.classes)
+    loss.check_plan(plan, chain)
     if config.data.mixup is not None or config.data.cutmix is not None:
         if chain.input_dtype == "int":
             raise ConfigError("data.mixup and data.cutmix cannot mix the integers that the model takes; drop them")
+        check_mixes(loss)
         Mixing(config.train.seed, chain.in_shape, config.data.mixup, config.data.cutmix)
     check_groups(config.optimizer.parameter_groups, chain)
     metrics = OwnMetrics(make_metrics(config.metrics), chain)

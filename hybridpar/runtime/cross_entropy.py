@@ -15,15 +15,16 @@ from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime.loss import (
-    TOP,
     Figures,
     Logits,
     Outcome,
-    as_figures,
     best_classes,
+    best_figures,
     count_found,
+    own_columns,
     share_of,
 )
+from hybridpar.runtime.margin import Margin, MarginCriterion, entering, leaving, make_margin
 from hybridpar.schema import from_data
 from hybridpar.sections import LossConfig
 
@@ -35,6 +36,9 @@ class CrossEntropy:
         label_smoothing: e, in [0, 1): how much of the target is spread over all C classes.
         class_weights: w, one number of 0 or more per class; None: 1 each.
         ignore_index: a label whose samples count neither in the sum nor in the weight.
+        margin: ``ArcFace(scale, margin)`` or ``CosFace(scale, margin)``, for logits that are cosines (of a
+            ``CosineLinear``): what is said below is then of the changed and scaled cosines. Accuracies are of the
+            plain ones. Evaluations have the margin too.
 
     With L the logarithm of the sum of exponentials of a sample's logits l, and y its label, its loss is::
 
@@ -58,11 +62,13 @@ class CrossEntropy:
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | torch.Tensor | None = None,
         ignore_index: int = IGNORED,
+        margin: Margin | None = None,
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"loss.label_smoothing: {label_smoothing} must lie in [0, 1)")
         self.smoothing = label_smoothing
         self.ignored = ignore_index
+        self.margin = margin
         self.class_weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64)
         """(classes,) float64, on the device of the labels from the first micro-batch on."""
         self._mean = 1.0
@@ -74,10 +80,22 @@ class CrossEntropy:
                 )
             self._mean = float(self.class_weights.mean())
 
+    @property
+    def mixes(self) -> bool:
+        """Whether samples may have two labels: a margin belongs to one."""
+        return self.margin is None
+
     def check_plan(self, plan: Plan, chain: Chain) -> None:
-        """Raise ConfigError where there is not one weight per class."""
+        """Raise ConfigError where there is not one weight per class, or a margin without cosines."""
         del plan
         self.check_classes(chain.classes)
+        head = chain.layers[-1].linear
+        if self.margin is not None and not (head and head.normalized):
+            raise ConfigError(
+                f"loss.margin: {type(self.margin).__name__} is for cosines, but {chain.model} ends in "
+                f"{chain.layers[-1].name} ({chain.layers[-1].kind}); end it in hybridpar.CosineLinear, or set "
+                "loss.margin.name=none"
+            )
 
     def check_classes(self, classes: int) -> None:
         """Raise ConfigError where there is not one weight per class."""
@@ -101,24 +119,24 @@ class CrossEntropy:
         None, (labels, 0), where there are no other shards.
         """
         logits = logits.rows
-        values = logits.values
         if logits.whole:
-            return values.new_empty((len(values), 0))
-        largest = values.max(dim=1).values
-        exponentials = (values - largest[:, None]).exp_().sum(dim=1)
-        figures = [largest, exponentials, self._target(values, logits)]
-        if train:
-            return torch.stack(figures, dim=1)
-        count = min(TOP, values.shape[1])
-        best, classes = values.topk(count, dim=1)
-        padding = values.new_full((len(values), TOP - count), float("-inf"))
-        ids = as_figures(classes + logits.first, values.dtype)
-        return torch.cat([torch.stack(figures, dim=1), best, padding, ids, padding], dim=1)
+            return logits.values.new_empty((len(logits.values), 0))
+        taken = self._taken(logits)
+        target = self._target(taken.values, taken)
+        largest = taken.values.max(dim=1).values
+        exponentials = _less(taken, largest).exp_().sum(dim=1)
+        figures = torch.stack([largest, exponentials, target], dim=1)
+        return figures if train else torch.cat([figures, best_figures(logits)], dim=1)
+
+    def _taken(self, logits: Logits) -> Logits:
+        """Return what the softmax takes."""
+        return logits if self.margin is None else entering(self.margin, logits)
 
     def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
         """Combine the figures of all shards into the loss; ``weight`` divides the gradient."""
         logits = logits.rows
         values, labels = logits.values, logits.labels
+        taken = self._taken(logits)
         shares = [(self._weights(y, values.dtype) * share, y, share) for y, share in logits.targets]
         weights = _sum(w for w, _, _ in shares)
         counted = _sum((y != self.ignored).to(values.dtype) * share for _, y, share in shares)
@@ -126,11 +144,11 @@ class CrossEntropy:
         if self.smoothing:
             factors += counted * (self.smoothing * self._mean)
         if logits.whole:
-            logarithms = values.log_softmax(dim=1)
+            logarithms = taken.values.log_softmax(dim=1)
             losses = -self._target(logarithms, logits)
         else:
             normaliser, target = _joined(figures)
-            logarithms = values - normaliser[:, None]
+            logarithms = _less(taken, normaliser)
             losses = factors * normaliser - target
         loss_sum = losses.sum(dtype=torch.float64)
         own_weight, samples = weights.sum(dtype=torch.float64), counted.sum(dtype=torch.float64)
@@ -140,11 +158,13 @@ class CrossEntropy:
         per_weight = share_of(weight).to(values.dtype)
         gradient = logarithms.exp_().mul_((factors * per_weight)[:, None])
         for own_weights, y, _ in shares:
-            own, index = _own(logits, y)
+            own, index = own_columns(logits, y)
             on_target = own * own_weights * (per_weight * (self.smoothing - 1))
             gradient.scatter_add_(1, index[:, None], on_target[:, None])
         if self.smoothing:
             gradient.addr_(counted * per_weight, self._spread(logits), alpha=-1)
+        if self.margin is not None:
+            gradient = leaving(self.margin, logits, gradient)
         zero = torch.zeros_like(loss_sum)
         return Outcome(loss_sum, own_weight, samples, zero, zero, gradient)
 
@@ -163,7 +183,7 @@ class CrossEntropy:
             target = F.nll_loss(values, labels, weights, ignore_index=self.ignored, reduction="none")
             target *= self.smoothing - 1
         else:
-            own, index = _own(logits, labels)
+            own, index = own_columns(logits, labels)
             factors = own * self._weights(labels, values.dtype) * (1 - self.smoothing)
             target = values.gather(1, index[:, None])[:, 0] * factors
         if self.smoothing:
@@ -193,11 +213,9 @@ def _sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     return first
 
 
-def _own(logits: Logits, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return whether each target lies in this shard, and its column (0 where it does not)."""
-    index = labels - logits.first
-    own = (index >= 0) & (index < logits.values.shape[1])
-    return own, torch.where(own, index, 0)
+def _less(logits: Logits, figure: torch.Tensor) -> torch.Tensor:
+    """Return the values without a figure per sample, (samples, width)."""
+    return logits.values.sub_(figure[:, None]) if logits.spare else logits.values - figure[:, None]
 
 
 def _joined(figures: Figures) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,15 +234,18 @@ def make_loss(config: LossConfig, classes: int) -> CrossEntropy:
     weights = config.class_weights
     if isinstance(weights, str):
         weights = _read_weights(Path(weights))
-    loss = CrossEntropy(config.label_smoothing, weights, config.ignore_index)
+    loss = CrossEntropy(config.label_smoothing, weights, config.ignore_index, make_margin(config.margin))
     loss.check_classes(classes)
     return loss
 
 
 def torch_loss(config: LossConfig, classes: int) -> nn.Module:
     """Return torch's own module for the configured loss, over logits of all classes. Raises as ``make_loss``."""
-    weights = make_loss(config, classes).class_weights
-    return nn.CrossEntropyLoss(weights, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing)
+    made = make_loss(config, classes)
+    plain = nn.CrossEntropyLoss(
+        made.class_weights, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing
+    )
+    return plain if made.margin is None else MarginCriterion(made.margin, plain)
 
 
 def _read_weights(path: Path) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.executor import Executor, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
 from hybridpar.runtime.groups import check_groups
-from hybridpar.runtime.loss import Loss
+from hybridpar.runtime.loss import Loss, check_mixes
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.origin import Origin, Watch
@@ -309,12 +309,14 @@ class Job:
         ``dataset`` is a ``hybridpar.data`` data set, a map-style one of (tensor, int), a ``Stream`` or any other
         iterable of such samples, or on ranks that read nothing its size (None: a stream without one). Training
         shuffles by ``seed`` (the job's by default), evaluation goes through all samples once, in order. ``mixup``
-        and ``cutmix`` are alphas, see ``hybridpar.data.mixing``. Raises DataError where the data set does not fit.
+        and ``cutmix`` are alphas, see ``hybridpar.data.mixing``. Raises DataError where the data set does not fit,
+        ConfigError where the loss does not mix.
         """
         seed = self.seed if seed is None else seed
         samples = self._samples(dataset)
         mixing = None
         if train and (mixup is not None or cutmix is not None):
+            check_mixes(self._loss)
             mixing = Mixing(seed, self.chain.in_shape, mixup, cutmix)
         order = order_of(samples, self.plan.global_batch, seed, train=train, drop_last=drop_last)
         mode: Mode = "train" if train else "evaluate"

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.plan import Plan
 
@@ -55,6 +56,8 @@ class Logits(NamedTuple):
     """Likewise, labels of what the samples are mixed with; None: they are not mixed."""
     share: float = 1.0
     """Of the loss of ``labels`` in a mixed sample's; that of ``others`` has the rest."""
+    spare: bool = False
+    """Whether ``values`` are nobody else's and may be overwritten."""
 
     @property
     def rows(self) -> Logits:
@@ -77,6 +80,11 @@ class Loss(Protocol):
 
     ignored: int
     """Label of samples that do not count."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the loss of a mixed sample can be taken from two labels."""
+        ...
 
     def check_plan(self, plan: Plan, chain: Chain) -> None:
         """Raise HybridparError where the loss cannot be computed under a plan, or on the model's outputs."""
@@ -102,6 +110,15 @@ class Loss(Protocol):
         ...
 
 
+def check_mixes(loss: Loss) -> None:
+    """Raise ConfigError for a loss that mixed samples do not have."""
+    if not loss.mixes:
+        raise ConfigError(
+            "data.mixup and data.cutmix give samples two labels, but the margin of a loss belongs to one; drop "
+            "them, or set loss.margin.name=none"
+        )
+
+
 def share_of(weight: torch.Tensor) -> torch.Tensor:
     """Return 1 / weight, float64 scalar; 0 where nothing counts in the whole step: torch has no gradient there."""
     return torch.where(weight > 0, 1 / weight, 0)
@@ -114,6 +131,23 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 def as_figures(classes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return class numbers in the guise of figures of ``dtype``."""
     return classes.to(_INTEGERS[dtype]).view(dtype)
+
+
+def own_columns(logits: Logits, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether each target lies in this shard, and its column (0 where it does not)."""
+    index = labels - logits.first
+    own = (index >= 0) & (index < logits.values.shape[1])
+    return own, torch.where(own, index, 0)
+
+
+def best_figures(logits: Logits) -> torch.Tensor:
+    """Return a shard's five largest logits and their classes, (samples, 2 * 5); of fewer classes, -inf besides."""
+    values = logits.values
+    count = min(TOP, values.shape[1])
+    best, classes = values.topk(count, dim=1)
+    padding = values.new_full((len(values), TOP - count), float("-inf"))
+    ids = as_figures(classes + logits.first, values.dtype)
+    return torch.cat([best, padding, ids, padding], dim=1)
 
 
 def best_classes(logits: Logits, figures: Figures) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Part, Source
 from hybridpar.model.footprint import lowering
 from hybridpar.model.keyed import KeyedDropout, Keys
-from hybridpar.model.linear import GatheringLinear
+from hybridpar.model.linear import CosineLinear, GatheringLinear, gathering
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Block, Position, Span
 
@@ -136,8 +136,8 @@ class ModuleFactory:
         for local, buffer in module.named_buffers():
             memo[id(buffer)] = self._value(names[local])
         made = copy.deepcopy(module, memo)
-        if isinstance(made, nn.Linear) and self._traced.chain.layers[index].linear:
-            made = GatheringLinear(made.weight, made.bias)
+        if isinstance(made, nn.Linear | CosineLinear) and self._traced.chain.layers[index].linear:
+            made = gathering(made, made.weight, made.bias if isinstance(made, nn.Linear) else None)
             if self._traced.chain.gathered[index]:
                 owned[0] = replace(owned[0], layer=made)
         return made, owned
@@ -149,7 +149,7 @@ class ModuleFactory:
         weight, bias = self._value(names["weight"], part), None
         if "bias" in names and (span.mode == "column" or first):
             bias = self._value(names["bias"], part if span.mode == "column" else None)
-        layer = GatheringLinear(weight, bias)
+        layer = gathering(self._traced.modules[index], weight, bias)
         for local, parameter in layer.named_parameters():
             parameter.requires_grad_(self._traced.modules[index].get_parameter(local).requires_grad)
         gathers = layer if self._traced.chain.gathered[index] else None

@@ -31,6 +31,8 @@ class OwnLoss:
     A ``function`` gets the samples of one micro-batch, and is called on every rank of the last stage.
     """
 
+    mixes = True
+
     def __init__(
         self,
         function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],

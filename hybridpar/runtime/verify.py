@@ -27,6 +27,7 @@ from hybridpar.runtime.cross_entropy import make_loss, torch_loss
 from hybridpar.runtime.feed import Elsewhere, Feed
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import DTYPES, Job, checked_program
+from hybridpar.runtime.loss import check_mixes
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.reference import Reference
@@ -56,7 +57,10 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
     """Raise HybridparError for what makes a verification impossible, as far as a glance tells."""
     make_factory(config.optimizer)
     check_groups(config.optimizer.parameter_groups, traced.chain)
-    make_loss(config.loss, traced.chain.classes)
+    loss = make_loss(config.loss, traced.chain.classes)
+    loss.check_plan(plan, traced.chain)
+    if config.data.mixup is not None or config.data.cutmix is not None:
+        check_mixes(loss)
     datasets.check(config.data, traced.chain.classes, traced.chain.label_shape)
     check_fits(config, plan)
     _in_precision(config, plan, traced)

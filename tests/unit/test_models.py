@@ -11,13 +11,17 @@ from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 from torch import nn
 
+from hybridpar.config import compose
 from hybridpar.errors import ModelError
 from hybridpar.model.build import build
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.models.alexnet import alexnet
+from hybridpar.models.recognition import recognition
 from hybridpar.models.resnet import resnet
 from hybridpar.models.vgg import small_vgg, vgg
+from hybridpar.planner import load_model
+from hybridpar.sections import MarginConfig
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 CONFIGS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem not in {"custom", "torchvision"})
@@ -141,3 +145,15 @@ def test_builder_of_the_users_own(tmp_path, monkeypatch):
 def test_unknown_builders_and_options(builder, options, message):
     with pytest.raises(ModelError, match=message):
         build(builder, options)
+
+
+def test_recognition_ends_in_cosines_of_a_normalised_embedding():
+    config = compose(["experiment=recognition", "model.classes=1000", "model.options.dropout=0.1"])
+    traced, _ = load_model(config)
+    norm, head = traced.chain.layers[-2:]
+    assert (norm.kind, norm.out_shape, head.name, head.out_shape) == ("BatchNorm1d", (512,), "head", (1000,))
+    assert head.linear is not None
+    assert head.linear.normalized
+    assert config.loss.margin == MarginConfig("arcface", 64.0, 0.5)
+    with pytest.raises(ModelError, match="embedding=0"):
+        recognition(embedding=0)
