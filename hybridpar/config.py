@@ -101,7 +101,8 @@ class Config:
                 f"diff={self.diff}: of no effect with format=json, which is the plan alone; drop one"
             )
         clipping, scaling = self.optimizer.clip is not None, self.train.scaling is not None
-        validate_recipe(Recipe(clipping, self._sharding, scaling=scaling), self.train.precision)
+        recipe = Recipe(clipping, self._sharding, scaling=scaling, compression=self.optimizer.compressed)
+        validate_recipe(recipe, self.train.precision)
         if self.resume == "auto" and self.run.dir is None:
             raise ConfigError("resume=auto: continues the run in run.dir, which is missing; give run.dir=...")
         self._check_front()
@@ -169,8 +170,9 @@ class Config:
             from hybridpar.runtime.optimizer import state_count  # noqa: PLC0415 - torch takes seconds to import
 
             states = state_count(self.optimizer)
-        average, scaling = self.train.ema is not None, self.train.scaling is not None
-        return Recipe(self.optimizer.clip is not None, self._sharding, states, average, scaling)
+        clipping, average = self.optimizer.clip is not None, self.train.ema is not None
+        scaling, compression = self.train.scaling is not None, self.optimizer.compressed
+        return Recipe(clipping, self._sharding, states, average, scaling, compression)
 
 
 def conf_dir() -> Path:

@@ -12,6 +12,7 @@ from hybridpar.errors import ConfigError, PlanError
 from hybridpar.model.chain import Autocast
 from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
 from hybridpar.names import nearest
+from hybridpar.planning.compression import Compression, Method
 from hybridpar.planning.plan import Kind, OrderRule, Precision
 from hybridpar.planning.request import Effort, Pin, Shape
 
@@ -203,6 +204,22 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True)
+class PowerSgdConfig:
+    """How ``optimizer.compression=power_sgd`` compresses; ``planning.compression`` says what the fields mean."""
+
+    rank: int = Compression.rank
+    error_feedback: bool = Compression.error_feedback
+    warmup_steps: int = Compression.warmup_steps
+    min_rate: float = Compression.min_rate
+
+    def __post_init__(self) -> None:
+        where = "optimizer.power_sgd"
+        _require(self.rank >= 1, f"{where}.rank", self.rank, "must be at least 1")
+        _require(self.warmup_steps >= 0, f"{where}.warmup_steps", self.warmup_steps, "must be 0 or more")
+        _require(0 < self.min_rate < math.inf, f"{where}.min_rate", self.min_rate, "must be above 0")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer. Raises ConfigError for values that are out of range or do not go together."""
 
@@ -215,6 +232,9 @@ class OptimizerConfig:
     """``auto``: the planner chooses, and the plan's recipe says what runs."""
     clip: float | None = None
     """Largest global norm of the gradients; None: no clipping."""
+    compression: Literal["none", Method] = "none"
+    """Of gradients that are summed over replicas; lossy."""
+    power_sgd: PowerSgdConfig = field(default_factory=PowerSgdConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     groups: tuple[dict[str, Any], ...] = ()
     """Each with ``match`` and the options that differ, as in ``{match: features.*, lr: 0.01}``; the first one that
@@ -244,6 +264,16 @@ class OptimizerConfig:
                     f"{own[name]} of {group.match}",
                     "is on or off for all parameters; change it in optimizer.options",
                 )
+
+    @property
+    def compressed(self) -> Compression | None:
+        """The compression of gradients, as a plan's recipe has it."""
+        if self.compression == "none":
+            return None
+        if self.compression != "power_sgd":
+            return Compression(self.compression)
+        own = self.power_sgd
+        return Compression("power_sgd", own.rank, own.error_feedback, own.warmup_steps, own.min_rate)
 
     @property
     def parameter_groups(self) -> tuple[ParameterGroup, ...]:

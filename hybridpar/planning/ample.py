@@ -9,7 +9,7 @@ from hybridpar.planning.books import FIGURE_BYTES
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import length
-from hybridpar.planning.parameters import bucket_elements
+from hybridpar.planning.parameters import bucket_elements, reduction_of
 from hybridpar.planning.program import METRICS, STATISTICS, Program
 from hybridpar.planning.resident import NORM_ITEMSIZE, heap_of
 from hybridpar.planning.workspaces import Bytes, Workspaces
@@ -101,5 +101,10 @@ class _Most:
                 for fresh in (False, True):
                     found = self.workspaces.within(chain, block, shard, samples, itemsize, kind, fresh=fresh)
                     small, large = max(small, found.small), max(large, found.large)
+        reduction = reduction_of(program.plan, chain, position, block, position.ranks[shard])
+        total += sum(reduction.held(itemsize))
+        for work in reduction.steps():
+            needed = sum(reduction.workspace(work, itemsize))
+            small, large = max(small, needed), max(large, needed)
         norm = max(described.parameters, default=0) * NORM_ITEMSIZE
         return total + norm, Bytes(small, large)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hybridpar.model.chain import Chain
+from hybridpar.planning.compression import SUMS
 from hybridpar.planning.layout import length
 from hybridpar.planning.program import Content, Program
 from hybridpar.planning.timesplit import TimeSplit
@@ -21,7 +22,7 @@ SLOWER = 0.9
 """Speed of the one slow rank: ten percent below the others."""
 SLOWED_KINDS = 4
 """Kinds of ranks that are tried as the slow one, the busiest first: a long pipeline has one kind per rank."""
-SYNCHRONISED: frozenset[Content] = frozenset({"bucket", "zero"})
+SYNCHRONISED: frozenset[Content] = frozenset({*SUMS, "zero"})
 """Contents that keep replicas of parameters equal."""
 EXCHANGED: frozenset[Content] = frozenset({"activation", "gradient", "sum", "statistics"})
 """Contents that carry samples' values between stages and shards."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks_of, positions
 from hybridpar.planning.costs import Costs
-from hybridpar.planning.parameters import bucket_elements, is_zero
+from hybridpar.planning.parameters import is_zero, reduction_of
 from hybridpar.planning.plan import Plan
 
 
@@ -50,7 +50,7 @@ class Bounds:
     def _share(self, plan: Plan, position: Position) -> Share:
         sharding = plan.stages[position.stage].sharding
         numbers = plan.world, plan.replica_batch, plan.bucket_bytes, plan.itemsize, position.micro_batch
-        flags = position.recompute, is_zero(plan, position), position.copies
+        flags = position.recompute, is_zero(plan, position), position.copies, plan.recipe.compression
         key = (position.kind, position.layers, position.ranks, position.weights, sharding, numbers, flags)
         if key not in self._shares:
             self._shares[key] = self._priced(plan, position)
@@ -66,14 +66,15 @@ class Bounds:
             total, least = passes.of(index)
             if not zero:
                 total += costs.update(plan, chain, own, index)
+                total += sum(sum(costs.compression(plan, chain, position, b, rank).values()) for b in own)
             work.append(total / speed)
             quickest = min(quickest, least / speed)
         reductions = 0.0
         if position.reduced and not zero:
             rank = position.ranks[0]
             everyone = plan.everywhere(position.sharers(rank))
-            sizes = [bucket_elements(chain, position, b, rank) * plan.itemsize for b in own]
-            reductions = sum(costs.wire("all_reduce", everyone, s) for s in sizes if s)
+            summed = (reduction_of(plan, chain, position, b, rank).all_sums(plan.itemsize) for b in own)
+            reductions = sum(costs.wire("all_reduce", everyone, size) for sizes in summed for size in sizes)
         return Share(tuple(work), quickest, reductions)
 
     def _shared_cores(self, plan: Plan, work: dict[int, float]) -> float:

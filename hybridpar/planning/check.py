@@ -11,13 +11,16 @@ are taken to complete once the program's own ranks are there, which is right as 
 - Every rank starts the operations of one communicator in one order, whatever its samples (checked here): labels,
   metrics and norm on the one of all ranks; buckets of the last block first on the one of a position.
 - In the global sequence whatever waits for the buckets of a position comes after all backwards of it and of those
-  behind it, on all ranks, and so after the starts of all their buckets. Whatever waits for the norm comes
-  after all its starts; metrics are waited for at the end, labels started before anything else.
+  behind it, on all ranks, and so after the starts of all their buckets. The sums of right factors of compressed
+  ones start at one place of the sequence, for all ranks: behind the waits for the left ones, before any wait for
+  a right one, and from the last position to the first. Whatever waits for the norm comes after all its starts;
+  metrics are waited for at the end, labels started before anything else.
 
 Let every replica stop at the first action of its sequence that hangs: a wait for an operation across. Order what
-they wait for as labels, buckets from the last position to the first, norm, metrics, and take a replica whose
-operation is first in this order. Some participant has not started it, or one before it on its communicator, so its
-replica stopped before that; but it waits for the same or something later, before which it has started them all.
+they wait for as labels, buckets from the last position to the first (of each the right factors last), norm,
+metrics, and take a replica whose operation is first in this order. Some participant has not started it, or one
+before it on its communicator, so its replica stopped before that; but it waits for the same or something later,
+before which it has started them all.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from hybridpar.errors import ProgramError
 from hybridpar.planning.blocks import Position
 from hybridpar.planning.boundary import boundaries
 from hybridpar.planning.communicators import communicators
+from hybridpar.planning.compression import SUMS, WORKS
 from hybridpar.planning.layout import length
-from hybridpar.planning.parameters import bucket_elements, is_zero
+from hybridpar.planning.parameters import is_zero, reduction_of
 from hybridpar.planning.program import Action, Operation, Program
 
 Token = tuple[str, int, int]
@@ -138,17 +142,18 @@ class _StrictMachine:
 
 def _check_order_across(program: Program) -> None:
     """Every rank starts what is across replicas in the one order that holds for all of them."""
-    contents = ("label", "metrics", "norm", "bucket")
+    rounds = {"label": 0, "metrics": 1, "norm": 2, "right": 4}
     for rank, actions in enumerate(program.actions):
-        last: dict[str, tuple[int, int]] = {}
+        last: dict[str, tuple[int, int, int]] = {}
         for action in actions:
             if action.kind != "start" or action.operation is None:
                 continue
             operation = program.operations[action.operation]
             if not operation.across:
                 continue
-            place = contents.index(operation.content), -(operation.block or 0)
-            if place <= last.get(operation.communicator, (-1, 0)):
+            within = SUMS.index(operation.content) if operation.content in SUMS else 0
+            place = rounds.get(operation.content, 3), -(operation.block or 0), within
+            if place <= last.get(operation.communicator, (-1, 0, 0)):
                 name = program.describe(action)
                 raise ProgramError(f"rank {rank} would '{name}' in another order than other plan replicas")
             last[operation.communicator] = place
@@ -234,9 +239,11 @@ class _RankData:
                 continue
             if block.backward:
                 tokens |= {("input gradient", block.index, m): 1 for m in self._own(position)}
-            reduced = position.reduced and not is_zero(self.program.plan, position)
-            if reduced and bucket_elements(self.program.chain, position, block, self.rank):
-                tokens["bucket", block.index, 0] = 1
+            if not position.reduced or is_zero(self.program.plan, position):
+                continue
+            reduction = reduction_of(self.program.plan, self.program.chain, position, block, self.rank)
+            if reduction.elements:
+                tokens["restored" if reduction.compressed else "bucket", block.index, 0] = 1
         return tokens
 
     def _needs(self, action: Action) -> dict[Token, int]:
@@ -259,7 +266,24 @@ class _RankData:
             return self._needs_of_start(self.program.operations[action.operation])
         if action.kind in {"norm", "update"}:
             return self._needs_of_update(action, alone=alone)
-        return {}
+        return self._needs_of_compression(action) if action.kind in WORKS else {}
+
+    def _needs_of_compression(self, action: Action) -> dict[Token, int]:
+        block, program = action.block or 0, self.program
+        if action.kind == "compress":
+            return self._passed_back(block)
+        if action.kind == "factor":
+            return {("left", block, 0): 1}
+        described = program.blocks[block]
+        position = program.positions[described.position]
+        reduction = reduction_of(program.plan, program.chain, position, described, self.rank)
+        sums = {content for content, _ in reduction.sums(program.plan.itemsize)} - {"left"}
+        return {(content, block, 0): 1 for content in (*sums, *["right"] * bool(reduction.matrices))}
+
+    def _passed_back(self, block: int) -> dict[Token, int]:
+        """All backwards of a block on this rank."""
+        position = self.program.positions[self.program.blocks[block].position]
+        return {("input gradient", block, own): 1 for own in self._own(position)}
 
     def _needs_of_start(self, operation: Operation) -> dict[Token, int]:
         block, m = operation.block or 0, operation.micro_batch or 0
@@ -267,8 +291,9 @@ class _RankData:
             sends = operation.transfer.source == self.rank
             return {_source(operation.content, block, operation.transfer.source_micro_batch): int(sends)}
         if operation.content == "bucket":
-            position = self.program.positions[self.program.blocks[block].position]
-            return {("input gradient", block, own): 1 for own in self._own(position)}
+            return self._passed_back(block)
+        if operation.content in SUMS:
+            return {("factored" if operation.content == "right" else "compressed", block, 0): 1}
         if operation.content == "zero":
             return self._gradients(self.program.positions[block])
         if operation.content == "metrics":
@@ -298,6 +323,9 @@ class _RankData:
             "score": "scores",
             "loss": "loss",
             "backward": "input gradient",
+            "compress": "compressed",
+            "factor": "factored",
+            "restore": "restored",
             "norm": "norm",
             "update": "update",
         }

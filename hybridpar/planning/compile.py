@@ -10,10 +10,11 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks, positions
 from hybridpar.planning.boundary import boundaries
 from hybridpar.planning.communicators import communicators
+from hybridpar.planning.compression import SUMS
 from hybridpar.planning.layout import Transfer, length
 from hybridpar.planning.order import Flow, Task
 from hybridpar.planning.order import sequence as task_sequence
-from hybridpar.planning.parameters import bucket_elements, is_zero, parameter_count
+from hybridpar.planning.parameters import is_zero, parameter_count, reduction_of
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import (
     METRICS,
@@ -80,6 +81,10 @@ class _Compiler:
         self.unsent: list[deque[list[int]]] = [deque([[]]) for _ in self.world]
         self.arriving: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
         self.unwaited: list[dict[int, None]] = [{} for _ in self.world]
+        self.unfactored: dict[int, list[tuple[int, Block]]] = defaultdict(list)
+        """By position, compressed gradients whose left factors are being summed."""
+        self.reducing: dict[tuple[int, int], list[Block]] = defaultdict(list)
+        """By position and rank, blocks whose gradients are being summed."""
         self.boundaries = boundaries(self.positions, self.blocks, chain, samples)
         self.trailing = [b.trailing(chain, "out") * b.out_itemsize(chain, plan.itemsize) for b in self.blocks]
         """Bytes per sample and feature of every block's output."""
@@ -254,28 +259,52 @@ class _Compiler:
         position = self.positions[block.position]
         if not position.reduced or is_zero(self.plan, position):
             return
-        count = bucket_elements(self.chain, position, block, rank)
-        if not count:
-            return
+        reduction = reduction_of(self.plan, self.chain, position, block, rank)
+        if reduction.compressed:
+            self._act(rank, Action("compress", block.index))
+        if reduction.matrices:
+            self.unfactored[position.index].append((rank, block))
+        for content, size in reduction.sums(self.plan.itemsize):
+            self._start_sum(rank, block, content, size)
+        if reduction.elements:
+            self.reducing[position.index, rank].append(block)
+
+    def _start_sum(self, rank: int, block: Block, content: Content, size: int) -> None:
+        position = self.positions[block.position]
         group = position.gradients(rank)
-        bucket = self._once(
-            f"bucket {block.index} {group}",
+        total = self._once(
+            f"{content} {block.index} {group}",
             lambda: self._operation(
-                "all_reduce",
-                "bucket",
-                group,
-                position.sharers(rank),
-                count * self.plan.itemsize,
-                block.index,
-                across=self.across,
+                "all_reduce", content, group, position.sharers(rank), size, block.index, across=self.across
             ),
         )
-        self._start(rank, bucket)
-        self.arriving["bucket", position.index, 0, rank].append(bucket.index)
+        self._start(rank, total)
+        self.arriving[content, block.index, 0, rank].append(total.index)
+
+    def _factor(self, position: Position) -> None:
+        """Have all ranks of a position start the sums of the right factors, once the left ones are there.
+
+        All at one place of the sequence, behind all backwards of the position and so behind those of later ones,
+        whose factors come first: the order is the same in all plan replicas.
+        """
+        for behind in self.positions[: position.index : -1]:
+            if self.unfactored[behind.index]:
+                self._factor(behind)
+        for rank, block in self.unfactored.pop(position.index):
+            self._await(rank, "left", block.index, 0)
+            self._act(rank, Action("factor", block.index))
+            reduction = reduction_of(self.plan, self.chain, position, block, rank)
+            self._start_sum(rank, block, "right", reduction.right * self.plan.itemsize)
 
     def _await_gradients(self, rank: int, position: Position) -> None:
         """Wait for the reduced gradients."""
-        self._await(rank, "bucket", position.index, 0)
+        if self.unfactored[position.index]:
+            self._factor(position)
+        for block in self.reducing.pop((position.index, rank), ()):
+            for content in SUMS:
+                self._await(rank, content, block.index, 0)
+            if reduction_of(self.plan, self.chain, position, block, rank).compressed:
+                self._act(rank, Action("restore", block.index))
 
     # Communication
 

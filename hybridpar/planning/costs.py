@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
 from hybridpar.cluster.topology import Cluster, Collective
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, Span
+from hybridpar.planning.compression import WORKS
 from hybridpar.planning.layout import Interval, length
-from hybridpar.planning.parameters import parameter_count
+from hybridpar.planning.parameters import parameter_count, reduction_of
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.workspaces import Workspaces
@@ -27,7 +29,7 @@ COPY_PASSES = 2
 
 
 _PASSES = {"forward", "backward", "score", "loss"}
-HOST_ACTIONS = {*_PASSES, "norm", "update", "start"}
+HOST_ACTIONS = {*_PASSES, *WORKS, "norm", "update", "start"}
 """Actions that cost the executor a device's ``action_s``."""
 _COLLECTIVES: dict[str, Collective] = {
     "all_reduce": "all_reduce",
@@ -173,6 +175,11 @@ class Costs:
             return self._loss_time(program, rank, action)
         if action.kind == "update":
             return self._update_time(program, rank, action.block or 0)
+        if action.kind in WORKS:
+            block = program.blocks[action.block or 0]
+            return self.compression(program.plan, program.chain, program.positions[block.position], block, rank)[
+                action.kind
+            ]
         if action.kind == "norm":
             own = (p.index for p in program.positions if rank in p.ranks)
             return NORM_SHARE * sum(self._update_time(program, rank, i) for i in own)
@@ -229,6 +236,22 @@ class Costs:
         total = sum(self._elements(chain, block, index) for block in blocks)
         passes = 1 + AVERAGE_SHARE * plan.recipe.average + FACTOR_SHARE * plan.recipe.normed
         return total * plan.itemsize * self.profile.update_s_per_byte * passes
+
+    def compression(
+        self, plan: Plan, chain: Chain, position: Position, block: Block, rank: int
+    ) -> dict[str, float]:
+        """Return the seconds of a block's ``compress``, ``factor`` and ``restore`` on a rank, those that it has.
+
+        Modelled, not measured: the larger of operations at the device's rate and bytes at its memory's bandwidth;
+        bytes alone where it has no rate for the precision.
+        """
+        reduction = reduction_of(plan, chain, position, block, rank)
+        device, found = self.cluster.device, dict[str, float]()
+        for kind in reduction.steps():
+            flops, moved_bytes = reduction.work(kind, plan.itemsize)
+            rate = device.flops_per_s.get(plan.precision, math.inf)
+            found[kind] = max(flops / rate, moved_bytes / device.memory_bytes_per_s)
+        return found
 
     def _elements(self, chain: Chain, block: Block, index: int) -> float:
         """Return the trained elements of a block on its rank number ``index``."""

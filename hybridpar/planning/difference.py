@@ -27,6 +27,7 @@ WORDS = {
     "optimizer_states": "optimizer states",
     "average": "average of the weights",
     "scaling": "loss scaling",
+    "compression": "gradient compression",
 }
 """What a user calls a field; one that is missing here goes by its own name."""
 COUNTED_AS: dict[Kind, str] = {"front": "replicas", "middle": "segments", "tail": "shards"}

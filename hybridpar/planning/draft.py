@@ -154,7 +154,7 @@ class Drafting:
         """Return the optimizer shardings that a placement allows."""
         front = placement.kinds[0] == "front" and len(placement.groups[0][0]) > 1
         fits = front and placement.replicas == 1 and self.request.precision == "float32"
-        fits = fits and not self.request.recipe.normed
+        fits = fits and not self.request.recipe.normed and self.request.recipe.compression is None
         choices = self.request.optimizer_shardings
         return tuple(c for c in choices if c == "none" or fits or len(choices) == 1)
 

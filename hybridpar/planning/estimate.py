@@ -64,13 +64,14 @@ class Estimator:
 
     def __init__(self, drafting: Drafting) -> None:
         self.drafting, self.request = drafting, drafting.request
-        cluster = drafting.cluster
-        self.tables = Tables(drafting.chain, drafting.profile, ITEMSIZE[self.request.precision])
+        cluster, compression = drafting.cluster, self.request.recipe.compression
+        self.tables = Tables(drafting.chain, drafting.profile, ITEMSIZE[self.request.precision], compression)
         self.machine = Machine(
             Wiring(cluster),
             min(cluster.memory_bytes(r) for r in range(cluster.world)),
             self.request.recipe.optimizer_states + self.request.recipe.average,
             self.request.usual_bucket,
+            1 if compression is None else compression.most_sums,
             drafting.sharded,
         )
         self._choices: dict[tuple[object, ...], Choices] = {}

@@ -112,6 +112,8 @@ class Machine:
     limit_bytes: float
     optimizer_states: int
     bucket_bytes: int
+    sums: int
+    """Per gradient bucket."""
     sharded: Callable[[int, int], Sharded]
     """By first layer and number of shards."""
 
@@ -273,7 +275,7 @@ class Formulas:
             latency_s, s_per_byte = self.machine.wiring.reduction(group, self.placement)
             buckets = np.maximum(np.floor(part.bytes / self.machine.bucket_bytes), 1.0)
             crowd = self.machine.wiring.crowd(self.placement.groups[i], self.placement, tail=part.tail)
-            seconds = (buckets * latency_s + part.bytes * s_per_byte) * crowd
+            seconds = (buckets * self.machine.sums * latency_s + part.summed * s_per_byte) * crowd
             total = total + seconds
             if i == 0:
                 last = seconds / buckets

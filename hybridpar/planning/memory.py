@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridpar.planning.books import FIGURE_BYTES, Books
 from hybridpar.planning.layout import length
-from hybridpar.planning.parameters import bucket_elements, held_elements, is_zero
+from hybridpar.planning.parameters import bucket_elements, held_elements, is_zero, reduction_of
 from hybridpar.planning.program import METRICS, Program
 
 
@@ -22,6 +22,8 @@ class Memory:
     """And buffers."""
     gradients: int
     """In buckets, and those that gather in place; they stay from step to step."""
+    compression: int
+    """What is sent instead of gradients, and the error feedback; it stays likewise."""
     optimizer: int
     """And the average of the weights."""
     batch: int
@@ -46,7 +48,7 @@ class Memory:
     @property
     def persistent(self) -> int:
         """Bytes that stay all through the step."""
-        return self.parameters + self.gradients + self.optimizer + self.batch + self.control
+        return self.parameters + self.gradients + self.compression + self.optimizer + self.batch + self.control
 
     @property
     def alive(self) -> tuple[int, ...]:
@@ -73,7 +75,7 @@ def memory_of(books: Books) -> Memory:
     """Sum up the books of a rank."""
     program, rank = books.program, books.rank
     plan, chain = program.plan, program.chain
-    parameters = gradients = optimizer = 0
+    parameters = gradients = compression = optimizer = 0
     for block in program.blocks:
         position = program.positions[block.position]
         if rank in position.ranks:
@@ -82,12 +84,13 @@ def memory_of(books: Books) -> Memory:
             if program.mode == "train":
                 own = bucket_elements(chain, position, block, rank) * plan.itemsize
                 gradients += own if position.reduced else sum(books.own[block.index].kept.gathered) * plan.itemsize
+                compression += sum(reduction_of(plan, chain, position, block, rank).held(plan.itemsize))
                 states = own * plan.recipe.optimizer_states
                 optimizer += -(-states // len(position.ranks)) if is_zero(plan, position) else states
                 optimizer += own * plan.recipe.average
     batch, control = _read(program, rank)
     lists = books.saved, books.moving, books.accumulated, books.transient
-    return Memory(parameters, gradients, optimizer, batch, control, *map(tuple, lists))
+    return Memory(parameters, gradients, compression, optimizer, batch, control, *map(tuple, lists))
 
 
 def _read(program: Program, rank: int) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from hybridpar.model.chain import Chain
-from hybridpar.planning.blocks import Block, Position
+from hybridpar.planning.blocks import Block, Position, Span
+from hybridpar.planning.compression import Compression, Reduction
 from hybridpar.planning.layout import Interval, length
 from hybridpar.planning.plan import Plan
 
@@ -34,6 +35,39 @@ def bucket_elements(chain: Chain, position: Position, block: Block, rank: int) -
     A parameter that several layers share belongs to the first of them, whose backward completes its gradient.
     """
     return _elements(chain, position, block, rank, trained=True)
+
+
+def reduction_of(plan: Plan, chain: Chain, position: Position, block: Block, rank: int) -> Reduction:
+    """Return how the gradients that a block has on one of its ranks are summed, if they are."""
+    elements = bucket_elements(chain, position, block, rank)
+    compression = plan.recipe.compression
+    if compression is None or not position.reduced:
+        return Reduction(elements)
+    if not block.spans:
+        return _compressed(compression, chain, position.layers[0], block.layers, (), elements)
+    spans = block.spans[position.ranks.index(rank)]
+    return _compressed(compression, chain, block.layers[0], block.layers, spans, elements)
+
+
+@lru_cache(maxsize=4096)
+def _compressed(
+    compression: Compression, chain: Chain, first: int, layers: Interval, spans: tuple[Span, ...], elements: int
+) -> Reduction:
+    """Find the matrices among the trained parameters of some layers that no layer from ``first`` on has before."""
+    left_out = set(chain.frozen) | {p.name for layer in chain.layers[first : layers[0]] for p in layer.parameters}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in range(*layers):
+        for p in chain.layers[i].parameters:
+            shapes.setdefault(p.name, _sliced(p.shape, spans[i - layers[0]]) if spans else p.shape)
+    found = (compression.matrix(shape) for name, shape in shapes.items() if name not in left_out)
+    return Reduction(elements, compression, tuple(m for m in found if m is not None))
+
+
+def _sliced(shape: tuple[int, ...], span: Span) -> tuple[int, ...]:
+    """Return the shape of a shard's slice of a linear layer's weight; a bias is no matrix, whatever its slice."""
+    if len(shape) != 2:
+        return shape
+    return (length(span.outputs), shape[1]) if span.mode == "column" else (shape[0], length(span.inputs))
 
 
 def _elements(chain: Chain, position: Position, block: Block, rank: int, *, trained: bool) -> int:

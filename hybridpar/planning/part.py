@@ -125,6 +125,12 @@ class Part:
         return np.asarray(trained / (self.width if self.tail else self.degree))
 
     @cached_property
+    def summed(self) -> Array:
+        """Likewise, of what the sums of their gradients take."""
+        summed = self.tables.summed[self.stop] - self.tables.summed[self.start]
+        return np.asarray(summed / (self.width if self.tail else self.degree))
+
+    @cached_property
     def saved(self) -> Array:
         """Bytes per sample that one rank of a segment keeps for its backward, by choice of cuts."""
         held = self.tables.saved[self.stop] - self.tables.saved[self.start]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
+from hybridpar.planning.compression import Compression
 from hybridpar.planning.layout import Interval, chunks, length, split
 from hybridpar.schema import digest, from_data, read_json, to_data
 
@@ -88,11 +89,18 @@ class Recipe:
     """Every rank keeps a moving average of the parameters that it trains."""
     scaling: bool = False
     """The gradients are those of a scaled loss; the update waits for their global norm, to see if it is finite."""
+    compression: Compression | None = None
+    """Of gradients that are summed over replicas; None: they are summed as they are."""
 
     @property
     def normed(self) -> bool:
         """Whether every update waits for the global norm of all gradients."""
         return self.clipping or self.scaling
+
+    @property
+    def first_step(self) -> int:
+        """The first step of a training, from 0, that runs as planned; before it gradients are not compressed."""
+        return 0 if self.compression is None else self.compression.first_step
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,9 @@ def validate(plan: Plan, chain: Chain) -> None:
 
 
 def validate_recipe(recipe: Recipe, precision: Precision) -> None:
-    """Raise PlanError, naming the field, for demands on a step that exclude each other."""
+    """Raise PlanError, naming the field, for demands on a step that are impossible or exclude each other."""
+    if recipe.compression is not None:
+        _validate_compression(recipe.compression, recipe)
     if recipe.sharding != "zero1":
         return
     _require(
@@ -284,6 +294,28 @@ def validate_recipe(recipe: Recipe, precision: Precision) -> None:
         recipe.sharding,
         f"keeps float32 state, but the precision is {precision}; "
         "set train.precision=float32 or optimizer.sharding=none",
+    )
+
+
+def _validate_compression(compression: Compression, recipe: Recipe) -> None:
+    where = "recipe.compression"
+    _require(compression.rank >= 1, f"{where}.rank", compression.rank, "must be at least 1")
+    _require(compression.warmup_steps >= 0, f"{where}.warmup_steps", compression.warmup_steps, "must be 0 or more")
+    positive = 0 < compression.min_rate < math.inf
+    _require(positive, f"{where}.min_rate", compression.min_rate, "must be above 0")
+    _require(
+        compression.method != "power_sgd" or not recipe.scaling,
+        where,
+        compression.method,
+        "does not work with a scaled loss: what a skipped step loses would spoil the following ones; "
+        "set optimizer.compression=bfloat16, or train.loss_scale.enabled=false",
+    )
+    _require(
+        recipe.sharding == "none",
+        where,
+        compression.method,
+        f"does not work with sharding={recipe.sharding}, where DeepSpeed sums the gradients; "
+        "set optimizer.compression=none or optimizer.sharding=none",
     )
 
 

@@ -27,6 +27,10 @@ Content = Literal[
     "label",
     "sum",
     "bucket",
+    "lowered",
+    "left",
+    "rest",
+    "right",
     "statistics",
     "weight",
     "norm",
@@ -38,13 +42,29 @@ Content = Literal[
 
 activation, gradient: a transfer of an exchange. label: all labels of the step, of which the loss takes its own and
 the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
+lowered, left, rest, right: the same, compressed (``hybridpar.planning.compression``).
 statistics: the figures per label of a sharded cross-entropy. norm: squared norm of all gradients, to clip by it
 and to see whether they are finite. metrics: loss and hits. zero: an update whose communication DeepSpeed does
 (gradients reduced to shards, parameters gathered). running_statistics: buffers of batch norms, averaged over the
 replicas before an evaluation. No program holds it, as it happens between two steps.
 """
 
-ActionKind = Literal["load", "forward", "score", "loss", "backward", "copy", "start", "wait", "norm", "update"]
+ActionKind = Literal[
+    "load",
+    "forward",
+    "score",
+    "loss",
+    "backward",
+    "copy",
+    "start",
+    "wait",
+    "compress",
+    "factor",
+    "restore",
+    "norm",
+    "update",
+]
+"""compress, factor, restore: what becomes of a block's gradients before, between and after compressed sums."""
 
 STATISTICS = {"train": 3, "evaluate": 3 + 2 * 5}
 """Figures per label that shards of logits exchange: largest logit, sum of exponentials, target's logit; for
@@ -58,7 +78,7 @@ METRICS = ("loss_sum", "weight", "samples", "top1", "top5")
 class Operation:
     """One communication between ranks.
 
-    ``block`` is the boundary's earlier block for transfers, the block for sums and buckets, the position's index
+    ``block`` is the boundary's earlier block for transfers, the block for sums and gradients, the position's index
     for ``zero``. ``bytes`` is the payload: of the message for a send, of each rank's contribution
     for a collective.
     """

@@ -12,9 +12,10 @@ from __future__ import annotations
 from hybridpar.model.chain import Chain
 from hybridpar.planning.books import Books, Own
 from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.compression import WORKS, Reduction
 from hybridpar.planning.heap import Heap
 from hybridpar.planning.memory import memory_of
-from hybridpar.planning.parameters import bucket_elements, is_zero
+from hybridpar.planning.parameters import bucket_elements, is_zero, reduction_of
 from hybridpar.planning.plan import Plan, Precision, Segment, Stage
 from hybridpar.planning.program import Action, Program
 from hybridpar.planning.workspaces import Bytes, Workspaces
@@ -130,11 +131,16 @@ class _Rank:
                 bucket = bucket_elements(self.chain, position, own.block, self.rank) * self.itemsize
                 gathered = [] if position.reduced else [count * self.itemsize for count in own.kept.gathered]
                 large += split(bucket * position.reduced, *gathered).large
+                large += split(*self._reduction(own).held(self.itemsize)).large
                 trained = [n * self.itemsize for use in own.kept.uses for n in use.trained]
                 sharing = len(position.ranks) if is_zero(plan, position) else 1
                 large += split(*trained).large * (plan.recipe.optimizer_states / sharing + plan.recipe.average)
         large += split(counted.batch).large
         return Bytes(counted.persistent - large, large)
+
+    def _reduction(self, own: Own) -> Reduction:
+        position = self.program.positions[own.block.position]
+        return reduction_of(self.program.plan, self.chain, position, own.block, self.rank)
 
     def _within(self, action: Action, *, fresh: bool) -> Bytes:
         """Return what an action needs while it runs."""
@@ -142,9 +148,11 @@ class _Rank:
         if kind == "norm":
             largest = max((size for _, size in self.parameters.values()), default=0)
             return self.workspaces.split(*[largest / self.itemsize * 8] * (NORM_ITEMSIZE // 8))
-        if kind not in {"forward", "backward", "score", "loss"}:
+        if kind not in {"forward", "backward", "score", "loss", *WORKS}:
             return NOTHING
         own: Own = self.books.own[action.block or 0]
+        if kind in WORKS:
+            return self.workspaces.split(*self._reduction(own).workspace(kind, self.itemsize))
         samples = own.samples[action.micro_batch or 0]
         if kind in {"score", "loss"}:
             return self.workspaces.split(own.out_bytes * samples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from hybridpar.planning.compression import WORKS
 from hybridpar.planning.costs import Costs, wire_bytes
 from hybridpar.planning.events import EventSimulation
 from hybridpar.planning.plan import Prediction, StagePrediction
@@ -16,6 +17,9 @@ from hybridpar.planning.program import Program
 from hybridpar.planning.resident import peak_per_rank
 from hybridpar.planning.timeline import Flight, Span, Timeline
 from hybridpar.planning.walk import COMPUTE, START, Walk, walk
+
+PART_OF = {"score": "forward", "loss": "forward"} | dict.fromkeys(map(str, WORKS), "update")
+"""What a stage's time counts an action as, apart from passes and updates."""
 
 
 def simulate(program: Program, costs: Costs, steps: int = 2) -> Timeline:
@@ -126,13 +130,13 @@ def _stage_predictions(program: Program, costs: Costs) -> tuple[StagePrediction,
     total: dict[tuple[int, int, str], float] = defaultdict(float)
     for rank, actions in enumerate(program.actions):
         for action, seconds in zip(actions, costs.actions(program, rank), strict=True):
-            if action.kind in {"forward", "backward", "score", "loss"}:
+            if action.kind in {"forward", "backward", "score", "loss"} or action.kind in WORKS:
                 position = program.blocks[action.block or 0].position
             elif action.kind == "update":
                 position = action.block or 0
             else:
                 continue
-            kind = {"score": "forward", "loss": "forward"}.get(action.kind, action.kind)
+            kind = PART_OF.get(action.kind, action.kind)
             total[program.positions[position].stage, rank, kind] += seconds
     result = []
     for index, stage in enumerate(program.plan.stages):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridpar.model.chain import Chain
+from hybridpar.planning.compression import Compression
 from hybridpar.profiling.record import Profile
 
 Array = npt.NDArray[np.float64]
@@ -24,11 +25,14 @@ class Tables:
         chain: its layers.
         profile: their times.
         itemsize: bytes per floating element.
+        compression: of gradients that are summed.
 
     """
 
-    def __init__(self, chain: Chain, profile: Profile, itemsize: int) -> None:
-        self.chain, self.profile, self.itemsize = chain, profile, itemsize
+    def __init__(
+        self, chain: Chain, profile: Profile, itemsize: int, compression: Compression | None = None
+    ) -> None:
+        self.chain, self.profile, self.itemsize, self.compression = chain, profile, itemsize, compression
         self._times: dict[tuple[int, float, bool], Array] = {}
 
     @cached_property
@@ -40,6 +44,17 @@ class Tables:
     def trained(self) -> Array:
         """Bytes of the parameters to train of all layers before each."""
         return np.cumsum([0.0, *(count * self.itemsize for count in self.chain.trained)])
+
+    @cached_property
+    def summed(self) -> Array:
+        """Bytes that the sums of the gradients of all layers before each take."""
+        if self.compression is None:
+            return self.trained
+        frozen, own = set(self.chain.frozen), [0.0]
+        for layer in self.chain.layers:
+            trained = (p.shape for p in layer.parameters if p.name not in frozen)
+            own.append(sum(self.compression.sent_bytes(shape, self.itemsize) for shape in trained))
+        return np.cumsum(own)
 
     @cached_property
     def saved(self) -> Array:

@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from hybridpar.planning.compression import WORKS
 from hybridpar.planning.program import Action, Program
 from hybridpar.planning.timeline import Span, Timeline
 
 NEVER = float("-inf")
-UPDATES = {"norm", "update"}
+UPDATES = {*WORKS, "norm", "update"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class StageTime:
     compute_s: float = 0.0
     """Forward, loss, backward and copies; on shared cores, for as long as the work is under way."""
     update_s: float = 0.0
-    """Optimizer steps and the gradient norm."""
+    """Optimizer steps, the gradient norm, and what compresses gradients."""
     exposed_s: float = 0.0
     """Waiting for a communication that all its participants have started; queueing for a network card counts."""
     bubble_s: float = 0.0

@@ -105,11 +105,13 @@ def _walked(
 def measured(programs: Sequence[Program], records: Sequence[RankTiming]) -> tuple[tuple[Course, ...], ...]:
     """Return the courses of the recorded full steps, per step those of all plan replicas.
 
-    ``programs`` are those of a full step, by replica. The first step of a record is left out where there are
-    others, since the ranks met before it. Raises RecordError where the actions are not the programs'.
+    ``programs`` are those of a full step, by replica; steps before the first that runs as planned have others, and
+    are left out. So is the first step of a record where there are others, since the ranks met before it. Raises
+    RecordError where the actions are not the programs'.
     """
     full = programs[0].step_samples
-    steps = [s.step for s in records[0].steps if s.samples == full]
+    first = programs[0].plan.recipe.first_step
+    steps = [s.step for s in records[0].steps if s.samples == full and s.step >= first]
     kept = steps[1:] or steps
     by_step = [{s.step: s for s in record.steps} for record in records]
     return tuple(_step(programs, records, [own[step] for own in by_step], by_step, step) for step in kept)

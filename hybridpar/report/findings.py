@@ -88,8 +88,10 @@ def missing(run: Run) -> str | None:
         )
     if not run.timings:
         return f"no timeline was recorded under this plan: {HOW_TO_RECORD}"
-    if not any(step.samples == run.plan.global_batch for step in run.timings[0].steps):
-        return f"no full step of {run.plan.global_batch} samples was recorded; set train.timeline to other steps"
+    batch, first = run.plan.global_batch, run.plan.recipe.first_step
+    if not any(step.samples == batch and step.step >= first for step in run.timings[0].steps):
+        after = f" after step {first}, from where on gradients are compressed," if first else ""
+        return f"no full step of {batch} samples{after} was recorded; set train.timeline to other steps"
     return None
 
 

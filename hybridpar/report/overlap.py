@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from hybridpar.planning.compression import SUMS
 from hybridpar.planning.program import Operation
 from hybridpar.report.course import Course, Timed
 
@@ -70,7 +71,7 @@ def _buckets(course: Course) -> Hidden:
     backwards = [_joined(t for t in actions if t.action.kind == "backward") for actions in course.ranks]
     for rank, timed in course.of("start"):
         operation = _operation(course, timed)
-        if operation.content == "bucket" and operation.index in ends:
+        if operation.content in SUMS and operation.index in ends:
             end_s = max(ends[operation.index], timed.end_s)
             found.append((end_s - timed.end_s, covered(timed.end_s, end_s, backwards[rank])))
     return _sum(found)

@@ -31,6 +31,7 @@ _CONTENT: dict[str, tuple[str, str, Lane]] = {
     "activation": ("activations", "#56b4e9", "activations"),
     "gradient": ("gradients of activations", "#e69f00", "gradients"),
     "bucket": ("gradient buckets", HEAVY, "collectives"),
+    **dict.fromkeys(("lowered", "left", "rest", "right"), ("compressed gradients", HEAVY, "collectives")),
     "zero": ("sharded update", HEAVY, "collectives"),
     "sum": ("sums inside the tail", "#44aa99", "collectives"),
 }

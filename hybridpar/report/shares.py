@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from hybridpar.planning.compression import WORKS
 from hybridpar.planning.program import Operation, Program
 from hybridpar.report.course import Course
 
@@ -18,6 +19,7 @@ _PHASE: dict[str, Phase] = {
     "loss": "forward",
     "backward": "backward",
     "update": "update",
+    **dict.fromkeys(WORKS, "update"),
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybridpar.cluster.topology import Cluster
+from hybridpar.planning.compression import WORKS
 from hybridpar.planning.program import Action, Program
 from hybridpar.planning.timeline import Flight, Span, Timeline
 from hybridpar.report.palette import OTHER, UPDATE, Lane, Phase, communication, stage_colour, stage_key
@@ -30,7 +31,7 @@ LANES: tuple[Lane, ...] = ("activations", "gradients", "collectives")
 
 BACKWARD = {"backward"}
 FORWARD = {"forward", "score", "loss"}
-UPDATING = {"update", "norm"}
+UPDATING = {"update", "norm", *WORKS}
 
 
 @dataclass(frozen=True, slots=True)

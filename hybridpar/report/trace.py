@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hybridpar.cluster.topology import Cluster
+from hybridpar.planning.compression import WORKS
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.timeline import Flight, Span, Timeline
 from hybridpar.report.palette import stage_name
@@ -123,6 +124,8 @@ def _computation(program: Program, cluster: Cluster, span: Span, begin: float) -
     args: Event = {}
     if action.kind == "update":
         args["stage"] = stage_name(program.positions[action.block or 0])
+    elif action.kind in WORKS and action.block is not None:
+        args["stage"] = stage_name(program.positions[program.blocks[action.block].position])
     elif action.kind in {"forward", "backward", "score", "loss"} and action.block is not None:
         args["stage"] = stage_name(program.positions[program.blocks[action.block].position])
         first, last = program.interval(action.block, action.micro_batch or 0, span.rank)

@@ -76,12 +76,16 @@ def check_fits(config: Config, plan: Plan) -> None:
     ema, decay = config.train.ema, "a decay" if plan.recipe.average else "null"
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     scaling = plan.recipe.scaling
+    compressed, planned_compressed = (
+        str(c or "none") for c in (config.optimizer.compressed, plan.recipe.compression)
+    )
     sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
     for name, given, planned, remedy in (
         ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
         ("train.precision", config.train.precision, plan.precision, plan.precision),
         ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
         ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
+        ("optimizer.compression", compressed, planned_compressed, planned_compressed),
         ("train.ema", ema is not None, plan.recipe.average, decay),
         ("train.loss_scale.enabled", config.train.scaling is not None, scaling, str(scaling).lower()),
     ):

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hybridpar.errors import DataError, HybridparError
 from hybridpar.model.keyed import Keys
+from hybridpar.planning.compression import SUMS, WORKS
 from hybridpar.planning.layout import Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators
@@ -149,6 +150,8 @@ class Executor:
             state.norm = self.updater.squared_norm()
         elif action.kind == "update":
             self.updater.update(action.block or 0, state.norm)
+        elif action.kind in WORKS:
+            getattr(self.updater, action.kind)(action.block or 0)
         elif action.kind == "copy" and action.transfer is not None:
             self._copy(state, str(action.content), action.block or 0, action.transfer)
         else:
@@ -335,8 +338,8 @@ class Executor:
         if operation.content == "norm":
             assert state.norm is not None
             return state.norm
-        if operation.content == "bucket":
-            return self.updater.bucket(block)
+        if operation.content in SUMS:
+            return self.updater.summed(block, operation.content)
         key = (block + 1 if operation.backward else block, operation.micro_batch or 0)
         return (state.input_gradients if operation.backward else state.outputs)[key]
 

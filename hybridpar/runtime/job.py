@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -139,6 +139,7 @@ class Job:
         self.rate = rate
         """Learning rate by step; None leaves it to the optimizer."""
         self._communicators, self._next_sample = communicators, 0
+        self._uncompressed = replace(plan, recipe=replace(plan.recipe, compression=None))
         self._loss = loss or CrossEntropy()
         self._metrics = OwnMetrics(metrics or {}, self.chain)
         self.scaler = None if scaling is None else Scaler(scaling)
@@ -161,6 +162,7 @@ class Job:
             self.device,
             self._updater.average,
             self.scaler,
+            self._updater.compressors,
         )
         """What a checkpoint of this rank holds."""
         self._executor = Executor(
@@ -237,6 +239,8 @@ class Job:
             groups,
             decay,
             self.scaler,
+            self.plan.recipe.compression,
+            self.seed,
         )
 
     def _blocks_of(self, position: Position) -> list[BlockModules]:
@@ -290,8 +294,12 @@ class Job:
         self._executor.observer = observer
 
     def program(self, mode: Mode = "train", samples: int | None = None) -> Program:
-        """Return the program of this rank's plan replica in a step of ``samples``, by default the global batch."""
-        return checked_program(self.plan, self.chain, samples or self.plan.global_batch, mode, self.replica)
+        """Return the program of this rank's plan replica in a step of ``samples``, by default the global batch.
+
+        The next step's: in the first steps of a training gradients may not be compressed yet.
+        """
+        plan = self.plan if self.steps >= self.plan.recipe.first_step else self._uncompressed
+        return checked_program(plan, self.chain, samples or plan.global_batch, mode, self.replica)
 
     def loader(
         self,

@@ -12,6 +12,7 @@ from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position
 from hybridpar.runtime import randomness
 from hybridpar.runtime.average import Average
+from hybridpar.runtime.compression import Compressor
 from hybridpar.runtime.modules import BlockModules, Owned
 from hybridpar.runtime.optimizer_state import ShardedState, WholeState
 from hybridpar.runtime.pieces import Piece, Stored
@@ -20,6 +21,7 @@ from hybridpar.runtime.update import ShardedEngine
 
 PARAMETER, AVERAGE, BUFFER, GENERATOR = "parameter/", "average/", "buffer/", "generator/"
 SCALER = "scaler"
+COMPRESSION = "compression/"
 
 
 class State:
@@ -28,6 +30,7 @@ class State:
     Names: ``parameter/NAME``; ``average/NAME`` for the moving average of one that is trained;
     ``optimizer/KEY/NAME`` for the optimizer's tensor KEY of a parameter;
     ``buffer/I/NAME`` for the buffer of the I-th of the ranks that hold it (batch norms differ between them);
+    ``compression/RANK/WHAT/NAME`` for what a rank's compressed sums of a gradient go on from;
     ``generator/RANK/KIND`` of ``runtime.randomness``; ``scaler`` for the scale of the loss, the same on all ranks.
     A parameter that several ranks hold is written by the first of them. Of a tied parameter there is one, by its
     first name. A position has one of ``optimizers``, or of ``engines``.
@@ -46,8 +49,9 @@ class State:
         device: torch.device,
         average: Average | None = None,
         scaler: Scaler | None = None,
+        compressors: Mapping[int, Compressor] | None = None,
     ) -> None:
-        self._average, self._scaler = average, scaler
+        self._average, self._scaler, self._compressors = average, scaler, compressors or {}
         self._traced, self._positions, self._blocks = traced, positions, blocks
         self._rank, self._place, self._replica, self._device = rank, place, replica, device
         self._shapes = {
@@ -86,6 +90,7 @@ class State:
         for name, (buffer, *_) in self._buffers().items():
             if self._first_of_copy(name):
                 result[f"{BUFFER}{self._copy(name)}/{name}"] = Piece.whole(buffer)
+        result |= self._compressed()
         for kind, generator in randomness.states(self._device).items():
             result[f"{GENERATOR}{self._rank}/{kind}"] = Piece.whole(generator)
         if self._scaler is not None and self._rank == 0:
@@ -95,10 +100,10 @@ class State:
     def restore(self, stored: Stored, *, same_plan: bool) -> None:
         """Take over a checkpoint's tensors.
 
-        Under the plan that saved them (``same_plan``) every rank gets its own buffers and generators again; under
-        another one the buffers are the mean over those who held them, and the generators stay as they are. Raises
-        CheckpointError for what does not fit. An average, and the scale of the loss, begin anew where the
-        checkpoint has none.
+        Under the plan that saved them (``same_plan``) every rank gets its own buffers and generators again, and
+        what its compressed sums go on from; under another one the buffers are the mean over those who held them,
+        the generators stay as they are, and compression begins anew. Raises CheckpointError for what does not fit.
+        An average, and the scale of the loss, begin anew where the checkpoint has none.
         """
         averaged = self._average is not None and any(name.startswith(AVERAGE) for name in stored.tensors)
         for position in self._positions:
@@ -119,7 +124,12 @@ class State:
         if self._scaler is not None and SCALER in stored.tensors:
             self._scaler.load(stored.read(SCALER))
         if same_plan:
+            stored.load(self._compressed())
             self._restore_generators(stored)
+
+    def _compressed(self) -> dict[str, Piece]:
+        kept = (entry for compressor in self._compressors.values() for entry in compressor.kept())
+        return {f"{COMPRESSION}{self._rank}/{what}/{o.name}": Piece.whole(tensor) for what, o, tensor in kept}
 
     def _saved_buffer(self, stored: Stored, name: str, *, same_plan: bool) -> torch.Tensor:
         if same_plan:

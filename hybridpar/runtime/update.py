@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from hybridpar.planning.blocks import Position
+from hybridpar.planning.compression import Compression, Sum
 from hybridpar.runtime.average import Average
+from hybridpar.runtime.compression import Compressor, compressor, order
 from hybridpar.runtime.fragment import Fragment
 from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
@@ -63,6 +65,7 @@ class Updater:
     backward, and later ones add to it. Gradients that a layer gathers by itself have their place from the start,
     in a bucket or not. ``max_norm`` clips by the global norm as ``torch.nn.utils.clip_grad_norm_`` does. With a
     ``scaler`` gradients are those of a scaled loss until the update.
+    ``compression`` is that of the sums of buckets; all ranks begin it alike, with ``seed``.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class Updater:
         groups: Sequence[ParameterGroup] = (),
         decay: float | None = None,
         scaler: Scaler | None = None,
+        compression: Compression | None = None,
+        seed: int = 0,
     ) -> None:
         self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
         self.engines = engines or {}
@@ -85,6 +90,8 @@ class Updater:
         self._buckets: dict[int, torch.Tensor] = {}
         self._places: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         """Where a block's gradients lie in its bucket."""
+        self.compressors: dict[int, Compressor] = {}
+        """Of blocks whose gradients are compressed before they are summed."""
         owned: dict[int, list[Owned]] = {p.index: [] for p in positions}
         by_index = {p.index: p for p in positions}
         for index, modules in sorted(blocks.items()):
@@ -93,7 +100,11 @@ class Updater:
             if position.index in self.engines:
                 continue
             if position.reduced:
-                self._buckets[index] = self._flatten(index, modules.owned)
+                trained = order(compression, [o for o in modules.owned if o.tensor.requires_grad])
+                bucket = self._buckets[index] = self._flatten(index, modules.owned, trained)
+                smaller = None if compression is None else compressor(compression, bucket, trained, seed)
+                if smaller is not None:
+                    self.compressors[index] = smaller
                 continue
             for o in modules.owned:
                 if o.layer is not None and o.tensor.requires_grad:
@@ -111,8 +122,7 @@ class Updater:
         self._relative: dict[int, list[float]] = {}
         """Once a rate is set: the ratios of the groups' own rates to their optimizer's."""
 
-    def _flatten(self, block: int, owned: list[Owned]) -> torch.Tensor:
-        trained = [o for o in owned if o.tensor.requires_grad]
+    def _flatten(self, block: int, owned: list[Owned], trained: list[Owned]) -> torch.Tensor:
         total = sum(o.tensor.numel() for o in trained)
         first = next((o.tensor for o in owned), torch.empty(0))
         flat, at = first.new_zeros(total), 0
@@ -154,6 +164,23 @@ class Updater:
     def scaled(self, gradient: torch.Tensor) -> torch.Tensor:
         """Scale the loss's gradient with respect to logits, in place."""
         return gradient if self.scaler is None else gradient.mul_(self.scaler.scale)
+
+    def compress(self, block: int) -> None:
+        """Make of a block's gradients, after its last backward, what is summed instead."""
+        self.bucket(block)
+        self.compressors[block].compress()
+
+    def factor(self, block: int) -> None:
+        """Make the right factors of a block's gradients, of the summed left ones."""
+        self.compressors[block].factor()
+
+    def restore(self, block: int) -> None:
+        """Make a block's summed gradients, of the sums of what they were compressed to."""
+        self.compressors[block].restore()
+
+    def summed(self, block: int, content: Sum) -> torch.Tensor:
+        """Return a flat tensor to be summed over a block's replicas in place."""
+        return self.bucket(block) if content == "bucket" else self.compressors[block].part(content)
 
     def squared_norm(self) -> torch.Tensor:
         """Return this rank's share of the squared global norm, float64 scalar: each parameter counts once.

@@ -67,7 +67,7 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
 
 
 def _in_precision(config: Config, plan: Plan, traced: Traced) -> Plan:
-    """Return the plan in the precision of the verification, with the same blocks."""
+    """Return the plan in the precision of the verification, with the same blocks, whose gradients are whole."""
     wanted = config.verify.precision
     if plan.recipe.sharding == "zero1" and wanted != "float32":
         raise ConfigError(
@@ -80,7 +80,7 @@ def _in_precision(config: Config, plan: Plan, traced: Traced) -> Plan:
             f"layer {unkeyed[0]} draws random numbers of its own, which differ in every plan; nothing behind it "
             "can be compared: use nn.Dropout, or build the model without it for the verification"
         )
-    changed = replace(plan, precision=wanted)
+    changed = replace(plan, precision=wanted, recipe=replace(plan.recipe, compression=None))
     return replace(changed, bucket_bytes=plan.bucket_bytes * changed.itemsize // plan.itemsize)
 
 
@@ -175,6 +175,8 @@ def _verifier(
     notes: tuple[str, ...] = ()
     if sharded:
         notes += ("gradients are not compared where the optimizer's state is sharded",)
+    if settings.compression != "none":
+        notes += (f"gradients are summed as they are, without optimizer.compression={settings.compression}",)
     slack = 0.0
     if rounds and settings.name != "SGD":
         # Adam and its like divide a gradient by its own size: one that is rounding only may move by a whole step.

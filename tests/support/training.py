@@ -152,6 +152,8 @@ def make_executor(
         replica=replica,
         decay=decay,
         scaler=Scaler(case.scaling) if case.scaling else None,
+        compression=plan.recipe.compression,
+        seed=SEED,
     )
     device = torch.device("cpu")
     return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=device, loss=case.loss)

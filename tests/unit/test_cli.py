@@ -66,6 +66,22 @@ def test_config_prints_what_it_resolved(capsys: pytest.CaptureFixture[str]) -> N
     assert (data["model"]["name"], data["train"]["seed"]) == ("small_vgg", 7)
 
 
+def test_the_dry_run_names_compressed_gradients_and_reckons_with_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Fewer bytes and a shorter step over a slow link."""
+    plans = {}
+    for name in ("none", "bfloat16", "power_sgd"):
+        path = tmp_path / f"{name}.json"
+        slow = ("plan=data_parallel", "cluster.links.rack.bytes_per_s=1e7", f"out={path}")
+        out, _ = run(capsys, "plan", *SMALL, *slow, f"optimizer.compression={name}")
+        assert (f"gradients compressed ({name}" in out) == (name != "none")
+        plans[name] = json.loads(path.read_text())["prediction"]
+    assert plans["none"]["wire_bytes"] > plans["bfloat16"]["wire_bytes"] > plans["power_sgd"]["wire_bytes"]
+    assert plans["none"]["step_s"] > plans["bfloat16"]["step_s"] > plans["power_sgd"]["step_s"]
+    assert max(plans["power_sgd"]["memory_bytes"]) > max(plans["none"]["memory_bytes"])
+
+
 def test_the_dry_run_shows_stages_prediction_and_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(capsys, "plan", *SMALL, "plan=three_stage")
     assert err == ""

@@ -14,6 +14,7 @@ import yaml
 
 from hybridpar.config import compose, conf_dir
 from hybridpar.errors import ConfigError, HybridparError, PlanError
+from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
@@ -117,6 +118,19 @@ def test_autocast_needs_parameters_in_float32() -> None:
     assert compose(["train.autocast=bfloat16"]).train.autocast == "bfloat16"
     with pytest.raises(ConfigError, match=r"train\.autocast: bfloat16 needs parameters in float32"):
         compose(["train.autocast=bfloat16", "train.precision=float64"])
+
+
+def test_compression_becomes_part_of_the_recipe() -> None:
+    assert compose().recipe().compression is None
+    given = ["optimizer.compression=power_sgd", "optimizer.power_sgd.rank=2", "optimizer.power_sgd.warmup_steps=5"]
+    assert compose(given).recipe().compression == Compression("power_sgd", 2, True, 5, 2.0)
+    for override, message in (
+        ("rank=0", "rank: 0 must be at least 1"),
+        ("warmup_steps=-1", "warmup_steps: -1 must be 0 or more"),
+        ("min_rate=0", "min_rate: 0.0 must be above 0"),
+    ):
+        with pytest.raises(ConfigError, match=rf"optimizer\.power_sgd\.{message}"):
+            compose([f"optimizer.power_sgd.{override}"])
 
 
 def test_parameter_groups_from_overrides() -> None:
@@ -236,6 +250,10 @@ def test_a_mistake_is_named_in_one_line(overrides: list[str], message: str) -> N
             "global_batch_range: a plan from a file has one global batch",
         ),
         ("optimizer.sharding=zero1 optimizer.clip=1", "set optimizer.clip=null or optimizer.sharding=none"),
+        (
+            "optimizer.sharding=zero1 optimizer.compression=bfloat16",
+            "recipe.compression: bfloat16 does not work with sharding=zero1, .* set optimizer.compression=none",
+        ),
         ("optimizer.sharding=zero1 train.precision=float64", "set train.precision=float32 or optimizer.sharding"),
     ],
 )

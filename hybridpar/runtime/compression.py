@@ -1,0 +1,158 @@
+"""Compressed gradients on a rank: what ``hybridpar.planning.compression`` describes, on a bucket's tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from hybridpar.planning.compression import Compression, Matrix, Sum
+from hybridpar.runtime.modules import Owned
+
+
+class Compressor(Protocol):
+    """What becomes of the gradients of one block before, between and after their sums."""
+
+    def compress(self) -> None:
+        """Make what is summed first, of this rank's gradients."""
+        ...
+
+    def factor(self) -> None:
+        """Make the right factors from the sums of the left ones."""
+        ...
+
+    def restore(self) -> None:
+        """Put the summed gradients into the bucket."""
+        ...
+
+    def part(self, content: Sum) -> torch.Tensor:
+        """Return the flat tensor that is summed in place."""
+        ...
+
+    def kept(self) -> Iterator[tuple[str, Owned, torch.Tensor]]:
+        """Yield what has to be known in the next step: (what, of which gradient, tensor)."""
+        ...
+
+
+def order(compression: Compression | None, owned: Sequence[Owned]) -> list[Owned]:
+    """Return some parameters as their gradients lie in a bucket: those that are compressed as matrices first."""
+    if compression is None:
+        return list(owned)
+    return sorted(owned, key=lambda o: compression.matrix(tuple(o.tensor.shape)) is None)
+
+
+def compressor(
+    compression: Compression, bucket: torch.Tensor, owned: Sequence[Owned], seed: int
+) -> Compressor | None:
+    """Return what compresses a bucket, whose gradients lie in ``order``; None where there is nothing to compress.
+
+    ``seed`` is that of the first right factors, which all ranks make alike.
+    """
+    if compression.method == "bfloat16":
+        return _Lowered(bucket) if bucket.numel() else None
+    found = [(o, compression.matrix(tuple(o.tensor.shape))) for o in owned]
+    matrices = [(o, m) for o, m in found if m is not None]
+    return _LowRank(bucket, matrices, seed, feedback=compression.error_feedback) if matrices else None
+
+
+class _Lowered:
+    """A bucket that is summed in bfloat16."""
+
+    def __init__(self, bucket: torch.Tensor) -> None:
+        self._bucket, self._low = bucket, torch.empty_like(bucket, dtype=torch.bfloat16)
+
+    def compress(self) -> None:
+        self._low.copy_(self._bucket)
+
+    def factor(self) -> None:
+        raise AssertionError("a bucket of bfloat16 has no factors")
+
+    def restore(self) -> None:
+        self._bucket.copy_(self._low)
+
+    def part(self, content: Sum) -> torch.Tensor:
+        assert content == "lowered"
+        return self._low
+
+    def kept(self) -> Iterator[tuple[str, Owned, torch.Tensor]]:
+        return iter(())
+
+
+class _Factors(NamedTuple):
+    """One matrix: views of the flat tensors."""
+
+    of: Owned
+    whole: torch.Tensor
+    """(rows, columns): its place in the bucket."""
+    error: torch.Tensor
+    """(rows, columns): what earlier steps have lost, and within a step the gradient with it; without error
+    feedback ``whole`` itself."""
+    left: torch.Tensor
+    """(rows, rank)."""
+    right: torch.Tensor
+    """(columns, rank)."""
+
+
+class _LowRank:
+    """A bucket whose matrices, which lie first in it, are summed as products of two thin ones."""
+
+    def __init__(
+        self, bucket: torch.Tensor, matrices: Sequence[tuple[Owned, Matrix]], seed: int, *, feedback: bool
+    ) -> None:
+        inside = sum(m.elements for _, m in matrices)
+        self._whole, self._rest = bucket[:inside], bucket[inside:]
+        self._error = torch.zeros_like(self._whole) if feedback else self._whole
+        self._left = bucket.new_empty(sum(m.rows * m.rank for _, m in matrices))
+        self._right = bucket.new_empty(sum(m.columns * m.rank for _, m in matrices))
+        self._feedback = feedback
+        self._factors: list[_Factors] = []
+        flat = [self._whole, self._error, self._left, self._right]
+        at = [0] * len(flat)
+        for owned, m in matrices:
+            shapes = (m.rows, m.columns), (m.rows, m.columns), (m.rows, m.rank), (m.columns, m.rank)
+            views = []
+            for i, (rows, columns) in enumerate(shapes):
+                views.append(flat[i][at[i] : at[i] + rows * columns].view(rows, columns))
+                at[i] += rows * columns
+            self._factors.append(_Factors(owned, *views))
+            _draw(views[-1], f"{seed}/{owned.name}/{owned.start}")
+
+    def compress(self) -> None:
+        for f in self._factors:
+            if self._feedback:
+                f.error.add_(f.whole)
+            _orthogonalise(f.right)
+            torch.mm(f.error, f.right, out=f.left)
+
+    def factor(self) -> None:
+        for f in self._factors:
+            _orthogonalise(f.left)
+            torch.mm(f.error.t(), f.left, out=f.right)
+            if self._feedback:  # what this rank's own part of the sum does not hold
+                f.error.addmm_(f.left, f.right.t(), alpha=-1)
+
+    def restore(self) -> None:
+        for f in self._factors:
+            torch.mm(f.left, f.right.t(), out=f.whole)
+
+    def part(self, content: Sum) -> torch.Tensor:
+        return {"left": self._left, "right": self._right, "rest": self._rest}[content]
+
+    def kept(self) -> Iterator[tuple[str, Owned, torch.Tensor]]:
+        for f in self._factors:
+            yield "right", f.of, f.right
+            if self._feedback:
+                yield "error", f.of, f.error
+
+
+def _draw(tensor: torch.Tensor, key: str) -> None:
+    """Fill a tensor with normal numbers, a function of the key alone."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+
+
+def _orthogonalise(tensor: torch.Tensor) -> None:
+    """Replace columns by orthonormal ones that span the same, if they can: zeros become any."""
+    tensor.copy_(torch.linalg.qr(tensor)[0])
