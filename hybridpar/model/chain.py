@@ -93,9 +93,11 @@ class Layer:
     aliases_input: bool = False
     """The output is a view of the input (flatten, identity)."""
     linear: Linear | None = None
-    """Set when the layer is a single linear map over dim 1."""
+    """Set when the layer is a single linear map over the last dim of its input."""
     channelwise: bool = False
     """Each feature of dim 1 is worked on by itself, so the layer runs on a slice of features unchanged."""
+    pointwise: bool = False
+    """Each element is worked on by itself (apart from where it stands), so features may lie along any dim."""
     random: Literal["none", "keyed", "unkeyed"] = "none"
     batch_norm: bool = False
     lowered: bool = False
@@ -199,14 +201,47 @@ class Chain:
         """The first layer with parameters to train: no backward goes on before it. 0 where there is none."""
         return next((i for i, count in enumerate(self.trained) if count), 0)
 
+    def shape(self, point: int) -> tuple[int, ...]:
+        """Shape per sample of the value that enters layer ``point``, or of the output behind the last layer."""
+        return self.layers[point].in_shape if point < len(self.layers) else self.out_shape
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """By point, where in its shape the features are: what shards have slices of.
+
+        Those of images are its channels, which come first. A linear map has them last, on both sides; a pointwise
+        layer has them where its neighbours do, above all the one behind it.
+        """
+        axes = [0]
+        for layer in self.layers:
+            last = len(layer.out_shape) - 1
+            axes.append(last if layer.linear else axes[-1] if layer.pointwise else 0)
+        for point, layer in reversed(list(enumerate(self.layers))):
+            if layer.linear:
+                axes[point] = len(layer.in_shape) - 1
+            elif layer.channelwise:
+                axes[point] = axes[point + 1] if layer.pointwise else 0
+        return tuple(axes)
+
+    def width(self, point: int) -> int:
+        """Features of the value at a point."""
+        return self.shape(point)[self.axes[point]]
+
+    def _sliceable(self, index: int) -> bool:
+        """Whether a layer runs on a slice of features, or is a linear map whose weight is cut."""
+        layer, entering, leaving = self.layers[index], self.axes[index], self.axes[index + 1]
+        if layer.linear:
+            return leaving == len(layer.out_shape) - 1
+        return layer.pointwise or (layer.channelwise and entering == leaving == 0)
+
     @cached_property
     def tail_start(self) -> int:
-        """The first layer from which on every layer is a linear map or channelwise, and some is linear.
+        """The first layer from which on every layer is a linear map or runs on a slice, and some is linear.
 
         ``len(layers)`` where the model ends in no such run.
         """
         start = len(self.layers)
-        while start > 0 and (self.layers[start - 1].linear or self.layers[start - 1].channelwise):
+        while start > 0 and self._sliceable(start - 1):
             start -= 1
         if not any(layer.linear for layer in self.layers[start:]):
             return len(self.layers)
@@ -216,6 +251,8 @@ class Chain:
     def fingerprint(self) -> str:
         """Hash over everything the chain says; a profile or plan made for another chain is noticed by it."""
         data = to_data(self)
+        for layer in data["layers"]:
+            del layer["pointwise"]  # which follows from its kind
         if not self.frozen:
             del data["frozen"]  # a model without frozen parameters is known by what it always was
         if self.autocast is None:  # and so is one without autocast

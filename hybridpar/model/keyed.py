@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,15 @@ _WORD = (1 << 64) - 1
 # Two rounds of a mixer with low bias (C. Wellons, "Hash Function Prospector", 2018: lowbias32) and a Weyl
 # constant, as signed 32-bit numbers.
 _FIRST, _SECOND, _WEYL = 0x7FEB352D, 0x846CA68B - (1 << 32), 0x9E3779B9 - (1 << 32)
+
+
+class Window(NamedTuple):
+    """The slice of a sample's values that a rank holds: along ``axis`` of their shape, from ``start`` on."""
+
+    axis: int
+    start: int
+    width: int
+    """Of the whole values along the axis."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class KeyedDropout(nn.Module):
 
     Whoever computes an interval of samples or features gets that part of the whole mask, on any device, and a
     recomputed forward gets it again. Set ``keys`` before each forward in training mode. ``layer`` tells the
-    model's dropouts apart. A rank that holds a slice of dim 1 sets ``feature_offset``, the first index of its
-    slice. In evaluation mode, and for ``p`` = 0, the input passes unchanged.
+    model's dropouts apart. A rank that holds a slice of features sets ``window``. In evaluation mode,
+    and for ``p`` = 0, the input passes unchanged.
 
     Raises ModelError for ``p`` outside 0..1.
     """
@@ -44,7 +53,7 @@ class KeyedDropout(nn.Module):
             raise ModelError(f"dropout probability {p} is not between 0 and 1")
         self.p = p
         self.layer = layer
-        self.feature_offset = 0
+        self.window: Window | None = None
         self.keys: Keys | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +64,7 @@ class KeyedDropout(nn.Module):
         keys = self._usable_keys(x)
         if keys is None:
             return x
-        kept = keep_mask(keys, self.layer, self.p, tuple(x.shape[1:]), self.feature_offset)
+        kept = keep_mask(keys, self.layer, self.p, tuple(x.shape[1:]), self.window)
         return _masked(x, kept, self.p)
 
     def _usable_keys(self, x: torch.Tensor) -> Keys | None:
@@ -98,19 +107,20 @@ def _masked(x: torch.Tensor, kept: torch.Tensor, p: float) -> torch.Tensor:
     return dropped
 
 
-def keep_mask(keys: Keys, layer: int, p: float, shape: tuple[int, ...], feature_offset: int = 0) -> torch.Tensor:
+def keep_mask(
+    keys: Keys, layer: int, p: float, shape: tuple[int, ...], window: Window | None = None
+) -> torch.Tensor:
     """Which elements stay: (samples, *shape) of bool, each True with probability 1 - p.
 
-    Element (s, f) with f = ``feature_offset * prod(shape[1:])`` + its position in ``shape`` stays where
+    Element (s, f), with f its position among all of a sample, of which ``shape`` is a ``window``, stays where
     ``hash(key(seed, step, layer, sample_ids[s]), f) >= p * 2**32``. The hash works in place on two buffers of
     int32, the only integers that are fast everywhere.
     """
-    ids, features = keys.sample_ids, math.prod(shape)
+    ids = keys.sample_ids
     if p >= 1.0:
         return torch.zeros((len(ids), *shape), dtype=torch.bool, device=ids.device)
     low, high = _row_keys(keys, layer)
-    first = feature_offset * math.prod(shape[1:])
-    index = torch.arange(first, first + features, device=ids.device).to(torch.int32).mul_(_WEYL)
+    index = _positions(shape, window, ids.device).to(torch.int32).mul_(_WEYL)
     state = torch.bitwise_xor(low[:, None], index)
     spare = torch.empty_like(state)
     _shift_xor(state, spare, 16)
@@ -119,6 +129,16 @@ def keep_mask(keys: Keys, layer: int, p: float, shape: tuple[int, ...], feature_
     state.mul_(_SECOND)
     # The mixer's last shift changes low bits only, which the comparison hardly sees.
     return (state >= round(p * (1 << 32)) - (1 << 31)).view(len(ids), *shape)
+
+
+def _positions(shape: tuple[int, ...], window: Window | None, device: torch.device) -> torch.Tensor:
+    """Where the elements of a window stand among all of a sample, (elements,)."""
+    if window is None:
+        return torch.arange(math.prod(shape), device=device)
+    behind = math.prod(shape[window.axis + 1 :])
+    run = torch.arange(window.start * behind, (window.start + shape[window.axis]) * behind, device=device)
+    runs = torch.arange(math.prod(shape[: window.axis]), device=device) * (window.width * behind)
+    return (runs[:, None] + run).flatten()
 
 
 class _Mask(torch.autograd.Function):

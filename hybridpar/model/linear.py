@@ -45,7 +45,7 @@ class CosineLinear(nn.Module):
 
 
 class GatheringLinear(nn.Module):
-    """A linear map, or a slice of one, from (samples, in) to (samples, out).
+    """A linear map, or a slice of one, from (samples, ..., in) to (samples, ..., out).
 
     By columns a slice takes all input features and gives a slice of the outputs. By rows it takes a slice of the
     input features and gives summands of all outputs; the bias belongs to the first shard's summand.
@@ -66,12 +66,12 @@ class GatheringLinear(nn.Module):
         """Where the weight's gradient is to lie: a backward that finds none writes it there. None: somewhere."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (samples, in) to (samples, out)."""
+        """Map (samples, ..., in) to (samples, ..., out)."""
         y: torch.Tensor = _Map.apply(x, self.weight, self.bias, self)
         return y
 
     def gather(self, gradient: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the weight's gradient, given the output's (samples, out) and the input (samples, in).
+        """Add the weight's gradient, given the output's (rows, out) and the input (rows, in).
 
         Both of one dtype; if it is not the weight's, the product is made before it is added.
         """
@@ -151,10 +151,11 @@ class _Map(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kind = gradient.dtype
-        of_bias = gradient.sum(0, dtype=ctx.layer.bias.dtype) if ctx.needs_input_grad[2] else None
+        rows = gradient.flatten(0, -2)
+        of_bias = rows.sum(0, dtype=ctx.layer.bias.dtype) if ctx.needs_input_grad[2] else None
         of_input = (gradient @ weight.to(kind)).to(ctx.dtype) if weight is not None else None
         if x is not None:
-            ctx.layer.gather(gradient, x.to(kind))
+            ctx.layer.gather(rows, x.flatten(0, -2).to(kind))
         return of_input, None, of_bias, None
 
 

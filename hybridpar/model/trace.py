@@ -96,18 +96,18 @@ def trace(
 
 def _as_run(part: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
     """Return what stands for a layer in a run; it keeps less under autocast."""
-    if not _is_flat(part, in_shape):
+    if not _is_linear(part, in_shape):
         return part
     return gathering(part, part.weight, part.bias if isinstance(part, nn.Linear) else None)
 
 
-def _is_flat(part: nn.Module, in_shape: tuple[int, ...]) -> TypeGuard[nn.Linear | CosineLinear]:
-    """Whether a layer is a single linear map over dim 1, normalised or not."""
-    return type(part) in {nn.Linear, CosineLinear} and len(in_shape) == 1
+def _is_linear(part: nn.Module, in_shape: tuple[int, ...]) -> TypeGuard[nn.Linear | CosineLinear]:
+    """Whether a layer is a single linear map over the last dim, or a normalised one over the only one."""
+    return type(part) is nn.Linear or (type(part) is CosineLinear and len(in_shape) == 1)
 
 
 def _linear(part: nn.Module, in_shape: tuple[int, ...]) -> Linear | None:
-    if not _is_flat(part, in_shape):
+    if not _is_linear(part, in_shape):
         return None
     normalized = isinstance(part, CosineLinear)
     return Linear(part.in_features, part.out_features, not normalized and part.bias is not None, normalized)
@@ -257,6 +257,7 @@ def _describe(
         aliases_input=footprint.aliases_input,
         linear=_linear(part, in_shape),
         channelwise=_is_channelwise(part, nodes, in_shape, footprint.out_shape),
+        pointwise=_is_pointwise(part, nodes),
         random="unkeyed" if footprint.draws else "keyed" if keyed else "none",
         batch_norm="batch_norm" in functions
         or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in part.modules()),  # noqa: SLF001 - its base
@@ -292,13 +293,21 @@ def _is_channelwise(
     if nodes[0].op == "call_module":
         if isinstance(part, nn.Flatten):
             return bool(part.start_dim == 1)
-        kind: Any = type(part)
-        return kind in ELEMENTWISE or (kind in _POOLS and images)
+        return _is_pointwise(part, nodes) or (type(part) in _POOLS and images)
     function = _function_name(nodes[0])
     if function == "flatten":
         start_dim: Any = (*nodes[0].args[1:2], nodes[0].kwargs.get("start_dim"))[0]
         return bool(start_dim == 1)
-    return function in _ELEMENTWISE_FUNCTIONS or (function in _POOL_FUNCTIONS and images)
+    return _is_pointwise(part, nodes) or (function in _POOL_FUNCTIONS and images)
+
+
+def _is_pointwise(part: nn.Module, nodes: list[fx.Node]) -> bool:
+    """Whether each element is worked on by itself."""
+    if len(nodes) > 1:
+        return False
+    if nodes[0].op == "call_module":
+        return type(part) in ELEMENTWISE
+    return _function_name(nodes[0]) in _ELEMENTWISE_FUNCTIONS
 
 
 def _is_flattening(nodes: list[fx.Node]) -> bool:

@@ -12,13 +12,15 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from hybridpar.model.chain import Chain, Layer
-from hybridpar.planning.layout import Interval, Layout, Piece, chunks, split
+from hybridpar.model.chain import Chain
+from hybridpar.planning.layout import Interval, Layout, Piece, chunks, length, split
 from hybridpar.planning.plan import Kind, Plan
 
 State = Literal["full", "sharded", "partial"]
 """Of a value on the shards of a tail: every shard has all features, its slice, or a summand of all features."""
 
+
+SideName = Literal["in", "out"]
 
 Modes = tuple[Literal["column", "row"], ...]
 """Of a sharded tail: one entry per linear layer."""
@@ -33,7 +35,7 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Span:
-    """The slice of one layer that one shard computes, as intervals of dim 1 of the layer's input and output."""
+    """The slice of one layer that one shard computes, as intervals of the features of its input and output."""
 
     inputs: Interval
     outputs: Interval
@@ -119,34 +121,33 @@ class Block:
         """Share of a layer's work that a shard does."""
         if not self.spans:
             return 1.0
-        span, described = self.spans[shard][layer - self.layers[0]], chain.layers[layer]
+        span = self.spans[shard][layer - self.layers[0]]
         if span.mode == "column":
-            return (span.outputs[1] - span.outputs[0]) / described.out_shape[0]
-        return (span.inputs[1] - span.inputs[0]) / described.in_shape[0]
+            return length(span.outputs) / chain.width(layer + 1)
+        return length(span.inputs) / chain.width(layer)
 
     def by_rows(self, shard: int, layer: int) -> bool:
         """Whether a shard has some of a layer's input features and all of its outputs."""
         return bool(self.spans) and self.spans[shard][layer - self.layers[0]].mode == "row"
 
-    def shape(self, chain: Chain, side: Literal["in", "out"]) -> tuple[int, ...]:
-        """Shape per sample of the whole input or output, of all shards together."""
-        if side == "out" or self.layers[0] == len(chain.layers):
-            return chain.layers[self.layers[1] - 1].out_shape
-        return chain.layers[self.layers[0]].in_shape
+    def point(self, side: SideName) -> int:
+        """Where in the chain the input or output is."""
+        return self.layers[side == "out"]
 
-    def trailing(self, chain: Chain, side: Literal["in", "out"]) -> int:
+    def trailing(self, chain: Chain, side: SideName) -> int:
         """Elements per sample and feature of the input or output."""
-        return math.prod(self.shape(chain, side)[1:])
+        point = self.point(side)
+        return math.prod(chain.shape(point)) // chain.width(point)
 
     def out_itemsize(self, chain: Chain, itemsize: int) -> int:
         """Bytes per element of the output and its gradient, if parameters have ``itemsize``."""
         return chain.out_itemsize(self.layers[1] - 1, itemsize)
 
-    def features(self, chain: Chain, shard: int, side: Literal["in", "out"]) -> Interval:
-        """Interval of dim 1 that the shard's input or output covers."""
+    def features(self, chain: Chain, shard: int, side: SideName) -> Interval:
+        """Interval of the features that the shard's input or output covers."""
         state = self.enters if side == "in" else self.leaves
         if not self.spans or state != "sharded":
-            return 0, self.shape(chain, side)[0]
+            return 0, chain.width(self.point(side))
         return self.spans[shard][0].inputs if side == "in" else self.spans[shard][-1].outputs
 
 
@@ -248,7 +249,7 @@ class Side(NamedTuple):
     weights: tuple[float, ...]
     micro_batch: int
     features: tuple[Interval, ...]
-    """Of dim 1, per rank."""
+    """Per rank."""
     partial: bool
     """The value is a summand on every rank."""
     gradient_partial: bool
@@ -268,7 +269,7 @@ class Side(NamedTuple):
         return value, Layout(value.pieces, partial=self.gradient_partial)
 
 
-def block_side(block: Block, position: Position, chain: Chain, side: Literal["in", "out"]) -> Side:
+def block_side(block: Block, position: Position, chain: Chain, side: SideName) -> Side:
     """Return one side of a block."""
     state = block.enters if side == "in" else block.leaves
     return Side(
@@ -326,7 +327,7 @@ def _sharded_blocks(sharding: Modes, layers: Interval, weights: tuple[float, ...
     mode_of = {i: next(modes) for i in range(first, last) if chain.layers[i].linear}
     coming = list(sharding)
     state: State = "full" if coming[0] == "column" else "sharded"
-    features = _feature_intervals(chain.layers[first].in_shape[0], weights, state)
+    features = _feature_intervals(chain.width(first), weights, state)
     cut: list[Block] = []
     start, enters, spans = first, state, [[] for _ in weights]  # type: tuple[int, State, list[list[Span]]]
 
@@ -337,12 +338,11 @@ def _sharded_blocks(sharding: Modes, layers: Interval, weights: tuple[float, ...
             start, spans = stop, [[] for _ in weights]
 
     for i in range(first, last):
-        layer = chain.layers[i]
         if mode_of.get(i) == "column" and state == "sharded":
             close(i, "sharded")
             enters = state = "full"
-            features = _feature_intervals(layer.in_shape[0], weights, state)
-        outputs = _outputs(layer, mode_of.get(i), features, weights)
+            features = _feature_intervals(chain.width(i), weights, state)
+        outputs = _outputs((chain.width(i), chain.width(i + 1)), mode_of.get(i), features, weights)
         for shard, own in enumerate(spans):
             own.append(Span(features[shard], outputs[shard], mode_of.get(i, "slice")))
         features = outputs
@@ -353,7 +353,7 @@ def _sharded_blocks(sharding: Modes, layers: Interval, weights: tuple[float, ...
         elif mode_of.get(i) == "row":
             close(i + 1, "partial")
             enters = state = "full" if coming and coming[0] == "column" else "sharded"
-            features = _feature_intervals(layer.out_shape[0], weights, state)
+            features = _feature_intervals(chain.width(i + 1), weights, state)
     close(last, state)
     if cut[-1].leaves == "partial":
         slices = tuple((Span(own, own, "slice"),) for own in features)
@@ -368,11 +368,13 @@ def _feature_intervals(width: int, weights: tuple[float, ...], state: State) -> 
 
 
 def _outputs(
-    layer: Layer, mode: str | None, features: list[Interval], weights: tuple[float, ...]
+    widths: tuple[int, int], mode: str | None, features: list[Interval], weights: tuple[float, ...]
 ) -> list[Interval]:
+    """Return what every shard gives of a layer with so many features before and behind it."""
+    before, behind = widths
     if mode == "column":
-        return list(split(layer.out_shape[0], weights))
+        return list(split(behind, weights))
     if mode == "row":
-        return [(0, layer.out_shape[0])] * len(features)
-    ratio = layer.out_shape[0] // layer.in_shape[0]
+        return [(0, behind)] * len(features)
+    ratio = behind // before
     return [(a * ratio, b * ratio) for a, b in features]

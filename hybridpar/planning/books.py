@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
+from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block
 from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import Transfer, length
@@ -268,8 +270,8 @@ class Books:
     def _contiguous(self, transfer: Transfer, block: int, is_output: bool) -> bool:
         """Whether a transfer's part of a value is one run of memory."""
         own = self.own[block]
-        width = own.out_features if is_output else own.in_features
-        return length(transfer.features) == width or length(transfer.samples) <= 1
+        width, rows = (own.out_features, own.out_rows) if is_output else (own.in_features, own.in_rows)
+        return length(transfer.features) == width or length(transfer.samples) * rows <= 1
 
     def _travel(self, operation: Operation, storage: Storage) -> None:
         """Hold a storage until the operation's wait."""
@@ -289,6 +291,7 @@ class Own:
         self.samples = [length(intervals[self.shard]) for intervals in program.micro_batches[block.position]]
         self.out_features = length(block.features(chain, self.shard, "out"))
         self.in_features = length(block.features(chain, self.shard, "in"))
+        self.out_rows, self.in_rows = _rows(chain, block.point("out")), _rows(chain, block.point("in"))
         trailing = block.trailing(chain, "out")
         self.out_bytes = self.out_features * trailing * block.out_itemsize(chain, self.itemsize)
         """Per sample of the output, and of the input below."""
@@ -306,6 +309,11 @@ class Own:
             sizes = self.kept.inside(samples, self.itemsize)
             self._inside[samples] = sum(sizes), sum(s for s in sizes if s >= MAPPED_BYTES)
         return self._inside[samples]
+
+
+def _rows(chain: Chain, point: int) -> int:
+    """Return how many rows of features a sample has: its tokens."""
+    return math.prod(chain.shape(point)[: chain.axes[point]])
 
 
 def ranks_of(program: Program, block: Block) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -110,16 +109,16 @@ def _followed(block: Block, shard: int, chain: Chain) -> Kept:
     current, sizes, uses, first_saver = 0, [entering], list[Use](), dict[int, int]()
     lowered = [block.layers[0] > 0 and chain.layers[block.layers[0] - 1].lowered]
     for offset, layer in enumerate(chain.layers[slice(*block.layers)]):
-        width = length(block.spans[shard][offset].outputs) if block.spans else layer.out_shape[0]
+        index = block.layers[0] + offset
+        share = length(block.spans[shard][offset].outputs) / chain.width(index + 1) if block.spans else 1.0
         source = current
         if not layer.aliases_input:
             current = len(sizes)
-            sizes.append(width * math.prod(layer.out_shape[1:]))
+            sizes.append(round(layer.out_elements * share))
             lowered.append(layer.lowered)
         saved = dict.fromkeys([source] * layer.saves_input + [current] * layer.saves_output)
         for storage in saved:
             first_saver.setdefault(storage, offset)
-        share = width / layer.out_shape[0]
         own = layer.saved
         extra = (
             round(own.elements_per_sample * share),
@@ -127,11 +126,11 @@ def _followed(block: Block, shard: int, chain: Chain) -> Kept:
             own.elements,
             own.bytes,
         )
-        fraction = block.fraction(chain, shard, block.layers[0] + offset)
+        fraction = block.fraction(chain, shard, index)
         parameters = tuple(round(p.count * fraction) for p in layer.parameters)
         frozen = set(chain.frozen)
         own_trained = zip(layer.parameters, parameters, strict=True)
         trained = tuple(count for p, count in own_trained if p.name not in frozen)
-        gathers = chain.gathered[block.layers[0] + offset] > 0
+        gathers = chain.gathered[index] > 0
         uses.append(Use(source, current, tuple(saved), extra, parameters, trained, gathers))
     return Kept(tuple(uses), tuple(sizes), tuple(lowered), frozenset(first_saver) | {0}, first_saver)

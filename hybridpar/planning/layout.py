@@ -1,7 +1,8 @@
 """Layouts: which rank holds which samples and features of a value, and the exchange between two layouts.
 
-A value crosses a point of the chain as a tensor (samples, features, ...), where features are dim 1. A layout cuts
-the plane of samples x features into pieces. One function, :func:`exchange`, turns any layout into any other by
+A value crosses a point of the chain as a tensor with samples in dim 0 and features in another one, which the
+chain names (``Chain.axes``): (samples, features, height, width) or (samples, tokens, features). A layout cuts the
+plane of samples x features into pieces. One function, :func:`exchange`, turns any layout into any other by
 intersecting intervals; equal and unequal shares, ragged micro-batches, different rank counts and sharded features
 are all the same case.
 """

@@ -429,7 +429,7 @@ def _validate_tail(stage: Stage, chain: Chain) -> None:
             list(stage.sharding),
             f"gives {layer.name} rows, which it cannot have: it normalises over all features; use column there",
         )
-    widths = [(f"entering layer {chain.layers[first].name}", chain.layers[first].in_shape[0])]
+    widths = [(f"entering layer {chain.layers[first].name}", chain.width(first))]
     for layer in linears:
         if layer.linear is not None:
             widths.append((f"of layer {layer.name}", layer.linear.out_features))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -300,7 +301,10 @@ def _accumulation(bench: Bench, entry: Entry) -> list[float]:
     strand, modules = entry.made[0]
     layers, x = calls(bench, strand, modules, entry.size), make_input(bench, strand, entry.size)
     spans = accumulation_pass(bench, modules, layers, x)
-    doubled = [gather_twice(bench, module, entry.size, bench.autocast) for module in modules]
+    doubled = [
+        gather_twice(bench, module, entry.size * math.prod(layer.in_shape[:-1]), bench.autocast)
+        for layer, module in zip(strand.layers, modules, strict=True)
+    ]
     bench.wait()
     added_s = [sum(starmap(bench.seconds, own)) for own in spans]
     for own, pair in enumerate(doubled):

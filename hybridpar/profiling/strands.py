@@ -53,7 +53,7 @@ class Strand:
         shape = self.layers[0].in_shape
         if self.share == 1.0 or self.cut == "columns":
             return shape
-        return (part(shape[0], self.share), *shape[1:])
+        return (*shape[:-1], part(shape[-1], self.share))
 
 
 Job = dict[Strand, list[nn.Module]]
@@ -211,9 +211,9 @@ def timed_pass(clock: Clock, layers: Sequence[Call], x: torch.Tensor) -> list[tu
 
 
 def gather_twice(
-    clock: Clock, layer: nn.Module, size: int, autocast: torch.dtype | None = None
+    clock: Clock, layer: nn.Module, rows: int, autocast: torch.dtype | None = None
 ) -> list[tuple[Mark, Mark]] | None:
-    """Begin and end of a weight's gradient of ``size`` samples, added to the one there, and then in its place.
+    """Begin and end of a weight's gradient of so many rows, added to the one there, and then in its place.
 
     None where the layer does not gather it in place, or has none.
     """
@@ -221,7 +221,7 @@ def gather_twice(
         return None
     weight = layer.weight
     dtype = autocast or weight.dtype
-    x, gradient = (torch.rand(size, n, device=weight.device, dtype=dtype) for n in weight.shape[::-1])
+    x, gradient = (torch.rand(rows, n, device=weight.device, dtype=dtype) for n in weight.shape[::-1])
     spans = []
     with torch.no_grad():
         for overwriting in (False, True):

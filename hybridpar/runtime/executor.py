@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hybridpar.errors import DataError, HybridparError
 from hybridpar.model.keyed import Keys
 from hybridpar.planning.compression import SUMS, WORKS
-from hybridpar.planning.layout import Transfer
+from hybridpar.planning.layout import Interval, Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import CrossEntropy
@@ -192,8 +192,8 @@ class Executor:
         rows = state.batch[first : first + stop - start]
         if not state.program.blocks[0].spans:
             return rows
-        features = self._features(state, 0, "in")
-        return rows[:, features[0] : features[1]]
+        start, stop = self._features(state, 0, "in")
+        return rows.narrow(1 + state.program.chain.axes[0], start, stop - start)
 
     def _score(self, state: StepState, key: Key) -> None:
         logits = self._logits(state, key, state.outputs[key])
@@ -247,12 +247,12 @@ class Executor:
     def _source(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
         """Return the part of an output or input gradient that a transfer moves."""
         if content == "activation":
-            key, value = (boundary, transfer.source_micro_batch), state.outputs
+            key, values = (boundary, transfer.source_micro_batch), state.outputs
             features = self._features(state, boundary, "out")
         else:
-            key, value = (boundary + 1, transfer.source_micro_batch), state.input_gradients
+            key, values = (boundary + 1, transfer.source_micro_batch), state.input_gradients
             features = self._features(state, boundary + 1, "in")
-        return self._part(state, value[key], key, features, transfer)
+        return self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
 
     def _target(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
         """Return the part of an input or output gradient that a transfer fills; makes the buffer if need be."""
@@ -265,9 +265,15 @@ class Executor:
         if key not in values:
             start, stop = state.program.interval(*key, self.rank)
             before, chain = state.program.blocks[boundary], state.program.chain
-            shape = (stop - start, features[1] - features[0], *before.shape(chain, "out")[1:])
+            shape = [stop - start, *chain.shape(before.point("out"))]
+            shape[self._axis(state, boundary)] = features[1] - features[0]
             values[key] = torch.empty(shape, dtype=crossing_dtype(before, chain, self.dtype), device=self.device)
-        return self._part(state, values[key], key, features, transfer)
+        return self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
+
+    @staticmethod
+    def _axis(state: StepState, boundary: int) -> int:
+        """Return the dim of the features in what crosses a boundary."""
+        return 1 + state.program.chain.axes[state.program.blocks[boundary].point("out")]
 
     def _features(self, state: StepState, block: int, side: str) -> tuple[int, int]:
         described = state.program.blocks[block]
@@ -275,13 +281,15 @@ class Executor:
         return described.features(state.program.chain, shard, "in" if side == "in" else "out")
 
     def _part(
-        self, state: StepState, value: torch.Tensor, key: Key, features: tuple[int, int], t: Transfer
+        self, state: StepState, value: torch.Tensor, key: Key, along: tuple[int, Interval], t: Transfer
     ) -> torch.Tensor:
+        """Return a transfer's part of a value that has the features of an interval along a dim."""
+        dim, features = along
         start = state.program.interval(*key, self.rank)[0]
         rows = value[t.samples[0] - start : t.samples[1] - start]
         if t.features == features:
             return rows
-        return rows[:, t.features[0] - features[0] : t.features[1] - features[0]]
+        return rows.narrow(dim, t.features[0] - features[0], t.features[1] - t.features[0])
 
     def _copy(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> None:
         if transfer.whole:

@@ -13,7 +13,7 @@ from torch import nn
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Part, Source
 from hybridpar.model.footprint import lowering
-from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.keyed import KeyedDropout, Keys, Window
 from hybridpar.model.linear import CosineLinear, GatheringLinear, gathering
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Block, Position, Span
@@ -111,7 +111,7 @@ class ModuleFactory:
                 layer, parameters = self._sharded(index, span, first=shard == 0)
             else:
                 layer, parameters = self._whole(index)
-                self._place_dropouts(layer, span)
+                self._place_dropouts(layer, index, span)
             layers.append(layer)
             owned += parameters
         chain = self._traced.chain
@@ -158,10 +158,12 @@ class ModuleFactory:
             owned.append(Owned(names["bias"], layer.bias, *((0, start) if span.mode == "column" else (None, 0))))
         return layer, owned
 
-    def _place_dropouts(self, layer: nn.Module, span: Span | None) -> None:
+    def _place_dropouts(self, layer: nn.Module, index: int, span: Span | None) -> None:
+        chain = self._traced.chain
+        window = None if span is None else Window(chain.axes[index], span.inputs[0], chain.width(index))
         for module in layer.modules():
             if isinstance(module, KeyedDropout):
-                module.feature_offset = span.inputs[0] if span is not None else 0
+                module.window = window
 
 
 def crossing_dtype(block: Block, chain: Chain, dtype: torch.dtype) -> torch.dtype:

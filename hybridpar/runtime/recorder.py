@@ -22,11 +22,12 @@ class Part(NamedTuple):
     samples: Interval
     """Within the step."""
     features: Interval
-    """Of dim 1."""
+    """Of dim ``dim``."""
     partial: bool
     """The value is a summand: the parts of all shards have to be added."""
     value: torch.Tensor
-    """(samples, features, ...), on the CPU."""
+    """(samples, features, ...) or (samples, ..., features), on the CPU."""
+    dim: int
 
 
 class Recorder:
@@ -65,10 +66,12 @@ class Recorder:
         job, block = self._job, program.blocks[action.block]
         samples = program.numbers(action.block, action.micro_batch, job.place)
         for index, value in seen:
-            features, partial = (0, job.chain.layers[index].out_shape[0]), False
+            features, partial = (0, job.chain.width(index + 1)), False
             if block.spans:
                 shard = program.positions[block.position].ranks.index(job.place)
                 span = block.spans[shard][index - block.layers[0]]
                 features, partial = span.outputs, span.mode == "row"
-            part = Part(job.rank, action.micro_batch, samples, features, partial, value)
+            part = Part(
+                job.rank, action.micro_batch, samples, features, partial, value, 1 + job.chain.axes[index + 1]
+            )
             self._parts.setdefault(index, []).append(part)

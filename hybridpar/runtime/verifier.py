@@ -95,13 +95,14 @@ class Verifier:
         """Compare every part of a layer's output; summands of all shards are added first."""
         assert self._reference is not None
         layer, expected = self._layers[index], self._reference.outputs[index].cpu()
-        scale, covered = float(expected.abs().max()), torch.zeros(expected.shape[:2], dtype=torch.bool)
+        scale, width = float(expected.abs().max()), self.job.chain.width(index + 1)
+        covered = torch.zeros((len(expected), width), dtype=torch.bool)
         for part in _summed(parts):
-            rows, columns = slice(*part.samples), slice(*part.features)
-            covered[rows, columns] = True
+            rows, (first, last) = slice(*part.samples), part.features
+            covered[rows, first:last] = True
             who = f"rank {part.rank}" if part.rank >= 0 else "all shards together"
             place = f"{who}, micro-batch {part.micro_batch}, samples {part.samples[0]}..{part.samples[1] - 1}"
-            values = part.value, expected[rows, columns]
+            values = part.value, expected[rows].narrow(part.dim, first, last - first)
             self.ledger.compare(step, "output", layer.name, place, values, scale)
         if not covered.all():
             sample, feature = (int(i) for i in (~covered).nonzero()[0])

@@ -1,5 +1,6 @@
 """A model with logits for every token trains as in a single process: embedding, blocks, head, in stages."""
 
+import itertools
 from dataclasses import replace
 from functools import cache, partial
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hybridpar.data.datasets import load
 from hybridpar.data.samples import MapSamples
@@ -14,10 +16,10 @@ from hybridpar.data.spec import DataSpec
 from hybridpar.errors import DataError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
-from hybridpar.models.gpt import gpt
+from hybridpar.models.gpt import Block, gpt
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
-from hybridpar.planning.plan import Segment, Stage
+from hybridpar.planning.plan import Recipe, Segment, Stage
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import OwnMetric, OwnMetrics
@@ -64,8 +66,8 @@ def cross_entropy(smoothing=0.0, weights=None):
     return case, train_single(case)
 
 
-def plan_of(*stages, **fields):
-    chain = small()[1].chain
+def plan_of(*stages, chain=None, **fields):
+    chain = chain or small()[1].chain
     world = (1 + max(r for s in stages for r in s.ranks)) * fields.get("replicas", 1)
     return make_plan(chain, *stages, world=world, global_batch=BATCH, **fields)
 
@@ -96,16 +98,25 @@ WHOLE = {
     "three stages": (front(2, (0, 1)), middle(2, (4, (2,))), tail((3,))),
 }
 """Plans in which no layer is sharded."""
+SHARDED = {
+    "own ranks": (front(2, (0, 1)), middle(2, (3, (2,)), (4, (3,))), tail((4, 5))),
+    "shared ranks": (front(3, (0, 1, 2), (2.0, 1.0, 1.0)), middle(3, (4, (1,))), tail((2, 0, 1), (1.0, 2.0, 1.5))),
+    "overlapping ranks": (front(1, (0, 1)), middle(1, (4, (2, 1))), tail((1, 2, 3), (2.0, 1.0, 1.0), size=7)),
+    "rows": (front(4, (0, 1, 2)), tail((0, 1, 2), (1.0, 1.0, 2.0), ways=("row",))),
+    "rows behind a pipeline": (middle(0, (2, (0,)), (4, (1,))), tail((2, 0), size=5, ways=("row",))),
+    "one sample at a time": (front(4, (0, 1), size=1), tail((0, 1), size=1, ways=("row",))),
+}
+"""Plans whose head is cut: no rank has all classes."""
+PLANS = WHOLE | SHARDED
 
 
-@pytest.mark.parametrize("stages", WHOLE.values(), ids=WHOLE.keys())
+@pytest.mark.parametrize("stages", PLANS.values(), ids=PLANS.keys())
 def test_loss_per_token_is_torchs(stages):
     assert_same(plan_of(*stages, bucket_bytes=1), *cross_entropy(0.2, WEIGHTS))
 
 
-def assert_execution_is_the_program(stages):
-    case, _ = cross_entropy()
-    plan = plan_of(*stages, bucket_bytes=1)
+def assert_execution_is_the_program(stages, case):
+    plan = plan_of(*stages, chain=case.traced.chain, bucket_bytes=1)
     program = compile_program(plan, case.traced.chain, BATCH, "train")
 
     def body(rank, endpoint):
@@ -126,9 +137,86 @@ def assert_execution_is_the_program(stages):
         assert executor.within == list(expected.transient)
 
 
-@pytest.mark.parametrize("stages", WHOLE.values(), ids=WHOLE.keys())
+@pytest.mark.parametrize("stages", PLANS.values(), ids=PLANS.keys())
 def test_execution_is_the_program(stages):
-    assert_execution_is_the_program(stages)
+    assert_execution_is_the_program(stages, cross_entropy()[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_plan_replicas_clipping_and_recomputation(recompute):
+    case = replace(cross_entropy()[0], max_norm=0.1)
+    stages = [replace(s, recompute=recompute) for s in SHARDED["rows"]]
+    plan = plan_of(*stages, replicas=2, recipe=Recipe(clipping=True))
+    assert_same(plan, case, train_single(case), gloo=recompute)
+
+
+# Linears in a tail of their own, with the features last
+
+
+HIDDEN = 14
+
+
+def with_linears():
+    """Block, then linears with what works on each element between them, over (tokens, features)."""
+    return nn.Sequential(
+        nn.Embedding(CLASSES, WIDTH),
+        Block(WIDTH, 2, 0.2),
+        nn.GELU(),
+        nn.Linear(WIDTH, HIDDEN),
+        nn.Dropout(0.4),
+        nn.GELU(),
+        nn.Linear(HIDDEN, WIDTH),
+        nn.Dropout(0.4),
+        nn.Linear(WIDTH, CLASSES),
+    )
+
+
+@cache
+def linears():
+    source = defer(with_linears)
+    made = trace(source.module, (TOKENS,), "linears", "int")
+    criterion = partial(per_token, F.cross_entropy)
+    case = Case(source, made, 3, (BATCH,) * 3, criterion=criterion)
+    return case, train_single(case)
+
+
+def sharded_linears(start, ways, weights):
+    ranks = tuple(range(len(weights)))
+    segment = Segment((start, len(linears()[0].traced.chain.layers)), ranks, weights)
+    return front(start, ranks[::-1]), Stage("tail", 4, (segment,), ways)
+
+
+@pytest.mark.parametrize("ways", list(itertools.product(("column", "row"), repeat=3)), ids="-".join)
+def test_every_sharding_of_linears_over_tokens(ways):
+    case, single = linears()
+    first = case.traced.chain.tail_start
+    stages = sharded_linears(first + (ways[0] == ways[1]), ways, (1.0, 2.0, 1.0)[: 2 + (ways[2] == "row")])
+    assert_same(plan_of(*stages, chain=case.traced.chain), case, single, gloo=ways[1] == "row")
+    assert_execution_is_the_program(stages, case)
+
+
+def test_a_model_that_is_all_tail_reads_features_of_tokens():
+    """Where it begins with rows, every shard reads its features of each token."""
+    source = defer(lambda: nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES)))
+    made = trace(source.module, (TOKENS, WIDTH), "all tail")
+    case = Case(source, made, 3, (BATCH,) * 3, criterion=partial(per_token, F.cross_entropy))
+    stage = Stage("tail", 4, (Segment((0, 3), (1, 0), (2.0, 1.0)),), ("row", "column"))
+    assert_same(plan_of(stage, chain=made.chain), case, train_single(case))
+
+
+def test_features_lie_where_layers_have_them():
+    chain = linears()[0].traced.chain
+    assert [layer.linear is not None for layer in chain.layers] == [i in {4, 7, 9} for i in range(10)]
+    assert chain.axes == (0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+    assert chain.tail_start == 3
+
+
+def test_a_flatten_behind_a_linear_over_tokens_ends_the_tail():
+    """It would mix up slices of the tokens' features."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Flatten(), nn.Linear(TOKENS * WIDTH, CLASSES))
+    chain = trace(model, (TOKENS, WIDTH), "flat").chain
+    assert (chain.tail_start, chain.label_shape, chain.classes) == (1, (), CLASSES)
+    assert chain.axes == (1, 0, 0, 0, 0)
 
 
 def evaluated(stages, loss=None, metrics=None):
@@ -168,7 +256,7 @@ def found(best, labels):
     return (best[:, 0] == labels).sum()
 
 
-@pytest.mark.parametrize("stages", WHOLE.values(), ids=WHOLE.keys())
+@pytest.mark.parametrize("stages", PLANS.values(), ids=PLANS.keys())
 def test_evaluation_counts_tokens(stages):
     assert_evaluation_is_torchs(stages)
 

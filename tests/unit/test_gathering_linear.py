@@ -24,22 +24,23 @@ def pair(*, bias: bool = True) -> tuple[nn.Linear, GatheringLinear]:
     return plain, GatheringLinear(own[0], own[1] if bias else None)
 
 
-def train(layer: nn.Module, *, needs_input: bool = True) -> list[torch.Tensor]:
-    """Gradients of inputs after a few micro-batches."""
+def train(layer: nn.Module, *, needs_input: bool = True, tokens: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    """Gradients of inputs after a few micro-batches, of samples of several rows where there are tokens."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for n in SIZES:
-        x = torch.rand(n, 6, generator=generator, dtype=torch.float64).requires_grad_(needs_input)
+        x = torch.rand(n, *tokens, 6, generator=generator, dtype=torch.float64).requires_grad_(needs_input)
         layer(x).sin().sum().backward()
         found += [x.grad] if x.grad is not None else []
     return found
 
 
+@pytest.mark.parametrize("tokens", [(), (4,), (2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("needs_input", [True, False])
-def test_gradients_are_those_of_a_linear_layer(*, bias: bool, needs_input: bool) -> None:
+def test_gradients_are_those_of_a_linear_layer(*, bias: bool, needs_input: bool, tokens: tuple[int, ...]) -> None:
     plain, gathering = pair(bias=bias)
-    expected, found = train(plain, needs_input=needs_input), train(gathering, needs_input=needs_input)
+    expected, found = (train(layer, needs_input=needs_input, tokens=tokens) for layer in (plain, gathering))
     assert len(found) == len(expected)
     expected += [p.grad for p in plain.parameters()]
     found += [p.grad for p in gathering.parameters()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridpar.errors import ModelError
-from hybridpar.model.keyed import KeyedDropout, Keys, keep_mask
+from hybridpar.model.keyed import KeyedDropout, Keys, Window, keep_mask
 
 
 def ids(*values):
@@ -38,7 +38,7 @@ def test_masks_of_different_keys_are_uncorrelated():
         "step": keep_mask(Keys(7, 4, samples), 1, 0.5, shape),
         "layer": keep_mask(Keys(7, 3, samples), 2, 0.5, shape),
         "samples": keep_mask(Keys(7, 3, samples + 32), 1, 0.5, shape),
-        "features": keep_mask(Keys(7, 3, samples), 1, 0.5, shape, 8192),
+        "features": keep_mask(Keys(7, 3, samples), 1, 0.5, shape, Window(0, 8192, 16384)),
         "shifted feature": base.roll(1, dims=1),
         "shifted sample": base.roll(1, dims=0),
         "step and layer swapped": keep_mask(Keys(7, 1, samples), 3, 0.5, shape),
@@ -55,7 +55,9 @@ def test_bits_of_neighbouring_samples_are_pairwise_independent():
 def test_mask_of_a_slice_is_the_slice_of_the_mask():
     keys = Keys(1, 2, ids(5, 9, 1_000_000, 2**40))
     full = keep_mask(keys, 3, 0.4, (6, 5, 7))
-    assert torch.equal(keep_mask(keys, 3, 0.4, (3, 5, 7), feature_offset=2), full[:, 2:5])
+    assert torch.equal(keep_mask(keys, 3, 0.4, (3, 5, 7), Window(0, 2, 6)), full[:, 2:5])
+    assert torch.equal(keep_mask(keys, 3, 0.4, (6, 5, 3), Window(2, 4, 7)), full[..., 4:])
+    assert torch.equal(keep_mask(keys, 3, 0.4, (6, 2, 7), Window(1, 1, 5)), full[:, :, 1:3])
     rows = Keys(1, 2, keys.sample_ids[1:3])
     assert torch.equal(keep_mask(rows, 3, 0.4, (6, 5, 7)), full[1:3])
 
@@ -65,7 +67,7 @@ def test_module_on_shards_equals_module_on_all_features():
     whole, shard = KeyedDropout(0.5, 3), KeyedDropout(0.5, 3)
     x = torch.randn(3, 10, 4)
     whole.keys = shard.keys = keys
-    shard.feature_offset = 6
+    shard.window = Window(0, 6, 10)
     assert torch.equal(whole(x)[:, 6:], shard(x[:, 6:]))
 
 

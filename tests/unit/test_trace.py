@@ -13,7 +13,7 @@ from torch import nn
 from hybridpar.errors import ModelError
 from hybridpar.model.chain import Saved
 from hybridpar.model.deferred import defer
-from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.keyed import KeyedDropout, Keys, Window
 from hybridpar.model.trace import trace
 from hybridpar.models.alexnet import alexnet
 from hybridpar.models.vgg import vgg
@@ -161,7 +161,7 @@ def test_channelwise_layers_work_on_slices(name):
         low, high = channels // 3, channels // 2
         for inner in part.modules():
             if isinstance(inner, KeyedDropout):
-                inner.feature_offset = low
+                inner.window = Window(0, low, channels)
         per = layer.out_shape[0] // channels
         torch.testing.assert_close(part(x[:, low:high]), whole[:, low * per : high * per], rtol=1e-6, atol=1e-7)
         tested += 1
@@ -332,7 +332,8 @@ def test_tokens_and_tied_weights():
     assert chain.tied == (("embed.weight", (0, 3)),)
     assert traced.names[3] == {"weight": "embed.weight"}
     assert traced.names[1] == {"positions": "positions"}
-    assert chain.layers[2].linear is None  # over the last of two dims, not over dim 1
+    assert chain.layers[2].linear is not None
+    assert chain.axes[2:4] == (1, 1)  # over the last of two dims
     assert chain.layers[0].saves_input
 
 
