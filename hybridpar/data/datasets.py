@@ -26,6 +26,7 @@ from hybridpar.data.samples import (
 )
 from hybridpar.data.spec import Augment, DataSpec
 from hybridpar.data.stream import as_samples, require_end
+from hybridpar.data.text import CHARACTERS, read_text, split_text
 from hybridpar.data.transforms import ImageTransform, Normalization
 from hybridpar.errors import DataError
 
@@ -37,8 +38,8 @@ DIGITS_SPLIT_SEED = 0
 
 _CIFAR10_FOLDER = "cifar-10-batches-py"
 _CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
-_CLASSES = {"digits": 10, "cifar10": 10}
-_SEQUENCES = ("custom",)
+_CLASSES = {"digits": 10, "cifar10": 10, "text": len(CHARACTERS)}
+_SEQUENCES = ("text", "custom")
 """Those whose samples may have several labels."""
 
 
@@ -61,6 +62,11 @@ def check(spec: DataSpec, classes: int, label_shape: tuple[int, ...] = ()) -> No
         raise DataError(
             f"data set {spec.name} has one label per sample, but the model gives logits for {label_shape} labels; "
             f"take one of {', '.join(_SEQUENCES)}, or a model whose output is one row of logits"
+        )
+    if spec.name == "text" and not label_shape:
+        raise DataError(
+            "data set text has a label for every token, but the model gives one row of logits per sample; take a "
+            "model with logits (tokens, classes), such as model=gpt"
         )
     if spec.name in _CLASSES:
         _check_classes(spec.name, _CLASSES[spec.name], classes)
@@ -89,8 +95,9 @@ def load(
 
     ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels; 360 of them, drawn class by class once for all, are
     the test split. ``cifar10``: the Python version below ``spec.root``. ``image_folder``: one folder per class in
-    ``train`` and in ``val`` (or ``test``, where there is no ``val``) below ``spec.root``. ``synthetic``: noise.
-    ``custom``: what ``spec.function`` returns.
+    ``train`` and in ``val`` (or ``test``, where there is no ``val``) below ``spec.root``. ``text``: characters of
+    the file ``spec.root``, or of a text that comes with Python; its last tenth is the test split. ``synthetic``:
+    noise. ``custom``: what ``spec.function`` returns.
 
     Only training samples are augmented. Raises DataError for missing or malformed files, labels outside the
     classes and shapes that cannot be made; no process is started.
@@ -100,6 +107,7 @@ def load(
         "digits": _load_digits,
         "cifar10": _load_cifar10,
         "image_folder": _load_image_folder,
+        "text": _load_text,
         "synthetic": _load_synthetic,
         "custom": functools.partial(_load_custom, ignored=ignored, label_shape=label_shape),
     }
@@ -169,6 +177,13 @@ def _load_image_folder(spec: DataSpec, in_shape: tuple[int, ...], classes: int) 
         return FileImages(folder, names, labels, _transform(spec, in_shape, 3, transforms.IMAGENET, augment))
 
     return Splits(split(train, spec.augment), split(test, "none"))
+
+
+def _load_text(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> Splits:  # noqa: ARG001
+    if len(in_shape) != 1:
+        raise DataError(f"data set text gives rows of tokens, but the model takes {in_shape}; set model.in_shape")
+    text, name = read_text(spec.root)
+    return Splits(*split_text(text, in_shape[0], name))
 
 
 def _load_synthetic(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> Splits:

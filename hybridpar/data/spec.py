@@ -17,9 +17,10 @@ class DataSpec:
     Raises ConfigError for a value that is out of range or does not go with the data set.
     """
 
-    name: Literal["digits", "cifar10", "image_folder", "synthetic", "custom"]
+    name: Literal["digits", "cifar10", "image_folder", "text", "synthetic", "custom"]
     root: str | None = None
-    """Directory of ``cifar10`` (it holds ``cifar-10-batches-py``) and ``image_folder`` (``train`` and ``val``)."""
+    """Directory of ``cifar10`` (it holds ``cifar-10-batches-py``) and ``image_folder`` (``train`` and ``val``);
+    a file for ``text``."""
     function: str | None = None
     """``module:function`` of ``custom``; called with ``root``, ``in_shape`` and ``classes``, it returns two
     data sets (train, test), map-style or streams, of (tensor, int); of (tensor, tensor) where every token has a
@@ -51,7 +52,7 @@ class DataSpec:
         for key, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
             if alpha is not None and alpha <= 0:
                 raise ConfigError(f"data.{key}: {alpha} must be above 0, as 0.2 or 1.0, or null")
-        if self.augment != "none" and self.name in {"synthetic", "custom"}:
+        if self.augment != "none" and self.name in {"text", "synthetic", "custom"}:
             raise ConfigError(
                 f"data.augment={self.augment} does not work with data set {self.name}; set data.augment=none "
                 "(a custom data set augments in its own __getitem__, whose random draws are keyed by sample)"
