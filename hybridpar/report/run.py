@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hybridpar.errors import RecordError
+from hybridpar.errors import HybridparError, RecordError
 from hybridpar.planning.plan import Plan
 from hybridpar.report import timing
 from hybridpar.report.basis import Basis
@@ -60,7 +60,7 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's."""
-        return self.folder.name
+        return self.folder.resolve().name
 
     @property
     def step_s(self) -> float | None:
@@ -71,7 +71,7 @@ class Run:
 
     @staticmethod
     def load(folder: Path) -> Run:
-        """Read a run's folder. Raises RecordError where it is none, and HybridparError for a malformed file."""
+        """Read a run's folder. Raises RecordError where it is none, or holds a malformed file, which is named."""
         if not folder.is_dir():
             raise RecordError(f"there is no folder {folder}; give a run's, as the training named it at its end")
         if not (folder / "plan.json").exists() or not (folder / "metrics.jsonl").exists():
@@ -79,19 +79,26 @@ class Run:
                 f"{folder} is no run's folder: it lacks plan.json or metrics.jsonl, which a training writes as it "
                 "begins"
             )
-        basis = Basis.load(folder)
-        path = folder / "plan.json"
-        plan = read_json(Plan, path, RecordError) if basis is None else Plan.load(path, basis.chain)
-        ended = (folder / "summary.json").exists()
-        return Run(
-            folder,
-            plan,
-            basis,
-            tuple(_step(data) for data in _lines(folder / "metrics.jsonl")),
-            tuple(_evaluated(data) for data in _lines(folder / "evaluations.jsonl")),
-            Summary.load(folder / "summary.json") if ended else None,
-            timing.load(folder, plan.world, plan.fingerprint),
-        )
+        try:
+            return _read(folder)
+        except HybridparError as e:
+            raise RecordError(f"{folder}: {e}") from e
+
+
+def _read(folder: Path) -> Run:
+    basis = Basis.load(folder)
+    path = folder / "plan.json"
+    plan = read_json(Plan, path, RecordError) if basis is None else Plan.load(path, basis.chain)
+    ended = (folder / "summary.json").exists()
+    return Run(
+        folder,
+        plan,
+        basis,
+        tuple(_step(data) for data in _lines(folder / "metrics.jsonl")),
+        tuple(_evaluated(data) for data in _lines(folder / "evaluations.jsonl")),
+        Summary.load(folder / "summary.json") if ended else None,
+        timing.load(folder, plan.world, plan.fingerprint),
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

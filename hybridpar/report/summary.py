@@ -104,7 +104,9 @@ class Summary:
 def show(summary: Summary, console: Console) -> None:
     """Print the summary: colours on a terminal, plain text otherwise."""
     console.print(Group(_results(summary), Text(""), _stages(summary), Text(""), _memory(summary)))
-    console.print(f"Run directory: {summary.run_dir}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Run directory: {summary.run_dir} (hybridpar report shows more of it)", highlight=False, soft_wrap=True
+    )
 
 
 def _results(s: Summary) -> Table:

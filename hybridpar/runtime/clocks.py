@@ -107,20 +107,21 @@ def host() -> str:
     return _BOOT.read_text().strip() if _BOOT.exists() else socket.gethostname()
 
 
-def compare(process: Process) -> Offset:
-    """Return what added to this rank's ``time.perf_counter`` gives that of rank 0; all ranks call it.
+def compare(process: Process, line: Line | None = None, clock: Clock = time.perf_counter) -> Offset:
+    """Return what added to this rank's clock gives that of rank 0; all ranks call it.
 
-    The first rank of every other host asks rank 0; where there is one host only, its name is all that is shared.
+    The first rank of every other host asks rank 0, over the default group unless there is another ``line``. Where
+    there is one host only, its name is all that is shared.
     """
     hosts: list[str] = process.gather(host())
     if len(set(hosts)) == 1:
         return Offset()
-    line, own = DefaultGroup(), Offset()
+    line, own = line or DefaultGroup(), Offset()
     for name in dict.fromkeys(hosts):
         first = hosts.index(name)
         if first and process.rank == 0:
-            answer(line, first, time.perf_counter)
+            answer(line, first, clock)
         elif first and process.rank == first:
-            own = ask(line, 0, time.perf_counter)
+            own = ask(line, 0, clock)
     found: list[Offset] = process.gather(own)
     return found[hosts.index(hosts[process.rank])]

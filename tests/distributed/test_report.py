@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridpar.errors import ConfigError
+from hybridpar.errors import ConfigError, RecordError
 from hybridpar.planning.program import Action, Program
 from hybridpar.report.comparison import compare, programs_of
 from hybridpar.report.overlay import FILES
@@ -134,10 +134,16 @@ def test_a_line_that_is_cut_off_is_left_out_and_a_wrong_one_is_named(folder: Pat
     path.write_text("\n".join([*lines, lines[0][:20]]))
     assert len(Run.load(path.parent).steps) == 6
     path.write_text("\n".join([lines[0][:20], *lines]))
-    with pytest.raises(Exception, match=r"metrics.jsonl line 1 is not a JSON object"):
+    with pytest.raises(RecordError, match=r"metrics.jsonl line 1 is not a JSON object"):
         Run.load(path.parent)
+    wrong = {**json.loads((folder / "profile.json").read_text()), "schema": 0}
+    (path.parent / "profile.json").write_text(json.dumps(wrong))
+    (path.parent / "cluster.yaml").write_text((folder / "cluster.yaml").read_text())
+    with pytest.raises(RecordError, match=rf"{path.parent}: profile.json: schema: 0 is not"):
+        Run.load(path.parent)
+    (path.parent / "profile.json").unlink()
     path.write_text(json.dumps({**json.loads(lines[0]), "step_s": "long"}) + "\n")
-    with pytest.raises(Exception, match=r"metrics.jsonl line 1: step_s: expected a number, got 'long'"):
+    with pytest.raises(RecordError, match=r"metrics.jsonl line 1: step_s: expected a number, got 'long'"):
         Run.load(path.parent)
 
 

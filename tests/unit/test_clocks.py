@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hybridpar.runtime import clocks
 from hybridpar.runtime.clocks import Offset, RoundTrip, answer, ask, compare, estimate
 from hybridpar.runtime.process import Process
 from tests.support.threads import in_threads
@@ -91,3 +93,35 @@ def test_ranks_of_one_host_share_a_clock() -> None:
             return [value] * 3
 
     assert compare(Alone()) == Offset(0.0, 0.0)
+
+
+def test_all_ranks_of_a_host_take_what_its_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 0 and 2 on one host, 1 and 3 on another, 4 on a third; each host's clock is off by its own."""
+    names, late_s = "ababc", {"a": 0.0, "b": 500.0, "c": -70.0}
+    store, meeting = dist.HashStore(), threading.Barrier(5)
+    shared: list[list[object]] = [[None] * 5, [None] * 5]
+    found: dict[int, Offset] = {}
+    own = threading.local()
+    monkeypatch.setattr(clocks, "host", lambda: names[own.rank])
+
+    class Rank(Process):
+        def __init__(self, rank: int) -> None:
+            self.rank, self.rounds = rank, 0
+
+        def gather(self, value: object) -> list[object]:
+            values = shared[self.rounds]
+            self.rounds += 1
+            values[self.rank] = value
+            meeting.wait(20)
+            return values
+
+    def main(rank: int) -> None:
+        own.rank = rank
+        line = Group(dist.ProcessGroupGloo(store, rank, 5, timedelta(seconds=20)))
+        found[rank] = compare(Rank(rank), line, lambda: time.perf_counter() - late_s[names[rank]])
+
+    in_threads(main, 5, 40)
+    assert found[0] == found[2] == Offset()
+    assert found[1] == found[3]
+    for rank, offset in found.items():
+        assert abs(offset.offset_s - late_s[names[rank]]) <= offset.uncertainty_s
