@@ -23,6 +23,10 @@ _PHASE: dict[str, Phase] = {
 }
 
 
+ROUNDING = 1e-9
+"""What is left of a step by rounding, as a share of it."""
+
+
 class Share(NamedTuple):
     """A rank's step in seconds."""
 
@@ -40,7 +44,8 @@ def by_rank(course: Course) -> tuple[Share, ...]:
     for actions in course.ranks:
         waiting = sum(t.seconds for t in actions if t.action.kind == "wait")
         busy = sum(t.seconds for t in actions) - waiting
-        result.append(Share(busy, waiting, max(course.length_s - busy - waiting, 0.0)))
+        rest = course.length_s - busy - waiting
+        result.append(Share(busy, waiting, rest if rest > ROUNDING * course.length_s else 0.0))
     return tuple(result)
 
 
