@@ -10,7 +10,7 @@ from hybridpar.planning.costs import Costs
 from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import length
 from hybridpar.planning.parameters import bucket_elements, reduction_of
-from hybridpar.planning.program import METRICS, STATISTICS, Program
+from hybridpar.planning.program import METRICS, Program
 from hybridpar.planning.resident import NORM_ITEMSIZE, heap_of
 from hybridpar.planning.workspaces import Bytes, Workspaces
 
@@ -94,7 +94,7 @@ class _Most:
             # Input and output, and the gradients of both.
             total += count * (2 * (entering + leaving) * samples + inside)
             if index == len(program.blocks) - 1:
-                figures = STATISTICS[program.mode] * itemsize * samples * chain.labels
+                figures = program.figures * itemsize * samples * chain.labels
                 total += count * figures * (1 + len(position.ranks))
             small = max(small, inside + 2 * (entering + leaving) * samples)
             for kind in ("forward", "backward"):

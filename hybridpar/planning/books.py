@@ -10,7 +10,7 @@ from hybridpar.planning.blocks import Block
 from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import Transfer, length
 from hybridpar.planning.parameters import bucket_elements
-from hybridpar.planning.program import STATISTICS, Action, Operation, Program
+from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.workspaces import MAPPED_BYTES
 
 Key = tuple[int, int]
@@ -153,7 +153,7 @@ class Books:
         if not self.program.positions[-1].sharded:
             return 0
         labels = self.own[key[0]].samples[key[1]] * self.program.chain.labels
-        return STATISTICS[self.program.mode] * self.itemsize * labels
+        return self.program.figures * self.itemsize * labels
 
     def _loss(self, key: Key) -> None:
         self._drop("output", key)

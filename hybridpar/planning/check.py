@@ -142,7 +142,7 @@ class _StrictMachine:
 
 def _check_order_across(program: Program) -> None:
     """Every rank starts what is across replicas in the one order that holds for all of them."""
-    rounds = {"label": 0, "metrics": 1, "norm": 2, "right": 4}
+    rounds = {"label": 0, "metrics": 1, "best": 1, "norm": 2, "right": 4}
     for rank, actions in enumerate(program.actions):
         last: dict[str, tuple[int, int, int]] = {}
         for action in actions:
@@ -253,7 +253,8 @@ class _RankData:
             token: Token = ("loaded", 0, 0) if block == 0 else ("activation", block - 1, m)
             return {token: self.expected.get(token, 1)}
         if action.kind == "score":
-            return {("output", block, m): 1, ("label", 0, 0): int(not alone)}
+            labelled = not alone and self.program.mode != "predict"
+            return {("output", block, m): 1, ("label", 0, 0): int(labelled)}
         if action.kind == "loss":
             sharded = self.program.positions[-1].sharded
             return {("scores", block, m): 1, ("statistics", block, m): int(sharded)}
@@ -296,7 +297,7 @@ class _RankData:
             return {("factored" if operation.content == "right" else "compressed", block, 0): 1}
         if operation.content == "zero":
             return self._gradients(self.program.positions[block])
-        if operation.content == "metrics":
+        if operation.content in {"metrics", "best"}:
             return {("loss", self.last, own): 1 for own in self._own(self.program.positions[-1])}
         tokens: dict[str, tuple[Token, int]] = {
             "sum": (_source("gradient" if operation.backward else "activation", block, m), 1),

@@ -27,7 +27,7 @@ from hybridpar.planning.program import (
     Program,
 )
 
-LABEL_BYTES = NORM_BYTES = METRIC_BYTES = 8
+LABEL_BYTES = NORM_BYTES = METRIC_BYTES = BEST_BYTES = 8
 SEND_LAG = 2
 """A send is waited for after this many further computations of its rank: late enough to overlap, early enough to
 free its buffer."""
@@ -43,11 +43,13 @@ WAYS = {
 
 
 @lru_cache(maxsize=64)
-def compile(plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int | None = None) -> Program:  # noqa: A001
+def compile(  # noqa: A001
+    plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int | None = None, best: int = 0
+) -> Program:
     """Return the program of one step of ``samples`` samples, of all plan replicas, for one of them.
 
     ``samples`` may be below the plan's global batch (a last partial batch). ``replica`` is by default the one with
-    the most samples. Pure and cached.
+    the most samples. ``best`` is the number of classes that a prediction gives per label. Pure and cached.
 
     Raises:
         PlanError: an in-flight cap of the plan is too low.
@@ -56,14 +58,14 @@ def compile(plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int | N
     if replica is None:
         shares = [length(interval) for interval in plan.replica_samples(samples)]
         replica = shares.index(max(shares))
-    return _Compiler(plan, chain, samples, mode, replica).program()
+    return _Compiler(plan, chain, samples, mode, replica, best).program()
 
 
 class _Compiler:
     """Walks the global sequence once and hands every rank its actions."""
 
-    def __init__(self, plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int) -> None:
-        self.plan, self.chain, self.mode = plan, chain, mode
+    def __init__(self, plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int, best: int) -> None:
+        self.plan, self.chain, self.mode, self.best = plan, chain, mode, best
         self.replica, self.step_samples = replica, samples
         self.first, stop = plan.replica_samples(samples)[replica]
         samples = self.samples = stop - self.first
@@ -131,6 +133,7 @@ class _Compiler:
             self.replica,
             self.step_samples,
             self.first,
+            self.best,
         )
 
     def _count(self, tasks: tuple[Task, ...]) -> None:
@@ -152,9 +155,10 @@ class _Compiler:
         for index, rank in enumerate(first.ranks):
             if any(length(chunk[index]) > 0 for chunk in intervals):
                 self._act(rank, Action("load"))
-        self.labels = self._control("label", LABEL_BYTES * self.step_samples * self.chain.labels)
-        for rank in self.world:
-            self._start(rank, self.labels)
+        if self.mode != "predict":
+            labels = self._control("label", LABEL_BYTES * self.step_samples * self.chain.labels)
+            for rank in self.world:
+                self._start(rank, labels)
         for rank in self.world:
             if not self.losses[rank]:
                 self._report(rank)
@@ -174,7 +178,11 @@ class _Compiler:
                 self._wait(rank, operation)
 
     def _report(self, rank: int) -> None:
-        self._start(rank, self._control("metrics", METRIC_BYTES * len(METRICS)))
+        if self.mode == "predict":
+            size = 2 * self.best * BEST_BYTES * self.step_samples * self.chain.labels
+            self._start(rank, self._control("best", size))
+        else:
+            self._start(rank, self._control("metrics", METRIC_BYTES * len(METRICS)))
 
     def _control(self, content: Content, size: int) -> Operation:
         """Return the one operation of its kind in a step, between all ranks."""
@@ -193,11 +201,13 @@ class _Compiler:
             self._deliver("activation", task.block, task)
             return
         for rank in task.ranks:
-            self._wait_once(rank, self.labels.index)
+            if self.mode != "predict":
+                self._wait_once(rank, self.shared["label"].index)
             self._act(rank, Action("score", task.block, task.micro_batch))
         if self.positions[-1].sharded:
             interval = self.positions[-1].micro_batches(self.samples)[task.micro_batch][0]
-            size = STATISTICS[self.mode] * self.plan.itemsize * length(interval) * self.chain.labels
+            figures = STATISTICS[self.mode] + 2 * self.best
+            size = figures * self.plan.itemsize * length(interval) * self.chain.labels
             self._gather_statistics(task, size)
 
     def _gather_statistics(self, task: Task, size: int) -> None:

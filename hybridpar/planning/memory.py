@@ -94,9 +94,10 @@ def memory_of(books: Books) -> Memory:
 
 
 def _read(program: Program, rank: int) -> tuple[int, int]:
-    """Return the bytes of the inputs that a rank reads, and of labels and metrics."""
+    """Return the bytes of the inputs that a rank reads, and of labels and metrics, or of what is predicted."""
     chain = program.chain
     reads = sum(length(i) for i in program.reads(rank))
     itemsize = program.plan.itemsize if chain.input_dtype == "float" else 8
-    control = ((program.step_samples + reads) * chain.labels + len(METRICS)) * FIGURE_BYTES
+    labelled = program.step_samples * 2 * program.best if program.mode == "predict" else reads
+    control = ((program.step_samples + labelled) * chain.labels + len(METRICS)) * FIGURE_BYTES
     return reads * math.prod(chain.in_shape) * itemsize, control

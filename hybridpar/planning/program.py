@@ -17,7 +17,8 @@ from hybridpar.planning.communicators import Communicator
 from hybridpar.planning.layout import Interval, Transfer
 from hybridpar.planning.plan import Plan
 
-Mode = Literal["train", "evaluate"]
+Mode = Literal["train", "evaluate", "predict"]
+"""predict: labels and losses are left out, and every rank gets the classes of the largest logits."""
 
 OperationKind = Literal["send", "all_reduce", "all_gather", "sharded_update"]
 
@@ -35,6 +36,7 @@ Content = Literal[
     "weight",
     "norm",
     "metrics",
+    "best",
     "zero",
     "running_statistics",
 ]
@@ -44,7 +46,8 @@ activation, gradient: a transfer of an exchange. label: all labels of the step, 
 the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
 lowered, left, rest, right: the same, compressed (``hybridpar.planning.compression``).
 statistics: the figures per label of a sharded cross-entropy. norm: squared norm of all gradients, to clip by it
-and to see whether they are finite. metrics: loss and hits. zero: an update whose communication DeepSpeed does
+and to see whether they are finite. metrics: loss and hits. best: of a prediction the largest logits
+of all samples, and their classes. zero: an update whose communication DeepSpeed does
 (gradients reduced to shards, parameters gathered). running_statistics: buffers of batch norms, averaged over the
 replicas before an evaluation. No program holds it, as it happens between two steps.
 """
@@ -66,9 +69,9 @@ ActionKind = Literal[
 ]
 """compress, factor, restore: what becomes of a block's gradients before, between and after compressed sums."""
 
-STATISTICS = {"train": 3, "evaluate": 3 + 2 * 5}
+STATISTICS: dict[Mode, int] = {"train": 3, "evaluate": 3 + 2 * 5, "predict": 0}
 """Figures per label that shards of logits exchange: largest logit, sum of exponentials, target's logit; for
-evaluation also the five largest logits and their classes."""
+evaluation also the five largest logits and their classes; for a prediction only as many as are asked for."""
 
 METRICS = ("loss_sum", "weight", "samples", "top1", "top5")
 """What the metrics operation sums over all ranks, in float64."""
@@ -142,6 +145,13 @@ class Program:
     """Of all replicas."""
     first: int
     """Where this replica's samples begin among those of the step."""
+    best: int = 0
+    """Of a prediction the number of classes per label."""
+
+    @property
+    def figures(self) -> int:
+        """Figures per label that shards of logits exchange."""
+        return STATISTICS[self.mode] + 2 * self.best
 
     @cached_property
     def micro_batches(self) -> tuple[tuple[tuple[Interval, ...], ...], ...]:

@@ -17,7 +17,7 @@ from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.lookup import Key, Lookups
-from hybridpar.runtime.loss import Logits, Loss, Outcome
+from hybridpar.runtime.loss import Figures, Logits, Loss, Outcome, best_figures, best_of
 from hybridpar.runtime.modules import BlockModules, crossing_dtype
 from hybridpar.runtime.origin import Watch
 from hybridpar.runtime.own_metric import OwnMetrics
@@ -83,17 +83,33 @@ class Executor:
         """
         state = self._begin(program, step, inputs, labels)
         state.share = share
-        train = program.mode == "train"
+        self._go_through(state, first_sample)
+        if program.mode == "train":
+            self.updater.finish(state.norm)
+        return Metrics(*state.metrics.tolist())
+
+    def predict(
+        self, program: Program, step: int, first_sample: int, inputs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a program that predicts; ``inputs`` and ``first_sample`` are those of ``run``.
+
+        Returns, on every rank, the largest logits and their classes, (samples of the step, (tokens,) k) each.
+        """
+        state = self._begin(program, step, inputs, None)
+        shape = (program.step_samples, *program.chain.label_shape, 2 * program.best)
+        state.best = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        self._go_through(state, first_sample)
+        values, classes = state.best.chunk(2, dim=-1)
+        return values.to(self.dtype), classes.to(torch.int64)
+
+    def _go_through(self, state: StepState, first_sample: int) -> None:
+        program = state.program
         self._first_sample = first_sample
-        context = contextlib.nullcontext() if train else torch.no_grad()
-        with context:
+        with contextlib.nullcontext() if program.mode == "train" else torch.no_grad():
             for number, action in enumerate(program.actions[self.rank]):
                 with self._named(program, action):
                     self._act(state, action)
                     self._free(state, number)
-        if train:
-            self.updater.finish(state.norm)
-        return Metrics(*state.metrics.tolist())
 
     def _begin(
         self, program: Program, step: int, inputs: torch.Tensor | None, labels: torch.Tensor | None
@@ -197,10 +213,16 @@ class Executor:
 
     def _score(self, state: StepState, key: Key) -> None:
         logits = self._logits(state, key, state.outputs[key])
-        state.figures[key] = [self.loss.score(logits, train=state.program.mode == "train")]
+        if state.program.mode == "predict":
+            state.figures[key] = [best_figures(logits.rows, state.program.best)]
+        else:
+            state.figures[key] = [self.loss.score(logits, train=state.program.mode == "train")]
 
     def _loss(self, state: StepState, key: Key) -> None:
         logits, figures = self._logits(state, key, state.outputs.pop(key)), state.figures.pop(key)
+        if state.best is not None:
+            self._choose(state, key, logits, figures)
+            return
         weight = self.loss.weight(state.labels)  # all of them are known before the first loss of a step
         if self.own is not None and state.program.mode == "evaluate" and self._reports(state):
             self.own.add(logits, figures, self.loss.ignored)
@@ -208,6 +230,13 @@ class Executor:
         if outcome.gradient is not None:
             state.gradients[key] = self.updater.scaled(outcome.gradient).view_as(logits.values)
         self._report(state, outcome)
+
+    def _choose(self, state: StepState, key: Key, logits: Logits, figures: Figures) -> None:
+        """Put the best classes of a micro-batch into those of the step, once per sample."""
+        if state.best is not None and self._reports(state):
+            values, classes = best_of(logits.rows, figures, state.program.best)
+            place = state.best[slice(*state.program.numbers(*key, self.rank))]
+            place.copy_(torch.cat([values.double(), classes.double()], dim=1).view_as(place))
 
     def _logits(self, state: StepState, key: Key, values: torch.Tensor) -> Logits:
         """Return this rank's logits of a micro-batch with their labels and classes."""
@@ -343,6 +372,9 @@ class Executor:
             return state.labels
         if operation.content == "metrics":
             return state.metrics
+        if operation.content == "best":
+            assert state.best is not None
+            return state.best
         if operation.content == "norm":
             assert state.norm is not None
             return state.norm

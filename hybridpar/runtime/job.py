@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -64,13 +64,24 @@ class Evaluation:
     """The user's own metrics by their names."""
 
 
+class Best(NamedTuple):
+    """The largest logits of some samples."""
+
+    values: torch.Tensor
+    """(samples, k), the largest first; (samples, tokens, k) where every token has logits."""
+    classes: torch.Tensor
+    """Likewise, int64."""
+
+
 @lru_cache(maxsize=16)
-def checked_program(plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int) -> Program:
+def checked_program(plan: Plan, chain: Chain, samples: int, mode: Mode, replica: int, best: int = 0) -> Program:
     """Return the program of one of the plan's replicas in a step of ``samples`` samples, of all replicas.
+
+    ``best``: classes per label, of a prediction.
 
     Raises ProgramError if it could hang, PlanError if it is impossible.
     """
-    program = compile_program(plan, chain, samples, mode, replica)
+    program = compile_program(plan, chain, samples, mode, replica, best)
     check(program)
     return program
 
@@ -367,6 +378,27 @@ class Job:
         """
         with self.averaged():
             return self._evaluated(batches)
+
+    def predict(self, batch: StepBatch | torch.Tensor | None, k: int = 5, *, samples: int | None = None) -> Best:
+        """Return the k largest logits of every sample and their classes, on every rank, the largest first.
+
+        ``batch`` is of ``loader(..., train=False)``, or the inputs of the whole batch or of this rank's own
+        samples, or None on a rank that reads nothing; ``samples`` tells of a batch that is smaller than the global
+        one. Every rank calls it. Shards exchange k logits with their classes per sample, never all of them; so a
+        head may be larger than any device. With the average of the weights, if there is one, and the mean of
+        running statistics, as ``evaluate``. Raises DataError where the batch or k does not fit.
+        """
+        if not 1 <= k <= self.chain.classes:
+            raise DataError(f"k: {k} of {self.chain.classes} classes; give a number from 1 to that of the classes")
+        given = batch if batch is None or isinstance(batch, StepBatch) else (batch, self._no_labels(len(batch)))
+        own = self._own(given, "evaluate", samples)
+        program = checked_program(self.plan, self.chain, own.samples, "predict", self.replica, k)
+        with self.averaged():
+            self._average_statistics()
+            return Best(*self._executor.predict(program, self.steps, own.first_sample, own.inputs))
+
+    def _no_labels(self, samples: int) -> torch.Tensor:
+        return torch.zeros(samples, *self.chain.label_shape, dtype=torch.int64)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Let the model have the average of its weights, if there is one, within a ``with`` block.

@@ -140,28 +140,39 @@ def own_columns(logits: Logits, labels: torch.Tensor) -> tuple[torch.Tensor, tor
     return own, torch.where(own, index, 0)
 
 
-def best_figures(logits: Logits) -> torch.Tensor:
-    """Return a shard's five largest logits and their classes, (samples, 2 * 5); of fewer classes, -inf besides."""
+def best_figures(logits: Logits, wanted: int = TOP) -> torch.Tensor:
+    """Return a shard's largest logits and their classes, (labels, 2 * wanted); of fewer classes, -inf besides.
+
+    None, (labels, 0), where there are no other shards.
+    """
     values = logits.values
-    count = min(TOP, values.shape[1])
+    if logits.whole:
+        return values.new_empty((len(values), 0))
+    count = min(wanted, values.shape[1])
     best, classes = values.topk(count, dim=1)
-    padding = values.new_full((len(values), TOP - count), float("-inf"))
+    padding = values.new_full((len(values), wanted - count), float("-inf"))
     ids = as_figures(classes + logits.first, values.dtype)
     return torch.cat([best, padding, ids, padding], dim=1)
 
 
 def best_classes(logits: Logits, figures: Figures) -> torch.Tensor:
-    """Return the classes of the largest logits, (samples, up to 5), the largest first.
+    """Return the classes of the largest logits, (samples, up to 5), the largest first."""
+    return best_of(logits, figures)[1]
 
-    Of shards from the last figures that they exchange in an evaluation: five largest logits, and their classes.
+
+def best_of(logits: Logits, figures: Figures, wanted: int = TOP) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest logits of all shards and their classes, (labels, up to ``wanted``), the largest first.
+
+    Of shards from the last figures that they exchange, which are those of ``best_figures``.
     """
     if logits.whole:
-        return logits.values.topk(min(TOP, logits.values.shape[1]), dim=1).indices
+        best = logits.values.topk(min(wanted, logits.values.shape[1]), dim=1)
+        return best.values, best.indices
     stacked = torch.stack(figures)
-    values = torch.cat(tuple(stacked[:, :, -2 * TOP : -TOP]), dim=1)
-    classes = torch.cat(tuple(stacked[:, :, -TOP:]), dim=1).view(_INTEGERS[stacked.dtype])
-    best = values.topk(min(TOP, logits.classes), dim=1).indices
-    return classes.gather(1, best).to(torch.int64)
+    values = torch.cat(tuple(stacked[:, :, -2 * wanted : -wanted]), dim=1)
+    classes = torch.cat(tuple(stacked[:, :, -wanted:]), dim=1).view(_INTEGERS[stacked.dtype])
+    best = values.topk(min(wanted, logits.classes), dim=1)
+    return best.values, classes.gather(1, best.indices).to(torch.int64)
 
 
 def count_hits(logits: Logits, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,3 +71,6 @@ class StepState:
     figures: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
     pending: dict[int, Started] = field(default_factory=dict)
     norm: torch.Tensor | None = None
+    best: torch.Tensor | None = None
+    """Of a prediction: (samples of the step, (tokens,) 2 k) float64, k logits and k classes; 0 elsewhere until all
+    are gathered."""
