@@ -23,6 +23,7 @@ from hybridpar.cluster.describe import local
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Autocast
 from hybridpar.model.deferred import Source, ready
+from hybridpar.model.inputs import Kinds, Shapes, all_shapes
 from hybridpar.model.linear import CosineLinear
 from hybridpar.model.named import Naming
 from hybridpar.model.trace import Traced, trace
@@ -67,7 +68,7 @@ def process() -> Process:
 
 def plan(
     model: nn.Module,
-    in_shape: Sequence[int],
+    in_shape: Shapes,
     global_batch: int,
     *,
     cluster: Cluster | None = None,
@@ -78,7 +79,7 @@ def plan(
     pins: Mapping[Kind, Pin] | None = None,
     replicas: int | None = None,
     effort: Effort = "normal",
-    input_dtype: Literal["float", "int"] = "float",
+    input_dtype: Kinds = "float",
     layers: Naming | None = None,
     autocast: Autocast | None = None,
 ) -> Plan:
@@ -86,7 +87,7 @@ def plan(
 
     Args:
         model: any module that ``torch.fx`` can trace, or an ``nn.Sequential``.
-        in_shape: of one input sample.
+        in_shape: of one input sample; a sequence of shapes where the model takes several tensors.
         global_batch: samples per optimizer step, over all ranks.
         cluster: what to plan for; default: this machine, with the job's number of ranks.
         profile: layer times estimated from the device's data sheet, measured now on this device, or given.
@@ -96,7 +97,7 @@ def plan(
         pins: fields of stages that are fixed, as ``{"tail": Pin(micro_batch=64)}``.
         replicas: number of plan replicas; default: the planner's choice.
         effort: of the search: quick, normal, long or exact.
-        input_dtype: ``int`` for token ids.
+        input_dtype: ``int`` for token ids; of several tensors one for all, or a sequence with one each (``bool``).
         layers: names the model's layers, where tracing cannot find them: a function of the model that gives a list
             of (name, module) that run one after the other. A method ``hybridpar_layers`` of the model does too.
         autocast: ``bfloat16`` or ``float16``, in which layers compute with parameters in float32. The latter needs
@@ -108,7 +109,7 @@ def plan(
         LaunchError: the plan is for another number of ranks than the job has.
 
     """
-    traced, place = _traced(model, tuple(in_shape), input_dtype, layers, autocast), process()
+    traced, place = _traced(model, in_shape, input_dtype, layers, autocast), process()
     validate_recipe(recipe or Recipe(), precision)
     request = Request(
         global_batch,
@@ -134,8 +135,8 @@ def wrap(
     optimizer: OptimizerFactory,
     *,
     source: Source | None = None,
-    in_shape: Sequence[int] | None = None,
-    input_dtype: Literal["float", "int"] = "float",
+    in_shape: Shapes | None = None,
+    input_dtype: Kinds = "float",
     layers: Naming | None = None,
     autocast: Autocast | None = None,
     seed: int = 0,
@@ -176,7 +177,7 @@ def wrap(
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
     """
     place = process()
-    traced = _traced(model, None if in_shape is None else tuple(in_shape), input_dtype, layers, autocast)
+    traced = _traced(model, in_shape, input_dtype, layers, autocast)
     return Job(
         plan,
         traced,
@@ -202,15 +203,15 @@ _known: dict[int, tuple[nn.Module, Traced]] = {}
 
 def _traced(
     model: nn.Module,
-    in_shape: tuple[int, ...] | None,
-    input_dtype: Literal["float", "int"],
+    in_shape: Shapes | None,
+    input_dtype: Kinds,
     layers: Naming | None,
     autocast: Autocast | None,
 ) -> Traced:
     """Trace a model once; later calls for it may leave out the shape and what else they know of it."""
     if id(model) in _known:
         chain = _known[id(model)][1].chain
-        if in_shape is None or (in_shape, autocast) == (chain.in_shape, chain.autocast):
+        if in_shape is None or (all_shapes(in_shape), autocast) == (chain.in_shapes, chain.autocast):
             return _known[id(model)][1]
     if in_shape is None:
         raise TypeError("wrap() needs in_shape for a model that was not planned in this process")

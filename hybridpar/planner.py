@@ -135,7 +135,7 @@ def _described(profile: Profile, config: Config, report: Report) -> Chain:
         )
     if chain is None:
         return load_model(config)[0].chain
-    if (chain.model, chain.in_shape) != (config.model.name, config.model.in_shape):
+    if (chain.model, chain.in_shapes) != (config.model.name, config.model.in_shapes):
         report(f"planning model {chain.model} of the profile (not {config.model.name} of the configuration)")
     return chain
 
@@ -267,7 +267,8 @@ def _loader_rate(config: Config, chain: Chain, report: Report) -> float | None:
 
     try:
         ignored = config.loss.ignore_index
-        return samples_per_s(load(config.data, chain.in_shape, chain.classes, ignored, chain.label_shape).train)
+        shape, labels = chain.in_shape, chain.label_shape
+        return samples_per_s(load(config.data, shape, chain.classes, ignored, labels, chain.inputs).train)
     except DataError as e:
         report(f"the loader is not measured: {e}")
         return None

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from hybridpar.errors import ConfigError, PlanError
-from hybridpar.model.chain import Autocast
+from hybridpar.model.chain import Autocast, InputKind
 from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
 from hybridpar.names import nearest
 from hybridpar.planning.compression import Compression, Method
@@ -49,13 +49,13 @@ class ModelConfig:
     name: str
     builder: str
     """``module:function``, resolved by ``hybridpar.model.build``."""
-    in_shape: tuple[int, ...]
-    """Of one input sample."""
+    in_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    """Of one input sample; a list of shapes where the model takes several tensors."""
     classes: int
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the builder."""
-    input_dtype: Literal["float", "int"] = "float"
-    """``int`` for token ids."""
+    input_dtype: InputKind | tuple[InputKind, ...] = "float"
+    """``int`` for token ids; of several tensors one for all, or a list with one each, ``bool`` among them."""
     weights: str | None = None
     """A file with the state dict to begin with."""
     fresh: tuple[str, ...] = ()
@@ -67,9 +67,17 @@ class ModelConfig:
         _require(
             self.weights is not None or not self.fresh, "model.fresh", list(self.fresh), "needs model.weights"
         )
-        fits = bool(self.in_shape) and min(self.in_shape) >= 1
+        fits = all(min(shape, default=1) >= 1 for shape in self.in_shapes) and bool(self.in_shape)
         _require(fits, "model.in_shape", list(self.in_shape), "must be positive sizes, as in [3,224,224]")
+        fits = not (self.input_dtype == "bool" and isinstance(self.in_shape[0], int))
+        _require(fits, "model.input_dtype", "bool", "is for one of several tensors; take int or float")
         _require(self.classes >= 1, "model.classes", self.classes, "must be at least 1")
+
+    @property
+    def in_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of all tensors that one sample has."""
+        several = tuple(shape for shape in self.in_shape if not isinstance(shape, int))
+        return several or (tuple(n for n in self.in_shape if isinstance(n, int)),)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from hybridpar.data.stream import as_samples, require_end
 from hybridpar.data.text import CHARACTERS, read_text, split_text
 from hybridpar.data.transforms import ImageTransform, Normalization
 from hybridpar.errors import DataError
+from hybridpar.model.chain import Input
 
 DIGITS_TEST_SIZE = 360
 """Test samples of ``digits``, of 1,797; the rest is for training."""
@@ -41,6 +42,8 @@ _CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batc
 _CLASSES = {"digits": 10, "cifar10": 10, "text": len(CHARACTERS)}
 _SEQUENCES = ("text", "custom")
 """Those whose samples may have several labels."""
+_SEVERAL = ("custom",)
+"""Those whose samples may have several tensors."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,18 @@ class Splits:
     test: Samples
 
 
-def check(spec: DataSpec, classes: int, label_shape: tuple[int, ...] = ()) -> None:
+def check(spec: DataSpec, classes: int, label_shape: tuple[int, ...] = (), inputs: tuple[Input, ...] = ()) -> None:
     """Raise DataError if ``spec`` cannot be loaded for a model of ``classes`` classes, as far as a glance tells.
 
     ``label_shape``: of a sample's labels, () for a single one.
 
     Looks for paths and counts classes; decodes nothing. A ``custom`` function is looked up, not called.
     """
+    if inputs and spec.name not in _SEVERAL:
+        raise DataError(
+            f"data set {spec.name} has one tensor per sample, but the model takes {len(inputs)}; take one of "
+            f"{', '.join(_SEVERAL)}"
+        )
     if label_shape and spec.name not in _SEQUENCES:
         raise DataError(
             f"data set {spec.name} has one label per sample, but the model gives logits for {label_shape} labels; "
@@ -88,10 +96,12 @@ def load(
     classes: int,
     ignored: int = IGNORED,
     label_shape: tuple[int, ...] = (),
+    inputs: tuple[Input, ...] = (),
 ) -> Splits:
     """Load the data set for a model that takes inputs ``(n, *in_shape)`` and knows ``classes`` classes.
 
-    Labels that are ``ignored`` may lie outside the classes. Every sample has labels of ``label_shape``.
+    Labels that are ``ignored`` may lie outside the classes. Every sample has labels of ``label_shape``;
+    of a model that takes several ``inputs`` so many tensors.
 
     ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels; 360 of them, drawn class by class once for all, are
     the test split. ``cifar10``: the Python version below ``spec.root``. ``image_folder``: one folder per class in
@@ -102,14 +112,14 @@ def load(
     Only training samples are augmented. Raises DataError for missing or malformed files, labels outside the
     classes and shapes that cannot be made; no process is started.
     """
-    check(spec, classes, label_shape)
+    check(spec, classes, label_shape, inputs)
     loaders: dict[str, Callable[[DataSpec, tuple[int, ...], int], Splits]] = {
         "digits": _load_digits,
         "cifar10": _load_cifar10,
         "image_folder": _load_image_folder,
         "text": _load_text,
         "synthetic": _load_synthetic,
-        "custom": functools.partial(_load_custom, ignored=ignored, label_shape=label_shape),
+        "custom": functools.partial(_load_custom, ignored=ignored, label_shape=label_shape, inputs=inputs),
     }
     splits = loaders[spec.name](spec, tuple(in_shape), classes)
     for name, samples in (("training", splits.train), ("test", splits.test)):
@@ -194,14 +204,21 @@ def _load_synthetic(spec: DataSpec, in_shape: tuple[int, ...], classes: int) -> 
 
 
 def _load_custom(
-    spec: DataSpec, in_shape: tuple[int, ...], classes: int, *, ignored: int, label_shape: tuple[int, ...]
+    spec: DataSpec,
+    in_shape: tuple[int, ...],
+    classes: int,
+    *,
+    ignored: int,
+    label_shape: tuple[int, ...],
+    inputs: tuple[Input, ...],
 ) -> Splits:
-    made = _function(spec)(root=spec.root, in_shape=in_shape, classes=classes)
+    shapes = tuple(i.shape for i in inputs) or in_shape
+    made = _function(spec)(root=spec.root, in_shape=shapes, classes=classes)
     if not (isinstance(made, tuple | list) and len(made) == 2):
         raise DataError(
             f"{spec.function} returned a {type(made).__name__}; return the two data sets (train, test)"
         )
-    form = Form(in_shape, classes, ignored, label_shape)
+    form = Form(in_shape, classes, ignored, label_shape, inputs)
     train, test = (
         as_samples(split, form, f"the {name} split of {spec.function}")
         for name, split in zip(("training", "test"), made, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,8 @@ from hybridpar.data.keys import Keys, mix
 from hybridpar.data.transforms import ImageTransform
 from hybridpar.errors import DataError
 from hybridpar.generators import all_borrowed, seed_all
+from hybridpar.model.chain import Input
+from hybridpar.model.inputs import pack
 
 Indices = NDArray[np.int64]
 
@@ -76,9 +78,17 @@ class Form:
     classes: int
     ignored: int = IGNORED
     label_shape: tuple[int, ...] = ()
+    inputs: tuple[Input, ...] = ()
+    """Of a model that takes several tensors: a sample has a sequence of them, or a mapping by name."""
 
     def checked(self, sample: Any, what: str) -> tuple[Tensor, Tensor]:
-        """Return input and label, int64. Raises DataError for another form; ``what`` names the sample."""
+        """Return input and label, int64. Raises DataError for another form; ``what`` names the sample.
+
+        Several inputs become one row (``hybridpar.model.inputs``).
+        """
+        pair = isinstance(sample, tuple | list) and len(sample) == 2
+        if self.inputs and pair and isinstance(sample[0], tuple | list | Mapping):
+            sample = pack(self.inputs, sample[0], 0, what), sample[1]
         if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor)):
             raise DataError(f"{what} is a {type(sample).__name__}; return (tensor, int)")
         x, label = sample[0], self._label(sample[1], what)
@@ -210,6 +220,7 @@ class MapSamples:
         name: str = "the data set",
         ignored: int = IGNORED,
         label_shape: tuple[int, ...] = (),
+        inputs: tuple[Input, ...] = (),
     ) -> None:
         for method in ("__len__", "__getitem__"):
             if not hasattr(dataset, method):
@@ -217,7 +228,7 @@ class MapSamples:
                     f"{name} is a {type(dataset).__name__} without {method}; give a map-style data set"
                 )
         self._dataset = dataset
-        self._form, self._name = Form(tuple(in_shape), classes, ignored, label_shape), name
+        self._form, self._name = Form(tuple(in_shape), classes, ignored, label_shape, inputs), name
         self.labels: Tensor | None = None if label_shape else _targets(dataset)
         if self.labels is not None:
             check_labels(self.labels, classes, name, ignored)

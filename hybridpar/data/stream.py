@@ -76,7 +76,7 @@ def as_samples(dataset: Any, form: Form, name: str = "the data set") -> Samples:
     stream = as_stream(dataset)
     if stream is not None:
         return StreamSamples(stream, form, name)
-    return MapSamples(dataset, form.in_shape, form.classes, name, form.ignored, form.label_shape)
+    return MapSamples(dataset, form.in_shape, form.classes, name, form.ignored, form.label_shape, form.inputs)
 
 
 def require_end(samples: Samples) -> None:

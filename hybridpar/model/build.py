@@ -25,14 +25,14 @@ def build(
     options: Mapping[str, Any],
     *,
     classes: int | None = None,
-    in_shape: Sequence[int] | None = None,
+    in_shape: Sequence[Any] | None = None,
 ) -> Callable[[], nn.Module]:
     """Resolve ``builder``, "module:function", and bind its keyword arguments.
 
     The module is one of ``hybridpar.models`` ("vgg:vgg"), else any that can be imported, also from the working
     directory. ``options`` are passed as they are; ``classes`` (also as ``num_classes``) and ``in_shape`` (the
-    shape of one sample) only where the function has parameters of that name. Calling the result builds the model.
-    Raises ModelError for an unknown module, function or option.
+    shape of one sample, or several) only where the function has parameters of that name. Calling the result builds
+    the model. Raises ModelError for an unknown module, function or option.
     """
     function = _resolve(builder)
     keywords = dict(options)

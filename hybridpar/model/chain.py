@@ -119,6 +119,25 @@ class Layer:
         return math.prod(self.out_shape)
 
 
+InputKind = Literal["float", "int", "bool"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One of several tensors that a model takes."""
+
+    name: str
+    """Of its argument."""
+    shape: tuple[int, ...]
+    """Of one sample."""
+    kind: InputKind = "float"
+
+    @property
+    def elements(self) -> int:
+        """Elements per sample."""
+        return math.prod(self.shape)
+
+
 @dataclass(frozen=True)
 class Chain:
     """A model's layers in order. ``tied`` lists parameters that several layers share: (name, layer indices)."""
@@ -132,6 +151,9 @@ class Chain:
     """Parameters that are not trained, by their names: they have neither gradients nor optimizer state."""
     autocast: Autocast | None = None
     """The layers compute under ``torch.autocast`` in this dtype, and were described so."""
+    inputs: tuple[Input, ...] = ()
+    """Of a model that takes several tensors. A sample's lie one after the other in a row of one tensor, which the
+    first layer takes; so ``in_shape`` is (elements,)."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -150,6 +172,16 @@ class Chain:
     def in_shape(self) -> tuple[int, ...]:
         """Shape of one input sample."""
         return self.layers[0].in_shape
+
+    @property
+    def mixable(self) -> bool:
+        """Whether all that the model takes are floats, of which there are means."""
+        return self.input_dtype == "float" and all(i.kind == "float" for i in self.inputs)
+
+    @property
+    def in_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all tensors that one sample has."""
+        return tuple(i.shape for i in self.inputs) or (self.in_shape,)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -255,6 +287,8 @@ class Chain:
             del layer["pointwise"]  # which follows from its kind
         if not self.frozen:
             del data["frozen"]  # a model without frozen parameters is known by what it always was
+        if not self.inputs:
+            del data["inputs"]
         if self.autocast is None:  # and so is one without autocast
             del data["autocast"]
             for layer in data["layers"]:

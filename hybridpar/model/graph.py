@@ -82,8 +82,8 @@ def input_node(captured: fx.GraphModule, name: str) -> fx.Node:
     if len(used) != 1:
         names = ", ".join(n.name for n in used) or "none"
         raise ModelError(
-            f"{name} uses {len(used)} inputs ({names}), but a chain takes exactly one tensor; "
-            "wrap the model in a module whose forward takes one tensor"
+            f"{name} uses {len(used)} inputs ({names}), but model.in_shape gives the shape of one tensor; "
+            "give one shape per input, as in [[3,32,32],[8]]"
         )
     for unused in set(inputs) - set(used):
         captured.graph.erase_node(unused)

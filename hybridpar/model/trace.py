@@ -6,22 +6,22 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import fx, nn
 
 from hybridpar.errors import ModelError
-from hybridpar.model.chain import Autocast, Chain, Layer, Linear, Parameter
+from hybridpar.model.chain import Autocast, Chain, Input, Layer, Linear, Parameter
 from hybridpar.model.copies import named_tensors
 from hybridpar.model.cut import ELEMENTWISE, cut
 from hybridpar.model.footprint import Footprint, measure
 from hybridpar.model.graph import capture, input_node, module_of
+from hybridpar.model.inputs import Kinds, Shapes, several, unite
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
 from hybridpar.model.linear import CosineLinear, gathering
-from hybridpar.model.named import Named, Naming, compare, named_layers
+from hybridpar.model.named import METHOD, Named, Naming, compare, named_layers
 from hybridpar.model.samples import check_samples
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -45,32 +45,39 @@ class Traced:
 
 def trace(
     module: nn.Module,
-    in_shape: Sequence[int],
+    in_shape: Shapes,
     name: str,
-    input_dtype: Literal["float", "int"] = "float",
+    input_dtype: Kinds = "float",
     layers: Naming | None = None,
     autocast: Autocast | None = None,
 ) -> Traced:
     """Cut ``module`` into a chain of layers wherever exactly one tensor crosses, and measure each layer.
 
-    ``in_shape`` is the shape of one input sample. The module may be on any device, also on meta: its weights are
-    neither changed nor copied, and the layers hold the very same parameters. Dropout becomes keyed, in-place
-    activations become out of place. Layers are measured in training mode.
+    ``in_shape`` is the shape of one input sample; or several, one per tensor that the model takes, with one
+    ``input_dtype`` for all or one each (``model/inputs.py``). The module may be on any device, also on meta: its
+    weights are neither changed nor copied, and the layers hold the very same parameters. Dropout becomes keyed,
+    in-place activations become out of place. Layers are measured in training mode.
 
     Where ``layers`` is given, or the module has a method ``hybridpar_layers``, its layers are taken instead of
     those found by tracing; see ``model/named.py``. With ``autocast`` the layers are described as they compute
     under ``torch.autocast`` in that dtype on a CPU; the last one's output stays as the parameters are.
 
-    Raises ModelError where the model cannot be traced, takes several inputs, gives no single tensor, or loses the
+    Raises ModelError where the model cannot be traced, takes other inputs, gives no single tensor, or loses the
     samples of dim 0 or mixes them.
     """
+    inputs = several(in_shape, input_dtype)
+    if inputs:
+        in_shape, input_dtype = (sum(i.elements for i in inputs),), "float"
+    shape_in = cast("tuple[int, ...]", tuple(in_shape))
     floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
     dtype = floating if input_dtype == "float" else torch.int64
     chosen = named_layers(module, layers)
     if chosen is None:
-        pieces = _traced_pieces(module, tuple(in_shape), dtype, name)
+        pieces, inputs = _traced_pieces(module, shape_in, dtype, name, inputs)
     else:
-        compare(module, chosen, tuple(in_shape), dtype, name)
+        if inputs:
+            raise ModelError(f"{METHOD}: layers that are named by hand take one tensor; let {name} take one")
+        compare(module, chosen, shape_in, dtype, name)
         pieces = _named_pieces(chosen)
     parts = [_layer_module(piece) for piece in pieces]
     names = _full_names(module, parts, [piece.name for piece in pieces])
@@ -79,7 +86,7 @@ def trace(
     differentiable, lowered = False, None if autocast is None else getattr(torch, autocast)
     entering = dtype
     for part, piece, full_names in zip(parts, pieces, names, strict=True):
-        shape = described[-1].out_shape if described else tuple(in_shape)
+        shape = described[-1].out_shape if described else shape_in
         in_dtype = floating if described else dtype
         ends = autocast is not None and piece is pieces[-1]
         stands = autocast is not None or isinstance(part, CosineLinear)
@@ -90,7 +97,8 @@ def trace(
         if lowered is not None and footprint.dtype == lowered:
             described[-1] = replace(described[-1], lowered=True)
         check_samples(part, piece.nodes, described[-1], in_dtype, checked)
-    chain = Chain(name, tuple(described), _tied(described), input_dtype, _frozen(parts, names), autocast)
+    integers: Literal["float", "int"] = "int" if input_dtype == "int" else "float"
+    chain = Chain(name, tuple(described), _tied(described), integers, _frozen(parts, names), autocast, inputs)
     return Traced(chain, tuple(parts), tuple(names))
 
 
@@ -123,15 +131,16 @@ class _Piece:
     nodes: list[fx.Node]
 
 
-def _traced_pieces(module: nn.Module, in_shape: tuple[int, ...], dtype: torch.dtype, name: str) -> list[_Piece]:
+def _traced_pieces(
+    module: nn.Module, in_shape: tuple[int, ...], dtype: torch.dtype, name: str, inputs: tuple[Input, ...]
+) -> tuple[list[_Piece], tuple[Input, ...]]:
     captured = capture(module, name)
-    start = input_node(captured, name)
+    start, inputs = unite(captured, inputs, name) if inputs else (input_node(captured, name), ())
     runs = cut(captured, start, in_shape, dtype, name)
     starts = [start, *(nodes[-1] for nodes in runs)]
-    return [
-        _Piece(*given)
-        for given in zip(_layer_names(captured, runs), [captured] * len(runs), starts, runs, strict=False)
-    ]
+    names = _layer_names(captured, runs)
+    pieces = [_Piece(*given) for given in zip(names, [captured] * len(runs), starts, runs, strict=False)]
+    return pieces, inputs
 
 
 def _named_pieces(chosen: Named) -> list[_Piece]:

@@ -49,7 +49,7 @@ def show(
 
 
 def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
-    shape = "x".join(map(str, chain.in_shape))
+    shape = " and ".join("x".join(map(str, shape)) or "1" for shape in chain.in_shapes)
     source = "measured" if profile.source == "measured" else "estimated from the device's data sheet"
     unkeyed = [layer.name for layer in chain.layers if layer.random == "unkeyed"]
     random = f"\nrandom numbers that depend on the plan (no parity with one process): {', '.join(unkeyed)}"

@@ -54,7 +54,7 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     loss = make_loss(config.loss, chain.classes)
     loss.check_plan(plan, chain)
     if config.data.mixup is not None or config.data.cutmix is not None:
-        if chain.input_dtype == "int":
+        if not chain.mixable:
             raise ConfigError("data.mixup and data.cutmix cannot mix the integers that the model takes; drop them")
         check_mixes(loss)
         Mixing(config.train.seed, chain.in_shape, config.data.mixup, config.data.cutmix)
@@ -65,7 +65,7 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     Judge.of(config.checkpoint.best, metrics.metrics)
     early_stop(config.train.early_stop, metrics.metrics)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
-        datasets.check(config.data, chain.classes, chain.label_shape)
+        datasets.check(config.data, chain.classes, chain.label_shape, chain.inputs)
     check_fits(config, plan)
 
 

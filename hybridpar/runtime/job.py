@@ -19,6 +19,7 @@ from hybridpar.errors import DataError, PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
 from hybridpar.model.freeze import check_trained
+from hybridpar.model.inputs import pack
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position, blocks, positions
 from hybridpar.planning.check import check
@@ -44,7 +45,10 @@ from hybridpar.sections import LossScale, ParameterGroup
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-GivenBatch = StepBatch | tuple[torch.Tensor, torch.Tensor] | None
+Inputs = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
+"""Of a batch; several tensors, or a mapping by their names, where the model takes several."""
+WholeBatch = StepBatch | tuple[Inputs, torch.Tensor]
+GivenBatch = WholeBatch | None
 EngineFactory = Callable[[Position, Sequence[BlockModules]], ShardedEngine]
 """Makes the sharded optimizer of a replicated position from this rank's blocks of it."""
 
@@ -336,6 +340,8 @@ class Job:
         mixing = None
         if train and (mixup is not None or cutmix is not None):
             check_mixes(self._loss)
+            if not self.chain.mixable:
+                raise DataError("mixup and cutmix cannot mix the integers that the model takes; drop them")
             mixing = Mixing(seed, self.chain.in_shape, mixup, cutmix)
         order = order_of(samples, self.plan.global_batch, seed, train=train, drop_last=drop_last)
         mode: Mode = "train" if train else "evaluate"
@@ -350,7 +356,8 @@ class Job:
         if hasattr(dataset, "read"):
             return cast("Samples", dataset)
         chain = self.chain
-        return as_samples(dataset, Form(chain.in_shape, chain.classes, self._loss.ignored, chain.label_shape))
+        form = Form(chain.in_shape, chain.classes, self._loss.ignored, chain.label_shape, chain.inputs)
+        return as_samples(dataset, form)
 
     def step(self, batch: GivenBatch, *, samples: int | None = None) -> float:
         """Train on one step's samples and return their mean loss, the same on every rank.
@@ -369,7 +376,7 @@ class Job:
         self._next_sample = given.first_sample + given.samples
         return metrics.loss
 
-    def evaluate(self, batches: Iterable[StepBatch | tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
+    def evaluate(self, batches: Iterable[WholeBatch]) -> Evaluation:
         """Return loss and accuracy over ``batches``: of ``loader(..., train=False)``, or whole batches.
 
         With the average of the weights, if there is one. Ends with the first batch whose loss is not finite.
@@ -408,7 +415,7 @@ class Job:
         average = self._updater.average
         return contextlib.nullcontext() if average is None else average.in_place()
 
-    def _evaluated(self, batches: Iterable[StepBatch | tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
+    def _evaluated(self, batches: Iterable[WholeBatch]) -> Evaluation:
         self._average_statistics()
         self._metrics.begin(self.device)
         sums = [0.0] * 5
@@ -450,6 +457,8 @@ class Job:
                 raise DataError(f"rank {self.rank} reads {own} of the step's {count} samples but got None")
             return StepBatch(None, None, count, self._next_sample)
         inputs, labels = batch
+        if not isinstance(inputs, torch.Tensor):
+            inputs = pack(self.chain.inputs, inputs, 1, f"the batch of rank {self.rank}")
         if len(inputs) != len(labels) or len(labels) not in {own, count}:
             raise DataError(
                 f"rank {self.rank} got {len(inputs)} inputs and {len(labels)} labels; give all {count} of the "

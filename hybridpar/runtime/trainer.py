@@ -120,7 +120,9 @@ class _Training:
         def load() -> list[int | None]:
             chain, ignored = self.chain, self.config.loss.ignore_index
             splits.append(
-                datasets.load(self.config.data, chain.in_shape, chain.classes, ignored, chain.label_shape)
+                datasets.load(
+                    self.config.data, chain.in_shape, chain.classes, ignored, chain.label_shape, chain.inputs
+                )
             )
             return [size_of(splits[0].train), size_of(splits[0].test)]
 

@@ -61,7 +61,7 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
     loss.check_plan(plan, traced.chain)
     if config.data.mixup is not None or config.data.cutmix is not None:
         check_mixes(loss)
-    datasets.check(config.data, traced.chain.classes, traced.chain.label_shape)
+    datasets.check(config.data, traced.chain.classes, traced.chain.label_shape, traced.chain.inputs)
     check_fits(config, plan)
     _in_precision(config, plan, traced)
 
@@ -115,7 +115,9 @@ def _samples(config: Config, plan: Plan, traced: Traced, process: Process) -> Sa
 
     def load() -> int | None:
         chain, ignored = traced.chain, config.loss.ignore_index
-        loaded = datasets.load(config.data, chain.in_shape, chain.classes, ignored, chain.label_shape)
+        loaded = datasets.load(
+            config.data, chain.in_shape, chain.classes, ignored, chain.label_shape, chain.inputs
+        )
         splits.append(loaded.train)
         return size_of(splits[0])
 

@@ -79,10 +79,10 @@ def train_by_command(ranks: int, folder: Path, *overrides: str) -> tuple[dict[st
 
 
 def small(*overrides: str) -> Config:
-    other = any(o.startswith("data=") for o in overrides)
-    size = ("train.global_batch=8", *(() if other else ("data=synthetic", "data.size=16", "data.test_size=8")))
-    model = ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
-    return compose([*size, *model, "train.device=cpu", *overrides])
+    given = {o.partition("=")[0] for o in overrides}
+    data = () if "data" in given else ("data=synthetic", "data.size=16", "data.test_size=8")
+    model = () if "model" in given else ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
+    return compose([*data, *model, "train.global_batch=8", "train.device=cpu", *overrides])
 
 
 def train_here(folder: Path, *overrides: str, micro_batch: int = 8) -> Summary:

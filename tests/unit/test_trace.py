@@ -373,7 +373,7 @@ class Mixes(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Twice(), "uses 2 inputs .x, y., but a chain takes exactly one"),
+        (Twice(), "uses 2 inputs .x, y., but model.in_shape gives the shape of one"),
         (Decides(), "cannot trace m .Decides.forward.: .*control flow.*torch.fx.wrap"),
         (Pair(), "output of m is not one floating tensor"),
         (Mixes(), "output of m is not one floating tensor with the samples in dim 0"),
