@@ -94,14 +94,17 @@ def test_buckets_are_reduced_while_backward_goes_on() -> None:
     first = next(o for o in programs[0].operations if o.content == "bucket" and o.block)
     held = key_of(last(programs[0], 0, "backward"))
 
-    def prepare(_rank: int, executor: Executor, watch: HostStopwatch) -> None:
-        reduced = threading.Event()
+    reduced, heard = threading.Event(), set()
+
+    def prepare(rank: int, executor: Executor, watch: HostStopwatch) -> None:
         hold(executor, "backward", held, reduced)
         complete = watch.complete
 
         def told(operation: Operation) -> None:
             complete(operation)
             if operation.index == first.index:
+                heard.add(rank)
+            if heard == {0, 1}:
                 reduced.set()
 
         executor.communicators.completed = told  # type: ignore[attr-defined]
