@@ -51,6 +51,7 @@ def load_model(config: Config) -> tuple[Traced, Source]:
     from hybridpar.model.build import build  # noqa: PLC0415 - torch takes seconds to import
     from hybridpar.model.deferred import defer  # noqa: PLC0415
     from hybridpar.model.freeze import freeze  # noqa: PLC0415
+    from hybridpar.model.shared_norm import synchronise  # noqa: PLC0415
     from hybridpar.model.trace import trace  # noqa: PLC0415
 
     model = config.model
@@ -60,6 +61,8 @@ def load_model(config: Config) -> tuple[Traced, Source]:
 
         source = Weights(source, Path(model.weights).expanduser(), model.fresh)
     freeze(source.module, model.frozen)
+    if model.batch_norm == "synchronised":
+        synchronise(source.module)
     autocast = config.train.autocast
     return trace(source.module, model.in_shape, model.name, model.input_dtype, autocast=autocast), source
 

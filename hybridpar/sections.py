@@ -62,6 +62,8 @@ class ModelConfig:
     """Patterns of parameters that keep their initial values nevertheless."""
     frozen: tuple[str, ...] = ()
     """Patterns of parameters that are not trained."""
+    batch_norm: Literal["replica", "synchronised"] = "replica"
+    """Whose samples batch norms take their statistics of: a replica's own, or all replicas'."""
 
     def __post_init__(self) -> None:
         _require(

@@ -52,6 +52,22 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A batch norm that takes its statistics over all replicas' samples, as a layer's forward calls it."""
+
+    module: str
+    """Its path in the layer's module; empty: the layer itself."""
+    channels: int
+    answers: bool
+    """Its backward gives the gradient of its input, for which sums over the replicas are needed."""
+
+    @property
+    def figures(self) -> int:
+        """Elements of what replicas tell each other: two per channel and a count."""
+        return 2 * self.channels + 1
+
+
+@dataclass(frozen=True)
 class Saved:
     """What a layer's forward keeps for its backward, apart from its input, its output and its parameters.
 
@@ -100,6 +116,8 @@ class Layer:
     """Each element is worked on by itself (apart from where it stands), so features may lie along any dim."""
     random: Literal["none", "keyed", "unkeyed"] = "none"
     batch_norm: bool = False
+    norms: tuple[Norm, ...] = ()
+    """Synchronised batch norms, in the order of their calls."""
     lowered: bool = False
     """The output is of the chain's autocast dtype, not of the parameters'."""
 
@@ -167,6 +185,11 @@ class Chain:
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
+
+    @cached_property
+    def synchronised(self) -> bool:
+        """Whether batch norms take their statistics over all replicas."""
+        return any(layer.norms for layer in self.layers)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -296,5 +319,8 @@ class Chain:
         for layer in data["layers"]:  # and one without normalised layers
             if layer["linear"] and not layer["linear"]["normalized"]:
                 del layer["linear"]["normalized"]
+        if not self.synchronised:
+            for layer in data["layers"]:
+                del layer["norms"]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from hybridpar.generators import borrowed
 from hybridpar.model.footprint import BATCHES, META_FAILURES, runnable, set_keys
 from hybridpar.model.graph import module_of
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth, Keys
+from hybridpar.model.shared_norm import SharedNorm
 
 ELEMENTWISE = (
     nn.ReLU,
@@ -27,7 +28,14 @@ ELEMENTWISE = (
     nn.Identity,
     KeyedDropout,
 )
-_SHAPE_KEEPING = (*ELEMENTWISE, KeyedStochasticDepth, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_SHAPE_KEEPING = (
+    *ELEMENTWISE,
+    KeyedStochasticDepth,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    SharedNorm,
+)
 """Their values need not be computed to know the shape; torch computes a batch norm on meta tensors slowly."""
 
 

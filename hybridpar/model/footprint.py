@@ -18,9 +18,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from hybridpar.errors import ModelError
 from hybridpar.generators import borrowed
-from hybridpar.model.chain import Saved
+from hybridpar.model.chain import Norm, Saved
 from hybridpar.model.copies import blank, tensors
 from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.shared_norm import SharedNorm
 
 BATCHES = (2, 3)
 """Two sample counts that tell the samples' dimension and everything affine."""
@@ -51,6 +52,7 @@ class Footprint:
     """The output has a gradient."""
     dtype: torch.dtype
     """Of the output."""
+    norms: tuple[Norm, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _Run:
     saves_input: bool
     saves_output: bool
     aliases_input: bool
+    norms: tuple[Norm, ...]
 
 
 class _Meter(TorchDispatchMode):
@@ -159,6 +162,7 @@ def measure(
         draws=first.draws,
         differentiable=first.out.requires_grad,
         dtype=first.out.dtype,
+        norms=first.norms,
     )
 
 
@@ -217,7 +221,7 @@ def _run(module: nn.Module, x: torch.Tensor, training_dtype: torch.dtype, *, end
         kept.setdefault(storage_id(tensor), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), meter:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), meter, _called(module) as norms:
         out = module(x)
         out = out.to(training_dtype) if ends and isinstance(out, torch.Tensor) else out
     if not isinstance(out, torch.Tensor):
@@ -233,7 +237,25 @@ def _run(module: nn.Module, x: torch.Tensor, training_dtype: torch.dtype, *, end
         saves_input=storage_id(x) in kept,
         saves_output=storage_id(out) in kept,
         aliases_input=storage_id(out) == storage_id(x),
+        norms=tuple(norms),
     )
+
+
+@contextmanager
+def _called(module: nn.Module) -> Iterator[list[Norm]]:
+    """Note the calls of synchronised batch norms."""
+    norms: list[Norm] = []
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+        return lambda _, inputs: norms.append(Norm(path, inputs[0].shape[1], inputs[0].requires_grad))
+
+    parts = [(path, part) for path, part in module.named_modules() if isinstance(part, SharedNorm)]
+    handles = [part.register_forward_pre_hook(hook(path)) for path, part in parts]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

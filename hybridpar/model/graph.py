@@ -15,6 +15,7 @@ from hybridpar.model.copies import share
 from hybridpar.model.expand import expansion
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
 from hybridpar.model.linear import CosineLinear
+from hybridpar.model.shared_norm import share_norms
 
 
 class _Tracer(fx.Tracer):
@@ -54,9 +55,9 @@ def capture(module: nn.Module, name: str, first_dropout: int = 0) -> fx.GraphMod
     """Trace ``module`` in training mode into a graph whose values are all out of place.
 
     The result holds the very tensors of ``module``, which itself is not changed. Dropout and stochastic depth are
-    replaced by keyed ones, numbered in the order of the calls from ``first_dropout`` on. A submodule that fx
-    cannot trace stays one node. Control flow over ``self.training`` in the model's own code is fixed as in
-    training. Raises ModelError.
+    replaced by keyed ones, numbered in the order of the calls from ``first_dropout`` on, and batch norms over
+    several ranks by ``SharedNorm``. A submodule that fx cannot trace stays one node. Control flow over
+    ``self.training`` in the model's own code is fixed as in training. Raises ModelError.
     """
     root = share(module).train()
     graph = _trace(root, name)
@@ -64,6 +65,7 @@ def capture(module: nn.Module, name: str, first_dropout: int = 0) -> fx.GraphMod
     for node in list(graph.nodes):
         _to_out_of_place(captured, node)
     _key_dropout(captured, first_dropout)
+    share_norms(captured)
     for part in captured.modules():
         if getattr(part, "inplace", False) is True:
             vars(part)["inplace"] = False

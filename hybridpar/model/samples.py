@@ -20,6 +20,7 @@ from hybridpar.model.cut import ELEMENTWISE
 from hybridpar.model.footprint import META_FAILURES, remedy, runnable
 from hybridpar.model.keyed import KeyedStochasticDepth
 from hybridpar.model.linear import CosineLinear
+from hybridpar.model.shared_norm import SharedNorm
 
 LARGEST_FLOPS = 5e9
 """Of one sample's forward. A layer that needs more is not run: all of them together would take long."""
@@ -32,6 +33,7 @@ _BY_SAMPLE_MODULES = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
+    SharedNorm,
     nn.GroupNorm,
     nn.LayerNorm,
     nn.Linear,

@@ -23,6 +23,7 @@ from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
 from hybridpar.model.linear import CosineLinear, gathering
 from hybridpar.model.named import METHOD, Named, Naming, compare, named_layers
 from hybridpar.model.samples import check_samples
+from hybridpar.model.shared_norm import check_kinds
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _ELEMENTWISE_FUNCTIONS = {"relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "hardswish"}
@@ -62,8 +63,10 @@ def trace(
     those found by tracing; see ``model/named.py``. With ``autocast`` the layers are described as they compute
     under ``torch.autocast`` in that dtype on a CPU; the last one's output stays as the parameters are.
 
+    A ``nn.SyncBatchNorm`` takes its statistics over all replicas; see ``model/shared_norm.py``.
+
     Raises ModelError where the model cannot be traced, takes other inputs, gives no single tensor, or loses the
-    samples of dim 0 or mixes them.
+    samples of dim 0 or mixes them, and where only some batch norms of a layer are synchronised.
     """
     inputs = several(in_shape, input_dtype)
     if inputs:
@@ -93,6 +96,7 @@ def trace(
         run = _as_run(part, shape) if stands else part
         footprint = measure(run, shape, entering, differentiable, floating, piece.name, lowered, ends=ends)
         differentiable, entering = footprint.differentiable, footprint.dtype
+        check_kinds(part, piece.name)
         described.append(_describe(part, piece.nodes, piece.name, shape, footprint, full_names))
         if lowered is not None and footprint.dtype == lowered:
             described[-1] = replace(described[-1], lowered=True)
@@ -270,6 +274,7 @@ def _describe(
         random="unkeyed" if footprint.draws else "keyed" if keyed else "none",
         batch_norm="batch_norm" in functions
         or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in part.modules()),  # noqa: SLF001 - its base
+        norms=footprint.norms,
     )
 
 

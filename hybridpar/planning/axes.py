@@ -24,8 +24,8 @@ SLOWED_KINDS = 4
 """Kinds of ranks that are tried as the slow one, the busiest first: a long pipeline has one kind per rank."""
 SYNCHRONISED: frozenset[Content] = frozenset({*SUMS, "zero"})
 """Contents that keep replicas of parameters equal."""
-EXCHANGED: frozenset[Content] = frozenset({"activation", "gradient", "sum", "statistics"})
-"""Contents that carry samples' values between stages and shards."""
+EXCHANGED: frozenset[Content] = frozenset({"activation", "gradient", "sum", "statistics", "moments"})
+"""Contents that carry samples' values, or figures of them, between stages, shards and replicas."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Axes:
     """Bytes of gradient reductions (and of parameter gathers, with a sharded optimizer) that the rank with the
     most of them sends in one step."""
     exchanged_bytes: float
-    """Likewise of activations, their gradients and the sums inside a tail."""
+    """Likewise of activations, their gradients, the sums inside a tail and the figures of batch norms."""
     busy_share: float
     """Busy device time over ranks times period, 0..1."""
     balance: float

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from hybridpar.model.chain import Chain
 from hybridpar.planning.layout import Interval, Layout, Piece, chunks, length, split
-from hybridpar.planning.plan import Kind, Plan
+from hybridpar.planning.plan import Kind, Plan, Segment, Stage
 
 State = Literal["full", "sharded", "partial"]
 """Of a value on the shards of a tail: every shard has all features, its slice, or a summand of all features."""
@@ -59,6 +59,10 @@ class Position:
     recompute: bool = False
     copies: int = 1
     """Plan replicas: how often each of the ranks has one of its kind that holds the same parameters."""
+    synchronised: bool = False
+    """Batch norms take their statistics over all samples of a chunk."""
+    joint: bool = False
+    """And over those of all plan replicas, of which each has its samples of a step in one chunk."""
 
     @property
     def sharded(self) -> bool:
@@ -74,6 +78,16 @@ class Position:
     def reduced(self) -> bool:
         """Whether gradients have to be summed: over the ranks, over the plan replicas, or both."""
         return self.replicated or self.copies > 1
+
+    @property
+    def meets(self) -> bool:
+        """Whether batch norms in training have ranks to meet."""
+        return self.synchronised and not self.sharded and (self.replicated or self.joint)
+
+    @property
+    def moments(self) -> str:
+        """The name of the communicator on which they do."""
+        return f"moments:{self.name}"
 
     def sharers(self, rank: int) -> tuple[int, ...]:
         """Return the ranks of a plan replica whose gradients are summed with those of ``rank``."""
@@ -176,9 +190,30 @@ def positions(plan: Plan) -> tuple[Position, ...]:
             stage.in_flight,
             stage.recompute,
             plan.replicas,
+            plan.recipe.synchronised,
+            plan.recipe.synchronised and _joint(plan, stage, seg),
         )
         for n, (i, j, stage, seg) in enumerate(flat)
     )
+
+
+def _joint(plan: Plan, stage: Stage, segment: Segment) -> bool:
+    """Whether there are plan replicas, and each works on its samples of any step in one chunk of the segment."""
+    if plan.replicas == 1:
+        return False
+    most = _most_samples(plan.global_batch, plan.replica_shares or (1.0,) * plan.replicas)
+    return len(micro_batches(stage.kind, stage.micro_batch, segment.weights, most)) == 1
+
+
+@lru_cache(maxsize=1024)
+def _most_samples(samples: int, shares: tuple[float, ...]) -> int:
+    """Return the most samples that a replica has in a step of at most ``samples``.
+
+    Largest remainders may give more of fewer samples to one of unequal shares.
+    """
+    if len(set(shares)) == 1:
+        return -(-samples // len(shares))
+    return max(length(interval) for count in range(1, samples + 1) for interval in split(count, shares))
 
 
 def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:

@@ -9,6 +9,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block
 from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import Transfer, length
+from hybridpar.planning.moments import calls
 from hybridpar.planning.parameters import bucket_elements
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.workspaces import MAPPED_BYTES
@@ -62,7 +63,9 @@ class Books:
         for action, source in zip(self.program.actions[self.rank], self.sources, strict=True):
             kind, within, fresh = action.kind, 0, False
             if action.operation is not None:
-                self._communicate(kind, operations[action.operation], source)
+                operation = operations[action.operation]
+                self._communicate(kind, operation, source)
+                within = self._meeting(operation) if kind == "start" else 0
             elif kind == "copy":
                 self._copy(action, source)
             elif kind == "norm":
@@ -141,7 +144,7 @@ class Books:
                 shared.append(out)
             for storage in shared:
                 self._keep(storage)
-            inside = (0, 0) if own.recompute else own.inside(samples)
+            inside = (own.met_bytes, 0) if own.recompute else own.inside(samples)
             self.held[key] = shared, *inside
             self.now_saved += inside[0]
             self.now_large += inside[1]
@@ -267,6 +270,13 @@ class Books:
         self._drop(name, key)
         self._put(name, key, Storage(operation.bytes * len(operation.ranks)))
 
+    def _meeting(self, operation: Operation) -> int:
+        """Return the bytes of what batch norms tell each other while they do."""
+        if operation.content != "moments":
+            return 0
+        gathered = self.program.participants(operation) if operation.kind == "all_gather" else 0
+        return operation.bytes * (1 + gathered)
+
     def _contiguous(self, transfer: Transfer, block: int, is_output: bool) -> bool:
         """Whether a transfer's part of a value is one run of memory."""
         own = self.own[block]
@@ -301,6 +311,11 @@ class Own:
         if self.makes_gradients:
             elements = bucket_elements(chain, position, block, rank) - sum(self.kept.gathered)
             self.gradient_bytes = elements * self.itemsize
+        self.met_bytes = 0
+        """What the batch norms of a recomputed block are told in its first forward, for the second one."""
+        if block.recompute:
+            met = calls(position, block, chain, backward=False)
+            self.met_bytes = sum(call.norm.figures for call in met) * self.itemsize
         self._inside: dict[int, tuple[int, int]] = {}
 
     def inside(self, samples: int) -> tuple[int, int]:

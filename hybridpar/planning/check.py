@@ -9,7 +9,10 @@ Plan replicas run programs that differ, as their samples may, and meet in the op
 are taken to complete once the program's own ranks are there, which is right as replicas cannot wait in a ring:
 
 - Every rank starts the operations of one communicator in one order, whatever its samples (checked here): labels,
-  metrics and norm on the one of all ranks; buckets of the last block first on the one of a position.
+  metrics and norm on the one of all ranks; buckets of the last block first on the one of a position; moments of a
+  position's forward, then those of its backward. Moments are across only where every replica has one chunk of the
+  position, so that a position's whole forward comes before, and its whole backward behind, all of the positions
+  behind it.
 - In the global sequence whatever waits for the buckets of a position comes after all backwards of it and of those
   behind it, on all ranks, and so after the starts of all their buckets. The sums of right factors of compressed
   ones start at one place of the sequence, for all ranks: behind the waits for the left ones, before any wait for
@@ -17,10 +20,15 @@ are taken to complete once the program's own ranks are there, which is right as 
   metrics are waited for at the end, labels started before anything else.
 
 Let every replica stop at the first action of its sequence that hangs: a wait for an operation across. Order what
-they wait for as labels, buckets from the last position to the first (of each the right factors last), norm,
-metrics, and take a replica whose operation is first in this order. Some participant has not started it, or one
-before it on its communicator, so its replica stopped before that; but it waits for the same or something later,
-before which it has started them all.
+they wait for as labels, moments of forwards from the first position to the last, moments of backwards from the
+last to the first, buckets from the last position to the first (of each the right factors last), norm, metrics,
+and take a replica whose operation is first in this order. Some participant has not started it, or one before it
+on its communicator, so its replica stopped before that; but it waits for the same or something later, before
+which it has started them all.
+
+A rank may wait for a bucket before another one of its replica starts moments of an earlier position's backward. It
+holds nothing up: it waits for buckets only when it has no pass left to run, and so has started all moments and all
+that its replica waits for.
 """
 
 from __future__ import annotations
@@ -34,9 +42,12 @@ from hybridpar.planning.boundary import boundaries
 from hybridpar.planning.communicators import communicators
 from hybridpar.planning.compression import SUMS, WORKS
 from hybridpar.planning.layout import length
+from hybridpar.planning.moments import calls
 from hybridpar.planning.parameters import is_zero, reduction_of
 from hybridpar.planning.program import Action, Operation, Program
 
+Place = tuple[str, int, int, bool, int]
+"""Start or wait of the moments of a norm: (kind, block, micro-batch, backward, norm)."""
 Token = tuple[str, int, int]
 """A value that a rank holds: what, block (or position), micro-batch."""
 
@@ -50,6 +61,8 @@ def check(program: Program) -> None:
     _check_pairs(program)
     _check_queues(program)
     _check_order_across(program)
+    for rank in range(program.plan.replica_world):
+        _check_moments(program, rank)
     for rank in range(program.plan.replica_world):
         _RankData(program, rank).check()
 
@@ -142,21 +155,69 @@ class _StrictMachine:
 
 def _check_order_across(program: Program) -> None:
     """Every rank starts what is across replicas in the one order that holds for all of them."""
-    rounds = {"label": 0, "metrics": 1, "best": 1, "norm": 2, "right": 4}
     for rank, actions in enumerate(program.actions):
-        last: dict[str, tuple[int, int, int]] = {}
+        last: dict[str, tuple[int, ...]] = {}
         for action in actions:
             if action.kind != "start" or action.operation is None:
                 continue
             operation = program.operations[action.operation]
             if not operation.across:
                 continue
-            within = SUMS.index(operation.content) if operation.content in SUMS else 0
-            place = rounds.get(operation.content, 3), -(operation.block or 0), within
-            if place <= last.get(operation.communicator, (-1, 0, 0)):
+            place = _place_across(operation)
+            if place <= last.get(operation.communicator, ()):
                 name = program.describe(action)
                 raise ProgramError(f"rank {rank} would '{name}' in another order than other plan replicas")
             last[operation.communicator] = place
+
+
+def _place_across(operation: Operation) -> tuple[int, ...]:
+    """Return where an operation stands in the one order of a communicator's operations across replicas."""
+    block, norm = operation.block or 0, operation.norm or 0
+    if operation.content == "moments":
+        return (1, -block, -norm) if operation.backward else (0, block, norm)
+    within = SUMS.index(operation.content) if operation.content in SUMS else 0
+    rounds = {"label": 0, "metrics": 1, "best": 1, "norm": 2, "right": 4}
+    return rounds.get(operation.content, 3), -block, within
+
+
+def _check_moments(program: Program, rank: int) -> None:
+    """What batch norms tell each other in a pass follows it at once, in their order; each start with its wait.
+
+    A rank without samples in the pass takes part in the same way, but between its own passes.
+    """
+    due: list[Place] = []
+    for action in program.actions[rank]:
+        found = _place_of_moments(program, action)
+        if due:
+            if found != due.pop(0):
+                raise ProgramError(
+                    f"rank {rank} would '{program.describe(action)}' within a pass whose batch norms have to meet "
+                    "other ranks first"
+                )
+        elif found is not None:
+            kind, block, micro_batch, *rest = found
+            if kind == "wait" or program.works(block, micro_batch, rank):
+                raise ProgramError(f"rank {rank} would '{program.describe(action)}' outside of the pass it is for")
+            due = [("wait", block, micro_batch, *rest)]  # type: ignore[list-item]
+        elif program.mode == "train" and action.kind in {"forward", "backward"}:
+            due = _expected_moments(program, action)
+    if due:
+        raise ProgramError(f"rank {rank} would end within a pass whose batch norms have to meet other ranks first")
+
+
+def _place_of_moments(program: Program, action: Action) -> Place | None:
+    if action.operation is None or program.operations[action.operation].content != "moments":
+        return None
+    o = program.operations[action.operation]
+    return action.kind, o.block or 0, o.micro_batch or 0, o.backward, o.norm or 0
+
+
+def _expected_moments(program: Program, action: Action) -> list[Place]:
+    """Return what has to follow a pass."""
+    number, micro_batch, backward = action.block or 0, action.micro_batch or 0, action.kind == "backward"
+    block = program.blocks[number]
+    own = calls(program.positions[block.position], block, program.chain, backward=backward)
+    return [(kind, number, micro_batch, backward, c.number) for c in own for kind in ("start", "wait")]
 
 
 def _stuck_line(program: Program, rank: int, at: int) -> str:
@@ -291,6 +352,8 @@ class _RankData:
         if operation.transfer is not None:
             sends = operation.transfer.source == self.rank
             return {_source(operation.content, block, operation.transfer.source_micro_batch): int(sends)}
+        if operation.content == "moments":
+            return {}
         if operation.content == "bucket":
             return self._passed_back(block)
         if operation.content in SUMS:

@@ -33,6 +33,8 @@ def communicators(plan: Plan) -> tuple[Communicator, ...]:
         if position.reduced:
             groups = {position.gradients(r): position.sharers(r) for r in position.ranks}
             result += [Communicator(name, ranks, across) for name, ranks in groups.items()]
+        if position.meets:
+            result.append(Communicator(position.moments, position.ranks, position.joint))
     return tuple(result)
 
 

@@ -12,6 +12,7 @@ from hybridpar.planning.boundary import boundaries
 from hybridpar.planning.communicators import communicators
 from hybridpar.planning.compression import SUMS
 from hybridpar.planning.layout import Transfer, length
+from hybridpar.planning.moments import calls, meets
 from hybridpar.planning.order import Flow, Task
 from hybridpar.planning.order import sequence as task_sequence
 from hybridpar.planning.parameters import is_zero, parameter_count, reduction_of
@@ -70,6 +71,7 @@ class _Compiler:
         self.first, stop = plan.replica_samples(samples)[replica]
         samples = self.samples = stop - self.first
         self.positions, self.blocks = positions(plan), blocks(plan, chain)
+        self.chunks = [p.micro_batches(samples) for p in self.positions]
         self.train = mode == "train"
         self.operations: list[Operation] = []
         self.emitted: list[tuple[int, Action, int]] = []
@@ -107,6 +109,7 @@ class _Compiler:
             self.boundaries,
             self.train,
             self.train and self.plan.recipe.normed,
+            frozenset(b.index for b in self.blocks if self.train and meets(self._home(b), b, self.chain)),
             self.samples < self.plan.replica_batch,
         )
         tasks = task_sequence(flow)
@@ -115,7 +118,7 @@ class _Compiler:
         for task in tasks:
             getattr(self, f"_{task.kind}")(task)
             if task.kind in {"forward", "backward"}:
-                for rank in task.ranks:
+                for rank in self._working(task):
                     self._settle_sends(rank)
         self._close()
         actions, sequence = self._arranged()
@@ -141,11 +144,21 @@ class _Compiler:
         self.backwards: dict[tuple[int, int], int] = defaultdict(int)
         self.losses: dict[int, int] = defaultdict(int)
         for task in tasks:
-            for rank in task.ranks:
-                if task.kind == "backward":
+            if task.kind == "backward":
+                for rank in self._working(task):
                     self.backwards[task.block, rank] += 1
-                elif task.kind == "loss":
+            elif task.kind == "loss":
+                for rank in task.ranks:
                     self.losses[rank] += 1
+
+    def _home(self, block: Block) -> Position:
+        return self.positions[block.position]
+
+    def _working(self, task: Task) -> list[int]:
+        """Return the ranks that have samples in a pass; of replicas that run it together some may have none."""
+        position = self._home(self.blocks[task.block])
+        intervals = self.chunks[position.index][task.micro_batch]
+        return [rank for rank in task.ranks if length(intervals[position.ranks.index(rank)]) > 0]
 
     # Beginning and end of a step
 
@@ -164,6 +177,8 @@ class _Compiler:
                 self._report(rank)
         if self.train:
             self._join_reductions()
+            if not self.samples:
+                self._join_norms()
 
     def _join_reductions(self) -> None:
         """Start the reductions of replicas without samples, which would otherwise keep the others waiting."""
@@ -171,6 +186,13 @@ class _Compiler:
             for rank in self.positions[block.position].ranks:
                 if not self.backwards[block.index, rank]:
                     self._reduce(rank, block)
+
+    def _join_norms(self) -> None:
+        """Take part in what batch norms tell each other in plan replicas that do have samples."""
+        for backward, order in ((False, self.blocks), (True, self.blocks[::-1])):
+            for block in order:
+                if self._home(block).joint:
+                    self._meet(block, 0, backward=backward)
 
     def _close(self) -> None:
         for rank in self.world:
@@ -194,13 +216,16 @@ class _Compiler:
     # One method per kind of task
 
     def _forward(self, task: Task) -> None:
-        for rank in task.ranks:
+        working = self._working(task)
+        for rank in working:
             self._await(rank, "activation", task.block - 1, task.micro_batch)
             self._act(rank, Action("forward", task.block, task.micro_batch))
+        if self.train:
+            self._meet(self.blocks[task.block], task.micro_batch, backward=False)
         if task.block < len(self.blocks) - 1:
             self._deliver("activation", task.block, task)
             return
-        for rank in task.ranks:
+        for rank in working:
             if self.mode != "predict":
                 self._wait_once(rank, self.shared["label"].index)
             self._act(rank, Action("score", task.block, task.micro_batch))
@@ -227,15 +252,38 @@ class _Compiler:
                 self._report(rank)
 
     def _backward(self, task: Task) -> None:
-        for rank in task.ranks:
+        working = self._working(task)
+        for rank in working:
             self._await(rank, "gradient", task.block, task.micro_batch)
             self._act(rank, Action("backward", task.block, task.micro_batch))
+        self._meet(self.blocks[task.block], task.micro_batch, backward=True)
         if self.blocks[task.block].answers:
             self._deliver("gradient", task.block - 1, task)
-        for rank in task.ranks:
+        for rank in working:
             self.backwards[task.block, rank] -= 1
             if not self.backwards[task.block, rank]:
                 self._reduce(rank, self.blocks[task.block])
+
+    def _meet(self, block: Block, micro_batch: int, *, backward: bool) -> None:
+        """Let batch norms meet within a pass that was just put into the program."""
+        position = self._home(block)
+        for call in calls(position, block, self.chain, backward=backward):
+            met = self._operation(
+                "all_reduce" if backward else "all_gather",
+                "moments",
+                position.moments,
+                position.ranks,
+                call.norm.figures * self.plan.itemsize,
+                block.index,
+                micro_batch,
+                backward=backward,
+                across=position.joint,
+                norm=call.number,
+            )
+            for rank in position.ranks:
+                self._start(rank, met)
+            for rank in position.ranks:
+                self._wait_once(rank, met.index)
 
     def _norm(self, task: Task) -> None:
         (rank,) = task.ranks
@@ -364,10 +412,11 @@ class _Compiler:
         *,
         backward: bool = False,
         across: bool = False,
+        norm: int | None = None,
     ) -> Operation:
         index = len(self.operations)
         made = Operation(
-            index, kind, content, communicator, ranks, size, block, micro_batch, transfer, backward, across
+            index, kind, content, communicator, ranks, size, block, micro_batch, transfer, backward, across, norm
         )
         self.operations.append(made)
         self.starts.append(Action("start", operation=index, content=content))

@@ -84,7 +84,9 @@ class Drafting:
             stages=tuple(stages),
             order=draft.order,
             bucket_bytes=draft.bucket_bytes or self.request.usual_bucket,
-            recipe=replace(self.request.recipe, sharding=draft.optimizer_sharding),
+            recipe=replace(
+                self.request.recipe, sharding=draft.optimizer_sharding, synchronised=self.chain.synchronised
+            ),
             replicas=draft.placement.replicas,
         )
 

@@ -161,6 +161,8 @@ class Formulas:
             for i, part in enumerate(self.parts):
                 if owner[i]:
                     total = total + (part.work if owner[i] == 1 else owner[i] * part.work)
+                    if part.tables.norms[-1]:
+                        total = total + owner[i] * self._moments(i)
                     if part.degree > 1 and self.spread[i]:
                         total = total + (part.degree - 1) * part.both
             worst = np.maximum(worst, total + self._wire(owner, messages))
@@ -224,6 +226,20 @@ class Formulas:
             if owner[i] and part.degree > 1 and self.spread[i]:
                 wire = wire + self._inside(i).exposed(EXPOSED_INSIDE)
         return wire + self._sums(self.parts[-1].calls) if owner[-1] else wire
+
+    def _moments(self, stage: int) -> Any:
+        """Seconds in which the synchronised batch norms of a segment tell each other their figures, both ways.
+
+        Nothing hides them. Plan replicas take part where each has one chunk.
+        """
+        part, ranks = self.parts[stage], self.placement.groups[stage][0]
+        if part.tail and part.width > 1:
+            return 0.0
+        apart = self.machine.wiring.reduction(ranks, self.placement, across=False)
+        joint = self.machine.wiring.reduction(ranks, self.placement)
+        latency_s = np.where(part.calls == 1, joint.latency_s, apart.latency_s)
+        s_per_byte = np.where(part.calls == 1, joint.s_per_byte, apart.s_per_byte)
+        return 2 * part.calls * (part.norms * latency_s + part.figures * s_per_byte)
 
     def _sums(self, calls: Any) -> Any:
         """Seconds that a tail's shards exchange, in so many micro-batches."""

@@ -52,6 +52,8 @@ class Flow:
     train: bool
     normed: bool
     """Every update waits for the global norm of all gradients."""
+    together: frozenset[int] = frozenset()
+    """Blocks whose chunks all replicas of their position compute together, as batch norms make them meet."""
     partial: bool = False
     """A last partial batch: caps that its shorter regroupings do not fit are raised to what it needs."""
 
@@ -152,6 +154,7 @@ class _Graph:
         self.at: dict[tuple[TaskKind, int, int, int], int] = {}
         self.chunks = [p.micro_batches(flow.samples) for p in flow.positions]
         self._add_passes()
+        self._add_turns()
         self._add_exchanges()
         if flow.train:
             self._add_caps(caps)
@@ -171,12 +174,22 @@ class _Graph:
         self.after[earlier].append(later)
         self.before[later] += 1
 
-    def _pieces(self, position: Position) -> Iterable[tuple[int, tuple[int, ...], int, int]]:
-        """Yield (micro-batch, ranks, first sample, ticks) of every call of a position."""
+    def _pieces(
+        self, position: Position, *, together: bool = False
+    ) -> Iterable[tuple[int, tuple[int, ...], int, int]]:
+        """Yield (micro-batch, ranks, first sample, ticks) of every call of a position.
+
+        ``together``: one call per chunk on all replicas, those without samples too.
+        """
         total = [sum(length(c[i]) for c in self.chunks[position.index]) for i in range(len(position.ranks))]
         for m, intervals in enumerate(self.chunks[position.index]):
             if position.kind == "tail":
                 ticks = TICKS * length(intervals[0]) // self.flow.samples
+                yield m, position.ranks, intervals[0][0], max(ticks, 1)
+                continue
+            if together:
+                shares = zip(intervals, total, strict=True)
+                ticks = max(TICKS * length(interval) // max(share, 1) for interval, share in shares)
                 yield m, position.ranks, intervals[0][0], max(ticks, 1)
                 continue
             for rank, interval, share in zip(position.ranks, intervals, total, strict=True):
@@ -190,17 +203,24 @@ class _Graph:
             count[block.position] += 1
         for block in flow.blocks:
             position = flow.positions[block.position]
-            for m, ranks, start, ticks in self._pieces(position):
+            for m, ranks, start, ticks in self._pieces(position, together=block.index in flow.together):
                 ticks = max(ticks // count[position.index], 1)  # noqa: PLW2901
                 self._add(Task("forward", block.index, m, ranks), ticks, self._forward_key(block, start))
-                if block.index == last:
-                    self._add(Task("loss", block.index, m, ranks), 1, (1, -block.index - 1, start))
                 if flow.train and block.backward:
                     self._add(Task("backward", block.index, m, ranks), ticks, (1, -block.index, start))
-        for m, ranks, _, _ in self._pieces(flow.positions[-1]):
+        for m, ranks, start, _ in self._pieces(flow.positions[-1]):
+            self._add(Task("loss", last, m, ranks), 1, (1, -last - 1, start))
             self._depend(self.at["loss", last, m, ranks[0]], self.at["forward", last, m, ranks[0]])
             if flow.train:
                 self._depend(self.at["backward", last, m, ranks[0]], self.at["loss", last, m, ranks[0]])
+
+    def _add_turns(self) -> None:
+        """Chunks that replicas compute together follow each other, as running statistics go by their order."""
+        for block in sorted(self.flow.together):
+            position = self.flow.positions[self.flow.blocks[block].position]
+            for m in range(1, len(self.chunks[position.index])):
+                later, earlier = (self.at["forward", block, n, position.ranks[0]] for n in (m, m - 1))
+                self._depend(later, earlier)
 
     def _forward_key(self, block: Block, start: int) -> tuple[int, ...]:
         if self.flow.rule == "fill_drain":

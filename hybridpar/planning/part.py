@@ -131,6 +131,16 @@ class Part:
         return np.asarray(summed / (self.width if self.tail else self.degree))
 
     @cached_property
+    def norms(self) -> Array:
+        """Synchronised batch norms of a segment, by choice of cuts."""
+        return np.asarray((self.tables.norms[self.stop] - self.tables.norms[self.start]) / self.degree)
+
+    @cached_property
+    def figures(self) -> Array:
+        """Bytes that they tell each other in a pass, likewise."""
+        return np.asarray((self.tables.figures[self.stop] - self.tables.figures[self.start]) / self.degree)
+
+    @cached_property
     def saved(self) -> Array:
         """Bytes per sample that one rank of a segment keeps for its backward, by choice of cuts."""
         held = self.tables.saved[self.stop] - self.tables.saved[self.start]

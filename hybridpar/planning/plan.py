@@ -91,6 +91,8 @@ class Recipe:
     """The gradients are those of a scaled loss; the update waits for their global norm, to see if it is finite."""
     compression: Compression | None = None
     """Of gradients that are summed over replicas; None: they are summed as they are."""
+    synchronised: bool = False
+    """Batch norms take their statistics over all replicas of a segment; the chain says which ones."""
 
     @property
     def normed(self) -> bool:
@@ -239,6 +241,12 @@ def validate(plan: Plan, chain: Chain) -> None:
     _require(plan.world >= 1, "world", plan.world, "must be at least 1")
     _require(plan.bucket_bytes >= 1, "bucket_bytes", plan.bucket_bytes, "must be at least 1")
     validate_recipe(plan.recipe, plan.precision)
+    _require(
+        plan.recipe.synchronised == chain.synchronised,
+        "recipe.synchronised",
+        plan.recipe.synchronised,
+        f"but the model's batch norms are {'' if chain.synchronised else 'not '}synchronised; plan again",
+    )
     _validate_replicas(plan)
     _require(bool(plan.stages), "stages", plan.stages, "must not be empty")
     kinds = [s.kind for s in plan.stages]

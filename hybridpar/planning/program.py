@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position
 from hybridpar.planning.communicators import Communicator
-from hybridpar.planning.layout import Interval, Transfer
+from hybridpar.planning.layout import Interval, Transfer, length
 from hybridpar.planning.plan import Plan
 
 Mode = Literal["train", "evaluate", "predict"]
@@ -32,6 +32,7 @@ Content = Literal[
     "left",
     "rest",
     "right",
+    "moments",
     "statistics",
     "weight",
     "norm",
@@ -45,6 +46,8 @@ Content = Literal[
 activation, gradient: a transfer of an exchange. label: all labels of the step, of which the loss takes its own and
 the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
 lowered, left, rest, right: the same, compressed (``hybridpar.planning.compression``).
+moments: statistics of a synchronised batch norm, and in its backward the sums that its gradient needs; see
+:mod:`hybridpar.planning.moments`.
 statistics: the figures per label of a sharded cross-entropy. norm: squared norm of all gradients, to clip by it
 and to see whether they are finite. metrics: loss and hits. best: of a prediction the largest logits
 of all samples, and their classes. zero: an update whose communication DeepSpeed does
@@ -97,9 +100,11 @@ class Operation:
     micro_batch: int | None = None
     transfer: Transfer | None = None
     backward: bool = False
-    """A sum of input gradients rather than of outputs."""
+    """A sum of input gradients rather than of outputs; moments of a backward."""
     across: bool = False
     """The participants are ``ranks`` in every plan replica, of which there are several."""
+    norm: int | None = None
+    """Of moments: the block's batch norm that needs them, in the order of the forward's calls."""
 
     @property
     def alone(self) -> bool:
@@ -107,9 +112,9 @@ class Operation:
         return len(self.ranks) == 1 and not self.across
 
     @property
-    def place(self) -> tuple[str, Content, int | None]:
+    def place(self) -> tuple[str, Content, int | None, bool, int | None]:
         """What tells an operation across replicas from the others of a step; its index may differ by replica."""
-        return self.communicator, self.content, self.block
+        return self.communicator, self.content, self.block, self.backward, self.norm
 
 
 class Action(NamedTuple):
@@ -168,6 +173,15 @@ class Program:
         start, stop = self.interval(block, micro_batch, rank)
         return self.first + start, self.first + stop
 
+    def works(self, block: int, micro_batch: int, rank: int) -> bool:
+        """Whether a rank has samples of a micro-batch; a replica without any in the step has no micro-batches."""
+        chunks = self.micro_batches[self.blocks[block].position]
+        return micro_batch < len(chunks) and length(self.interval(block, micro_batch, rank)) > 0
+
+    def participants(self, operation: Operation) -> int:
+        """Return how many ranks take part in an operation, of all replicas."""
+        return len(operation.ranks) * (self.plan.replicas if operation.across else 1)
+
     def reads(self, rank: int) -> tuple[Interval, ...]:
         """Return the work numbers, over all replicas, whose inputs and labels the rank reads; most read none."""
         first = self.positions[0]
@@ -183,6 +197,7 @@ class Program:
             operation = self.operations[action.operation]
             where = "" if operation.block is None else f" at {self._place(operation.block)}"
             part = "" if operation.micro_batch is None else f" micro-batch {operation.micro_batch}"
+            part += "" if operation.norm is None else f" norm {operation.norm}" + " backward" * operation.backward
             ranks = ">".join(map(str, operation.ranks)) if operation.kind == "send" else operation.communicator
             return f"{action.kind} {operation.kind} of {operation.content}{where}{part} ({ranks})"
         if action.kind == "update":

@@ -57,6 +57,17 @@ class Tables:
         return np.cumsum(own)
 
     @cached_property
+    def norms(self) -> Array:
+        """Synchronised batch norms of all layers before each."""
+        return np.cumsum([0.0, *(len(layer.norms) for layer in self.chain.layers)])
+
+    @cached_property
+    def figures(self) -> Array:
+        """Bytes that they tell each other in a pass, likewise."""
+        own = (sum(norm.figures for norm in layer.norms) for layer in self.chain.layers)
+        return np.cumsum([0.0, *(count * self.itemsize for count in own)])
+
+    @cached_property
     def saved(self) -> Array:
         """Bytes per sample that all layers before each keep for their backward passes."""
         kept = [0.0]

@@ -59,11 +59,12 @@ class Wiring:
         ways = [self.way(a, b) for a, b in pairwise(groups) if set(a) != set(b)]
         return max(ways, key=lambda way: way.sharing / way.link.bytes_per_s)
 
-    def reduction(self, ranks: Ranks, placement: Placement) -> Reduction:
-        """Return the all-reduce over ranks of every plan replica."""
-        key = (ranks, placement.world, placement.replicas)
+    def reduction(self, ranks: Ranks, placement: Placement, *, across: bool = True) -> Reduction:
+        """Return the all-reduce over ranks of every plan replica, or of one."""
+        replicas = placement.replicas if across else 1
+        key = (ranks, placement.world, replicas)
         if key not in self._reductions:
-            everyone = sorted({r + k * placement.world for k in range(placement.replicas) for r in ranks})
+            everyone = sorted({r + k * placement.world for k in range(replicas) for r in ranks})
             latency = rate = 0.0
             if len(everyone) > 1:
                 latency = all_reduce(self.cluster, everyone, 0)

@@ -14,7 +14,7 @@ from hybridpar.planning.timeline import Flight, Span, Timeline
 from hybridpar.report.timing import RankTiming, StepTiming, named
 
 COMMUNICATING = {"start", "wait"}
-_Place = tuple[str, Content, int | None] | int
+_Place = tuple[str, Content, int | None, bool, int | None] | int
 """What the replicas know an operation by, or its index in the one that has it."""
 
 

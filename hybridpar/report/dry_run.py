@@ -73,7 +73,8 @@ def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
     replicas = f", {plan.replicas} replicas of {plan.replica_world} ranks" if plan.replicas > 1 else ""
     sharded = ", optimizer state of the front sharded (zero1)" if plan.recipe.sharding == "zero1" else ""
     lossy = f", gradients compressed ({plan.recipe.compression}; lossy)" if plan.recipe.compression else ""
-    table = titled(f"plan: {candidate.shape}, order {plan.order}{replicas}{sharded}{lossy}")
+    norms = ", batch norms synchronised" if plan.recipe.synchronised else ""
+    table = titled(f"plan: {candidate.shape}, order {plan.order}{replicas}{sharded}{lossy}{norms}")
     for name, style in (
         ("stage", "left"),
         ("layers", "left"),

@@ -34,6 +34,7 @@ _CONTENT: dict[str, tuple[str, str, Lane]] = {
     **dict.fromkeys(("lowered", "left", "rest", "right"), ("compressed gradients", HEAVY, "collectives")),
     "zero": ("sharded update", HEAVY, "collectives"),
     "sum": ("sums inside the tail", "#44aa99", "collectives"),
+    "moments": ("statistics of batch norms", "#aa4499", "collectives"),
 }
 _CONTROL: tuple[str, str, Lane] = ("control", "#a08070", "collectives")
 """Labels, figures of the loss, norm, metrics: small messages."""

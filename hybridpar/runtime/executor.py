@@ -11,11 +11,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hybridpar.errors import DataError, HybridparError
 from hybridpar.model.keyed import Keys
+from hybridpar.model.shared_norm import combined
 from hybridpar.planning.compression import SUMS, WORKS
 from hybridpar.planning.layout import Interval, Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import CrossEntropy
+from hybridpar.runtime.line import Line
 from hybridpar.runtime.lookup import Key, Lookups
 from hybridpar.runtime.loss import Figures, Logits, Loss, Outcome, best_figures, best_of
 from hybridpar.runtime.modules import BlockModules, crossing_dtype
@@ -25,7 +27,10 @@ from hybridpar.runtime.step import Metrics, Started, StepState
 from hybridpar.runtime.update import Updater
 
 Observer = Callable[[Program, Action, float, float], None]
-"""Called after every action with its start and end (``time.perf_counter`` seconds)."""
+"""Called after every action with its start and end (``time.perf_counter`` seconds).
+
+In the order of the program. What batch norms tell other ranks happens within a pass, but is reported as if it came
+behind: the pass's own time is in one piece, as where a program is simulated."""
 
 
 class ActionError(RuntimeError):
@@ -61,6 +66,10 @@ class Executor:
         self.blocks, self.communicators, self.updater = blocks, communicators, updater
         self.seed, self.dtype, self.device = seed, dtype, device
         self.observer: Observer | None = None
+        self._meets = False
+        """Whether the action is one that happens within a pass."""
+        self._within: list[tuple[Action, float]] = []
+        """Actions of the pass that runs, with their seconds, if there is an observer."""
         self.watch = watch or Watch(rank)
         """Where values left the finite numbers in the last step."""
         self._lookups = Lookups(rank)
@@ -106,10 +115,17 @@ class Executor:
         program = state.program
         self._first_sample = first_sample
         with contextlib.nullcontext() if program.mode == "train" else torch.no_grad():
-            for number, action in enumerate(program.actions[self.rank]):
-                with self._named(program, action):
-                    self._act(state, action)
-                    self._free(state, number)
+            while state.at < len(program.actions[self.rank]):
+                self._next(state)
+
+    def _next(self, state: StepState) -> None:
+        """Run the next action, and those that happen within it."""
+        program, number = state.program, state.at
+        action = program.actions[self.rank][number]
+        state.at += 1
+        with self._named(program, action):
+            self._act(state, action)
+            self._free(state, number)
 
     def _begin(
         self, program: Program, step: int, inputs: torch.Tensor | None, labels: torch.Tensor | None
@@ -145,12 +161,25 @@ class Executor:
         started = time.perf_counter() if self.observer else 0.0
         try:
             yield
-        except HybridparError:
+        except (HybridparError, ActionError):
             raise
         except Exception as e:
             raise ActionError(f"{self.name} failed in '{program.describe(action)}': {e}") from e
         if self.observer:
-            self.observer(program, action, started, time.perf_counter())
+            self._observed(self.observer, program, action, started)
+
+    def _observed(self, observer: Observer, program: Program, action: Action, started: float) -> None:
+        """Report an action that is over, and then what happened within it."""
+        ended = time.perf_counter()
+        if self._meets:
+            self._within.append((action, ended - started))
+            return
+        within, self._within = self._within, []
+        at = ended - sum(seconds for _, seconds in within)
+        observer(program, action, started, at)
+        for met, seconds in within:
+            observer(program, met, at, at + seconds)
+            at += seconds
 
     def _act(self, state: StepState, action: Action) -> None:
         if action.operation is not None:
@@ -185,8 +214,12 @@ class Executor:
         if train and described.answers:
             x = x.detach().requires_grad_()
         with torch.set_grad_enabled(graph := train and described.backward and not described.recompute):
-            y = modules(x, keys := self._keys(state, key) if train and modules.draws else None)
-        self.watch.see(state.program, modules, micro_batch, state.program.numbers(*key, self.rank), (x, y), keys)
+            line = self._line(state, modules)
+            y = modules(x, keys := self._keys(state, key) if train and modules.draws else None, line)
+        met, numbers = [] if line is None else line.take(), state.program.numbers(*key, self.rank)
+        self.watch.see(state.program, modules, micro_batch, numbers, (x, y), keys, self._line(state, modules, met))
+        if train and described.backward and described.recompute:
+            state.met[key] = met
         if train and described.backward:
             state.saved[key] = x, get_gradient_edge(y) if graph and y.requires_grad else None
         state.outputs[key] = y.detach()
@@ -194,8 +227,32 @@ class Executor:
     def _recompute(self, state: StepState, key: Key, x: torch.Tensor) -> GradientEdge | None:
         """Run a forward again, now for its graph."""
         modules = self.blocks[key[0]]
-        y = modules.again(x, self._keys(state, key) if modules.draws else None)
+        line = self._line(state, modules, state.met.pop(key))
+        y = modules.again(x, self._keys(state, key) if modules.draws else None, line)
         return get_gradient_edge(y) if y.requires_grad else None
+
+    def _line(
+        self, state: StepState, modules: BlockModules, told: list[torch.Tensor] | None = None
+    ) -> Line | None:
+        """Return how a block's batch norms meet those of other ranks in a forward, if they do."""
+        position = state.program.positions[modules.block.position]
+        if state.program.mode == "train" and modules.norms and position.meets:
+            return Line(lambda own: self._meet(state, own), told)
+        return None
+
+    def _meet(self, state: StepState, own: torch.Tensor) -> torch.Tensor:
+        """Run the operation that stands next in the program, within a pass, for a batch norm."""
+        action = state.program.actions[self.rank][state.at]
+        if action.content != "moments" or state.program.operations[action.operation or 0].bytes != own.nbytes:
+            raise RuntimeError(
+                f"a batch norm has {own.nbytes} bytes for other ranks where the program goes on with "
+                f"'{state.program.describe(action)}': the layer runs otherwise than when it was traced"
+            )
+        state.given, self._meets = own, True
+        self._next(state)
+        self._next(state)
+        met, state.given, self._meets = state.given, None, False
+        return met
 
     def _keys(self, state: StepState, key: Key) -> Keys:
         start, stop = (self._first_sample + n for n in state.program.numbers(*key, self.rank))
@@ -337,6 +394,8 @@ class Executor:
     def _start(self, state: StepState, operation: Operation) -> None:
         if operation.kind == "send":
             self._start_transfer(state, operation)
+        elif operation.content == "moments":
+            self._start_moments(state, operation)
         elif operation.kind == "all_gather":
             key = (operation.block or 0, operation.micro_batch or 0)
             own = state.figures[key][0]
@@ -349,6 +408,33 @@ class Executor:
         else:
             tensor = self._reduced(state, operation)
             state.pending[operation.index] = Started(self.communicators.all_reduce(operation, tensor), tensor)
+
+    def _start_moments(self, state: StepState, operation: Operation) -> None:
+        """Start telling other ranks what the batch norm gave that is waiting; without samples that is zeros."""
+        own = state.given
+        if own is None:
+            if state.program.works(operation.block or 0, operation.micro_batch or 0, self.rank):
+                raise RuntimeError(
+                    "its batch norm was not called: the layer runs otherwise than when it was traced"
+                )
+            count = operation.bytes // self.dtype.itemsize
+            own = torch.zeros(count, dtype=self.dtype, device=self.device)
+        if operation.kind == "all_gather":
+            state.gathered = [torch.empty_like(own) for _ in range(state.program.participants(operation))]
+            pending = self.communicators.all_gather(operation, state.gathered, own)
+        else:
+            pending = self.communicators.all_reduce(operation, own)
+        state.pending[operation.index] = Started(pending, own)
+
+    def _end_moments(self, state: StepState, operation: Operation, own: torch.Tensor) -> None:
+        """Give the batch norm what it waits for; one without samples takes it into its running statistics."""
+        if operation.kind == "all_gather":
+            own = combined(torch.stack(state.gathered))
+            state.gathered = []
+        if state.given is not None:
+            state.given = own
+        elif not operation.backward:
+            self.blocks[operation.block or 0].norms[operation.norm or 0].learn(own)
 
     def _start_transfer(self, state: StepState, operation: Operation) -> None:
         transfer, block = operation.transfer, operation.block or 0
@@ -389,7 +475,9 @@ class Executor:
         pending, tensor, in_place = state.pending.pop(operation.index)
         pending.wait()
         block, micro_batch = operation.block or 0, operation.micro_batch or 0
-        if operation.content == "sum" and operation.backward:
+        if operation.content == "moments":
+            self._end_moments(state, operation, tensor)
+        elif operation.content == "sum" and operation.backward:
             state.gradients[block, micro_batch] = tensor
         elif operation.content == "sum":
             state.inputs[block + 1, micro_batch] = tensor

@@ -381,7 +381,8 @@ class Job:
 
         With the average of the weights, if there is one. Ends with the first batch whose loss is not finite.
 
-        Before, the running statistics of batch norms become the mean over the replicas. Raises as ``step`` does.
+        Before, the running statistics of batch norms become the mean over the replicas, unless they are equal as
+        they are synchronised. Raises as ``step`` does.
         """
         with self.averaged():
             return self._evaluated(batches)
@@ -494,12 +495,13 @@ class Job:
                 buffer.copy_(mean.view_as(buffer))
 
     def _statistics(self, position: Position) -> list[torch.Tensor]:
-        """Return the floating buffers of a position's batch norms."""
+        """Return the floating buffers of a position's batch norms that may differ between its replicas."""
+        equal = position.synchronised and (position.joint or position.copies == 1)
         return [
             buffer
             for modules in self._blocks_of(position)
             for index, layer in zip(range(*modules.block.layers), modules.layers, strict=True)
-            if self.chain.layers[index].batch_norm
+            if self.chain.layers[index].batch_norm and not (equal and self.chain.layers[index].norms)
             for buffer in layer.buffers()
             if buffer.is_floating_point()
         ]

@@ -15,6 +15,7 @@ from hybridpar.model.deferred import Part, Source
 from hybridpar.model.footprint import lowering
 from hybridpar.model.keyed import KeyedDropout, Keys, Window
 from hybridpar.model.linear import CosineLinear, GatheringLinear, gathering
+from hybridpar.model.shared_norm import Peers, SharedNorm
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Block, Position, Span
 
@@ -47,22 +48,27 @@ class BlockModules(nn.Module):
         owned: list[Owned],
         autocast: torch.dtype | None = None,
         leaving: torch.dtype | None = None,
+        norms: list[SharedNorm] | None = None,
     ) -> None:
         super().__init__()
         self.block, self._autocast, self._leaving = block, autocast, leaving
         self.layers = nn.ModuleList(layers)
         self.owned = owned
         self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
+        self.norms = norms or []
+        """Batch norms that meet other ranks', in the order of their calls."""
 
     @property
     def draws(self) -> bool:
         """Whether a forward in training needs keys."""
         return bool(self._dropouts)
 
-    def forward(self, x: torch.Tensor, keys: Keys | None) -> torch.Tensor:
-        """Run the layers on (samples, ...); ``keys`` belong to the samples."""
+    def forward(self, x: torch.Tensor, keys: Keys | None, peers: Peers | None = None) -> torch.Tensor:
+        """Run the layers on (samples, ...); ``keys`` belong to the samples, ``peers`` are the batch norms'."""
         for dropout in self._dropouts:
             dropout.keys = keys
+        for norm in self.norms:
+            norm.peers = peers
         with lowering(x.device.type, self._autocast):
             for layer in self.layers:
                 x = layer(x)
@@ -70,22 +76,24 @@ class BlockModules(nn.Module):
             x = x.to(self._leaving)
         for dropout in self._dropouts:
             dropout.keys = None  # else every block held its sample ids until its next micro-batch
+        for norm in self.norms:
+            norm.peers = None
         return x
 
-    def again(self, x: torch.Tensor, keys: Keys | None) -> torch.Tensor:
+    def again(self, x: torch.Tensor, keys: Keys | None, peers: Peers | None = None) -> torch.Tensor:
         """Run the layers a second time on what they have seen before; running statistics do not count it."""
         before = [(buffer, buffer.clone()) for buffer in self.buffers()]
-        y = self(x, keys)
+        y = self(x, keys, peers)
         for buffer, value in before:
             # Not through autograd, for which a batch norm's buffers belong to the graph just made.
             buffer.data.copy_(value)
         return cast("torch.Tensor", y)
 
-    def each(self, x: torch.Tensor, keys: Keys | None) -> list[torch.Tensor]:
+    def each(self, x: torch.Tensor, keys: Keys | None, peers: Peers | None = None) -> list[torch.Tensor]:
         """Run the layers as ``again`` and return the output of every one."""
         outputs: list[torch.Tensor] = []
         hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in self.layers]
-        self.again(x, keys)
+        self.again(x, keys, peers)
         for hook in hooks:
             hook.remove()
         return outputs
@@ -115,10 +123,15 @@ class ModuleFactory:
             layers.append(layer)
             owned += parameters
         chain = self._traced.chain
+        norms = [
+            cast("SharedNorm", layer.get_submodule(norm.module))
+            for index, layer in zip(range(*block.layers), layers, strict=True)
+            for norm in chain.layers[index].norms
+        ]
         if chain.autocast is None:
-            return BlockModules(block, layers, owned)
+            return BlockModules(block, layers, owned, norms=norms)
         leaving = crossing_dtype(block, chain, self._dtype)
-        return BlockModules(block, layers, owned, getattr(torch, chain.autocast), leaving)
+        return BlockModules(block, layers, owned, getattr(torch, chain.autocast), leaving, norms)
 
     def _value(self, name: str, part: Part | None = None) -> torch.Tensor:
         return self._source.materialize(name, self._seed, self._dtype, part).to(self._device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hybridpar.model.keyed import Keys
+from hybridpar.model.shared_norm import Peers
 from hybridpar.planning.layout import Interval
 from hybridpar.planning.program import Program
 from hybridpar.runtime.modules import BlockModules
@@ -72,8 +73,9 @@ class Watch:
         samples: Interval,
         values: tuple[torch.Tensor, torch.Tensor],
         keys: Keys | None,
+        peers: Peers | None = None,
     ) -> None:
-        """Look at (input, output) of a block's forward."""
+        """Look at (input, output) of a block's forward; ``keys`` and ``peers`` are what it needs to run again."""
         if self._found is not None:
             return
         x, y = values[0].detach(), values[1].detach()
@@ -81,7 +83,7 @@ class Watch:
         if y.device.type != "cpu":
             self._sums.append((self._origin(program, modules, micro_batch, samples, None), total))
         elif not math.isfinite(total):
-            self._found = self._search(program, modules, micro_batch, samples, x, keys)
+            self._found = self._search(program, modules, micro_batch, samples, x, keys, peers)
 
     def _search(
         self,
@@ -91,6 +93,7 @@ class Watch:
         samples: Interval,
         x: torch.Tensor,
         keys: Keys | None,
+        peers: Peers | None,
     ) -> Origin | None:
         """Run the layers one by one; None where the input was not finite already, or only its sum overflowed."""
         if not _finite(x):
@@ -98,7 +101,7 @@ class Watch:
                 return None
             return self._origin(program, modules, micro_batch, samples, -1)
         with torch.no_grad():
-            for number, y in enumerate(modules.each(x, keys)):
+            for number, y in enumerate(modules.each(x, keys, peers)):
                 if not _finite(y):
                     return self._origin(program, modules, micro_batch, samples, number)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -21,8 +21,9 @@ class Reference:
     """The whole model in one process: one forward and backward over a step's samples, one optimizer.
 
     Needs memory for all parameters, gradients, optimizer state and activations of a step on ``device``. Layers
-    with batch norm run as in the plan, by micro-batch, with running statistics per replica: that is what they are
-    documented to do. All other layers see all samples at once.
+    with batch norm run as in the plan, as that is what they are documented to do: by micro-batch, with running
+    statistics per replica, or where they are synchronised on all samples that share statistics. All other layers
+    see all samples at once.
 
     Args:
         traced: the model's layers.
@@ -141,14 +142,35 @@ class Reference:
         return y
 
     def _by_micro_batch(self, index: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Run a layer on each micro-batch of the plan by itself, on every replica in its order."""
-        pieces = []
-        for program in self._programs(len(x)):
+        """Run a layer on each set of samples that share statistics by itself, on every replica in its order."""
+        rows, outputs = [], []
+        for rank, own in self._sets(index, len(x)):
+            rows.append(own)
+            outputs.append(self._run(self.replica(index, rank), x[own], ids[own]))
+        return torch.cat(outputs)[torch.cat(rows).argsort()]
+
+    def _sets(self, index: int, samples: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield a rank and the samples that share statistics of a layer there, for all such sets in the plan.
+
+        Without synchronisation that is a micro-batch, else a chunk; or one of every plan replica.
+        """
+        sets: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for program in self._programs(samples):
             position = next(p for p in program.positions if p.layers[0] <= index < p.layers[1])
-            for intervals in program.micro_batches[position.index]:
-                for rank, (start, stop) in zip(position.ranks, intervals, strict=True):
-                    if stop > start:
-                        own = slice(program.first + start, program.first + stop)
-                        layer = self.replica(index, program.replica * program.plan.replica_world + rank)
-                        pieces.append((own.start, self._run(layer, x[own], ids[own])))
-        return torch.cat([y for _, y in sorted(pieces, key=lambda piece: piece[0])])
+            width, together = program.plan.replica_world, position.meets and self._chain.layers[index].norms
+            ranks = [program.replica * width + rank for rank in position.ranks]
+            if together:
+                replicas = range(program.plan.replicas) if position.joint else (program.replica,)
+                self._share(index, members := [k * width + rank for k in replicas for rank in position.ranks])
+            for micro_batch, intervals in enumerate(program.micro_batches[position.index]):
+                for rank, (start, stop) in zip(ranks, intervals, strict=True):
+                    own = torch.arange(program.first + start, program.first + stop, device=self._device)
+                    if len(own):
+                        sets.setdefault((members[0] if together else rank, micro_batch), []).append(own)
+        for (rank, _), parts in sets.items():
+            yield rank, torch.cat(parts)
+
+    def _share(self, layer: int, ranks: Sequence[int]) -> None:
+        """Let ranks have the same running statistics of a layer."""
+        one = self.replica(layer, ranks[0])
+        self._replicas.update(((layer, rank), one) for rank in ranks)

@@ -74,3 +74,11 @@ class StepState:
     best: torch.Tensor | None = None
     """Of a prediction: (samples of the step, (tokens,) 2 k) float64, k logits and k classes; 0 elsewhere until all
     are gathered."""
+    at: int = 0
+    """Number of the next action."""
+    given: torch.Tensor | None = None
+    """What a batch norm that meets other ranks' tells them, and then what it is told."""
+    gathered: list[torch.Tensor] = field(default_factory=list)
+    """What arrives for it."""
+    met: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
+    """What batch norms were told in forwards that will run again."""

@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybridpar.errors import PlanError
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
-from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
+from hybridpar.planning.plan import Plan, Recipe, Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.runtime.executor import ActionError
 from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
@@ -30,7 +29,7 @@ from tests.support.parity import (
     shape,
     train,
 )
-from tests.support.plans import random_plan, with_actions
+from tests.support.plans import random_replicated, with_actions
 from tests.support.rendezvous import Endpoint, HangError, run_strictly
 from tests.support.training import make_case, make_executor, run_step, train_single
 
@@ -110,36 +109,13 @@ def test_evaluation_counts_every_sample_once() -> None:
     assert vars(other) == pytest.approx(vars(one), rel=1e-10)
 
 
-def random_replicated(dice: random.Random) -> Plan:
-    """A random plan several times side by side, with random shares."""
-    while True:
-        plan, count = random_plan(case_of().traced.chain, dice), dice.randint(2, 3)
-        shares = None if dice.random() < 0.4 else tuple(dice.choice((1.0, 1.5, 3.0)) for _ in range(count))
-        batch = plan.global_batch * count + dice.randint(0, count - 1)
-        plan = replace(
-            plan,
-            world=plan.world * count,
-            replicas=count,
-            replica_shares=shares,
-            global_batch=batch,
-            stages=tuple(replace(s, recompute=dice.random() < 0.3) for s in plan.stages),
-        )
-        try:
-            validate(plan, case_of().traced.chain)
-            for replica in range(count):
-                compile_program(plan, case_of().traced.chain, batch, "train", replica)
-        except PlanError:
-            continue
-        return plan
-
-
 def test_random_replicas_finish_right_on_the_strictest_machine() -> None:
     """Replicas whose programs differ in length and order wait for each other, and never in a ring."""
     dice = random.Random(21)  # noqa: S311
     base = case_of()
     differing = without = 0
     for _ in range(60):
-        plan = random_replicated(dice)
+        plan = random_replicated(case_of().traced.chain, dice)
         samples = min(plan.global_batch, dice.choice((1, 2, 5, 99, 99, 99)))
         own = [b - a for a, b in plan.replica_samples(samples)]
         differing += len(set(own)) > 1
@@ -172,7 +148,7 @@ def by_communicator(started: list[tuple[object, ...]]) -> dict[object, list[obje
 def test_operations_across_are_the_same_in_all_replicas_in_one_order_per_communicator() -> None:
     dice = random.Random(22)  # noqa: S311
     for _ in range(60):
-        plan = random_replicated(dice)
+        plan = random_replicated(case_of().traced.chain, dice)
         for samples in (plan.global_batch, dice.randint(1, plan.global_batch)):
             programs = [
                 compile_program(plan, case_of().traced.chain, samples, "train", k) for k in range(plan.replicas)

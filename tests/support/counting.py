@@ -38,6 +38,8 @@ class CountingExecutor(Executor):
             super()._forward(state, key)
         if key in state.saved:
             self._note(state, storages, state.saved[key][0])
+            for told in state.met.get(key, ()):
+                self._note(state, storages, told)
             self.kept[key] = storages
 
     def _recompute(self, state: StepState, key: Key, x: torch.Tensor) -> GradientEdge | None:

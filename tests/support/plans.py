@@ -19,7 +19,8 @@ MOST_RANKS, MOST_SAMPLES = 4, 14
 
 def make_plan(chain: Chain, *stages: Stage, world: int, global_batch: int = 13, **fields: object) -> Plan:
     """A validated float64 plan."""
-    plan = Plan(chain.model, chain.fingerprint, world, global_batch, "float64", stages, **fields)  # type: ignore[arg-type]
+    recipe = replace(fields.pop("recipe", Recipe()), synchronised=chain.synchronised)  # type: ignore[type-var]
+    plan = Plan(chain.model, chain.fingerprint, world, global_batch, "float64", stages, recipe=recipe, **fields)  # type: ignore[arg-type]
     validate(plan, chain)
     return plan
 
@@ -61,6 +62,29 @@ def random_plan(chain: Chain, dice: random.Random) -> Plan:
         recipe=Recipe(clipping=dice.random() < 0.4),
     )
     return _capped(plan, chain, dice) if dice.random() < 0.3 else plan
+
+
+def random_replicated(chain: Chain, dice: random.Random) -> Plan:
+    """A random plan several times side by side, with random shares."""
+    while True:
+        plan, count = random_plan(chain, dice), dice.randint(2, 3)
+        shares = None if dice.random() < 0.4 else tuple(dice.choice((1.0, 1.5, 3.0)) for _ in range(count))
+        batch = plan.global_batch * count + dice.randint(0, count - 1)
+        plan = replace(
+            plan,
+            world=plan.world * count,
+            replicas=count,
+            replica_shares=shares,
+            global_batch=batch,
+            stages=tuple(replace(s, recompute=dice.random() < 0.3) for s in plan.stages),
+        )
+        try:
+            validate(plan, chain)
+            for replica in range(count):
+                compile_program(plan, chain, batch, "train", replica)
+        except PlanError:
+            continue
+        return plan
 
 
 def random_samples(plan: Plan, dice: random.Random) -> int:

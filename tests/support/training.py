@@ -118,7 +118,8 @@ def train_single(case: Case) -> Trained:
         optimizer.step()
         losses.append(loss.item())
         first += len(x)
-    names = dict.fromkeys(n for per_layer in case.traced.names for n in per_layer.values())
+    per_layer = zip(model, case.traced.names, strict=True)
+    names = dict.fromkeys(names[local] for layer, names in per_layer for local, _ in layer.named_parameters())
     named = dict(zip(names, model.parameters(), strict=True))
     gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
     return Trained(losses, {n: p.detach() for n, p in named.items()}, gradients)
