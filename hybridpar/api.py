@@ -189,7 +189,7 @@ def wrap(
         device=place.device,
         max_norm=max_norm,
         rate=rate,
-        engines=zero.make_engines(place, optimizer) if plan.recipe.sharding == "zero1" else None,
+        engines=zero.make_engines(place, optimizer, plan.recipe),
         loss=loss,
         groups=groups,
         metrics=metrics,

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from hybridpar.data.spec import DataSpec
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.names import nearest
-from hybridpar.planning.plan import Recipe, validate_recipe
+from hybridpar.planning.plan import SHARDINGS, OptimizerSharding, Recipe, validate_recipe
 from hybridpar.planning.request import Request, Space
 from hybridpar.schema import from_data
 from hybridpar.sections import (
@@ -101,8 +101,14 @@ class Config:
                 f"diff={self.diff}: of no effect with format=json, which is the plan alone; drop one"
             )
         clipping, scaling = self.optimizer.clip is not None, self.train.scaling is not None
-        recipe = Recipe(clipping, self._sharding, scaling=scaling, compression=self.optimizer.compressed)
-        validate_recipe(recipe, self.train.precision)
+        asked = Recipe(
+            clipping,
+            self._sharding,
+            scaling=scaling,
+            compression=self.optimizer.compressed,
+            offload=self.optimizer.offload,
+        )
+        validate_recipe(asked, self.train.precision)
         if self.resume == "auto" and self.run.dir is None:
             raise ConfigError("resume=auto: continues the run in run.dir, which is missing; give run.dir=...")
         self._check_front()
@@ -112,7 +118,7 @@ class Config:
             raise ConfigError(f"cluster.path: {path} is read by cluster=from_file only; {remedy}")
 
     @property
-    def _sharding(self) -> Literal["none", "zero1"]:
+    def _sharding(self) -> OptimizerSharding:
         """The optimizer sharding of a recipe before the planner's choice."""
         return "none" if self.optimizer.sharding == "auto" else self.optimizer.sharding
 
@@ -159,9 +165,20 @@ class Config:
             bucket_bytes=self.plan.bucket_bytes,
             distinct=self.plan.distinct,
             least_micro_batch=self.plan.least_micro_batch,
-            space=Space(optimizer_sharding=("none", "zero1") if self.optimizer.sharding == "auto" else None),
+            space=Space(optimizer_sharding=self._shardings()),
             effort=self.plan.effort,
         )
+
+    def _shardings(self) -> tuple[OptimizerSharding, ...] | None:
+        """Return what the planner may choose from; None where the user has chosen."""
+        if self.optimizer.sharding != "auto":
+            return None
+        if self.optimizer.elementwise is None:
+            from hybridpar.runtime.elementwise import is_elementwise  # noqa: PLC0415 - torch takes seconds to import
+            from hybridpar.runtime.optimizer import make_factory  # noqa: PLC0415
+
+            return SHARDINGS if is_elementwise(make_factory(self.optimizer)) else ("none",)
+        return SHARDINGS
 
     def recipe(self) -> Recipe:
         """Return what the training asks of every step. Raises ConfigError for an unknown optimizer."""
@@ -170,9 +187,10 @@ class Config:
             from hybridpar.runtime.optimizer import state_count  # noqa: PLC0415 - torch takes seconds to import
 
             states = state_count(self.optimizer)
-        clipping, average = self.optimizer.clip is not None, self.train.ema is not None
-        scaling, compression = self.train.scaling is not None, self.optimizer.compressed
-        return Recipe(clipping, self._sharding, states, average, scaling, compression)
+        asked, average, scaling = self.optimizer, self.train.ema is not None, self.train.scaling is not None
+        clipping = asked.clip is not None
+        compression, offload = asked.compressed, asked.offload
+        return Recipe(clipping, self._sharding, states, average, scaling, compression, offload=offload)
 
 
 def conf_dir() -> Path:

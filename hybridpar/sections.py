@@ -238,8 +238,10 @@ class OptimizerConfig:
     lr: float = 0.01
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the class; ``runtime.optimizer`` checks those of a class that is not known here."""
-    sharding: Literal["none", "zero1", "auto"] = "none"
+    sharding: Literal["none", "zero1", "zero2", "auto"] = "none"
     """``auto``: the planner chooses, and the plan's recipe says what runs."""
+    offload: bool = False
+    """Sharded state lies in the memory of a GPU's host, and is updated there."""
     clip: float | None = None
     """Largest global norm of the gradients; None: no clipping."""
     compression: Literal["none", Method] = "none"
@@ -255,11 +257,13 @@ class OptimizerConfig:
         _require(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "must be above 0, or null")
         if self.name in OPTIMIZER_OPTIONS:
             check_options(self.name, self.options, OPTIMIZER_OPTIONS[self.name])
+        named = not self.offload or self.sharding in {"zero1", "zero2"}
+        _require(
+            named, "optimizer.offload", self.offload, "needs optimizer.sharding=zero1 or zero2; set one of them"
+        )
         self._check_groups()
 
     def _check_groups(self) -> None:
-        fits = not self.groups or self.sharding == "none"
-        _require(fits, "optimizer.groups", f"with optimizer.sharding={self.sharding}", "do not go; drop one")
         for group in self.parameter_groups:
             fits = self.lr > 0 or not group.options.get("lr")
             _require(fits, "optimizer.lr", self.lr, f"must be above 0 for a schedule that {group.match} scales")
@@ -295,6 +299,11 @@ class OptimizerConfig:
             _require(fits, f"optimizer.groups[{i}].match", match, "must be a pattern of names, as in features.*")
             made.append(ParameterGroup(str(match), {k: v for k, v in group.items() if k != "match"}))
         return tuple(made)
+
+    @property
+    def elementwise(self) -> bool | None:
+        """Whether every element of a parameter is updated by itself; None: ``runtime.elementwise`` finds out."""
+        return True if self.name in OPTIMIZER_OPTIONS else None
 
     @property
     def state_count(self) -> int | None:

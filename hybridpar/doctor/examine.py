@@ -30,7 +30,7 @@ def nodes(place: Place) -> int:
 
 
 def _packages(config: Config) -> list[Finding]:
-    used = {"zero"} if config.optimizer.sharding == "zero1" else set()
+    used = {"zero"} if config.optimizer.sharding in {"zero1", "zero2"} else set()
     if config.pictures is not None:
         used.add("pictures")
     return [

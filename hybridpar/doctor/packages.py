@@ -17,7 +17,7 @@ from hybridpar.report.text import plural
 _TOPIC = "packages"
 _NAMED = ("torch", "torchvision")
 """Packages whose versions are told when all is well."""
-_EXTRAS = {"zero": "optimizer.sharding=zero1", "pictures": "pictures=FOLDER"}
+_EXTRAS = {"zero": "optimizer.sharding=zero1 and zero2", "pictures": "pictures=FOLDER"}
 """What needs which extra."""
 _SELF = "hybridpar"
 

@@ -13,6 +13,7 @@ from hybridpar.planning.parameters import bucket_elements, reduction_of
 from hybridpar.planning.program import METRICS, Program
 from hybridpar.planning.resident import NORM_ITEMSIZE, heap_of
 from hybridpar.planning.workspaces import Bytes, Workspaces
+from hybridpar.planning.zero import ALIGNMENT, is_zero, rounds
 
 Key = tuple[object, ...]
 
@@ -86,6 +87,9 @@ class _Most:
         leaving = length(block.features(chain, shard, "out")) * trailing * block.out_itemsize(chain, itemsize)
         states = 2 + program.plan.recipe.optimizer_states + program.plan.recipe.average
         held = bucket_elements(chain, position, block, position.ranks[shard])
+        if is_zero(program.plan, position):  # its part, of parameters and gradients too, and what rounds need
+            states += 2 * rounds(program.plan, position, program.samples)
+            held += ALIGNMENT
         own = max(held, sum(described.parameters)) * itemsize
         total = float(states * own + sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)]))
         small = large = 0.0

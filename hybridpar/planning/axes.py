@@ -78,14 +78,16 @@ def _busiest_sender(program: Program, contents: Iterable[Content]) -> float:
     """Return the bytes of some contents that the rank with the most of them sends per step.
 
     Of a message its sender sends all. Of a collective over n ranks each sends what a ring takes (Patarasu and
-    Yuan, 2009): ``2 (n-1)/n S`` for a sum, ``(n-1) S`` where each of n gives S bytes to all.
+    Yuan, 2009): ``2 (n-1)/n S`` for a sum, half of it where each gets a part, ``(n-1) S`` where
+    each of n gives S bytes to all.
     """
     sent: dict[int, float] = defaultdict(float)
     for operation in program.operations:
         if operation.content not in contents:
             continue
         n = len(operation.ranks) * (program.plan.replicas if operation.across else 1)
-        share = {"send": 1.0, "all_gather": n - 1.0}.get(operation.kind, 2 * (n - 1) / n)
+        shares = {"send": 1.0, "all_gather": n - 1.0, "sharded_update": n - 1.0, "reduce_scatter": (n - 1) / n}
+        share = shares.get(operation.kind, 2 * (n - 1) / n)
         for rank in operation.ranks[:1] if operation.kind == "send" else operation.ranks:
             sent[rank] += operation.bytes * share
     return max(sent.values(), default=0.0)

@@ -13,11 +13,12 @@ from hybridpar.planning.moments import calls
 from hybridpar.planning.parameters import bucket_elements
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.workspaces import MAPPED_BYTES
+from hybridpar.planning.zero import keeps_no_bucket, piece_elements
 
 Key = tuple[int, int]
 """(block, micro-batch)."""
 Value = tuple[str, Key]
-"""What a rank holds: an input, an output, the gradient of one, or figures of the loss."""
+"""What a rank holds: an input, an output, the gradient of one, figures of the loss, or gradients to be reduced."""
 FIGURE_BYTES = 8
 """Of a label, a metric and a norm."""
 
@@ -171,6 +172,7 @@ class Books:
         if own.block.answers:
             self._put("input gradient", key, Storage(own.in_bytes * own.samples[key[1]]))
         self._drop("gradient", key)
+        self._gather_bucket(own)
         shared, inside, large = self.held.pop(key)
         for storage in shared:
             self._keep_no_more(storage)
@@ -179,6 +181,12 @@ class Books:
         fresh, own.makes_gradients = own.makes_gradients, False
         self.now_accumulated += own.gradient_bytes * fresh
         return fresh
+
+    def _gather_bucket(self, own: Own) -> None:
+        """Make the bucket of a block that keeps none, unless it is there."""
+        place = "bucket", (own.block.index, 0)
+        if own.bucket_bytes is not None and place not in self.values:
+            self._put(*place, Storage(own.bucket_bytes))
 
     def _recomputed(self, key: Key) -> int:
         """Return the bytes that live in the backward of a block only because it runs the forward again."""
@@ -244,10 +252,13 @@ class Books:
             storage = self.in_transit.pop(operation.index, None)
             if storage is not None:
                 self._use_no_more(storage)
+            self._drop("piece", (operation.index, 0))
             return
         block, transfer = operation.block or 0, operation.transfer
         if operation.content == "statistics":
             self._gather(operation)
+        elif operation.content == "bucket":
+            self._reduce(operation)
         elif operation.content == "sum" and source is not None:
             content = "gradient" if operation.backward else "activation"
             self._put(*self._target(content, block, operation.micro_batch or 0), self.values[source])
@@ -262,6 +273,17 @@ class Books:
             self._arrive(target)
             if transfer.add or not self._contiguous(transfer, target[1][0], target[0] == "gradient"):
                 self._travel(operation, Storage(operation.bytes))
+
+    def _reduce(self, operation: Operation) -> None:
+        """A bucket that does not stay travels; of a later round what arrives is added to what is there."""
+        own = self.own[operation.block or 0]
+        if own.bucket_bytes is None:
+            return
+        self._gather_bucket(own)
+        self._travel(operation, self.values["bucket", (own.block.index, 0)])
+        self._drop("bucket", (own.block.index, 0))
+        if operation.micro_batch:
+            self._put("piece", (operation.index, 0), Storage(own.piece_bytes))
 
     def _gather(self, operation: Operation) -> None:
         """All shards' figures arrive beside the own ones."""
@@ -316,6 +338,13 @@ class Own:
         if block.recompute:
             met = calls(position, block, chain, backward=False)
             self.met_bytes = sum(call.norm.figures for call in met) * self.itemsize
+        self.bucket_bytes: int | None = None
+        """Of a bucket that goes when it is reduced; None: there is none, or it stays."""
+        self.piece_bytes = 0
+        """What the rank gets of it."""
+        if keeps_no_bucket(program.plan, position):
+            self.bucket_bytes = bucket_elements(chain, position, block, rank) * self.itemsize
+            self.piece_bytes = piece_elements(program.plan, chain, position, block, rank) * self.itemsize
         self._inside: dict[int, tuple[int, int]] = {}
 
     def inside(self, samples: int) -> tuple[int, int]:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, blocks_of, positions
 from hybridpar.planning.costs import Costs
-from hybridpar.planning.parameters import is_zero, reduction_of
+from hybridpar.planning.parameters import reduction_of
 from hybridpar.planning.plan import Plan
+from hybridpar.planning.zero import is_zero, part_elements, rounds
 
 
 class Share(NamedTuple):
@@ -50,7 +51,8 @@ class Bounds:
     def _share(self, plan: Plan, position: Position) -> Share:
         sharding = plan.stages[position.stage].sharding
         numbers = plan.world, plan.replica_batch, plan.bucket_bytes, plan.itemsize, position.micro_batch
-        flags = position.recompute, is_zero(plan, position), position.copies, plan.recipe.compression
+        zero = is_zero(plan, position) and plan.recipe.sharding
+        flags = position.recompute, zero, position.copies, plan.recipe.compression
         key = (position.kind, position.layers, position.ranks, position.weights, sharding, numbers, flags)
         if key not in self._shares:
             self._shares[key] = self._priced(plan, position)
@@ -70,11 +72,15 @@ class Bounds:
             work.append(total / speed)
             quickest = min(quickest, least / speed)
         reductions = 0.0
-        if position.reduced and not zero:
-            rank = position.ranks[0]
+        if position.reduced:
+            rank, kind = position.ranks[0], "reduce_scatter" if zero else "all_reduce"
             everyone = plan.everywhere(position.sharers(rank))
             summed = (reduction_of(plan, chain, position, b, rank).all_sums(plan.itemsize) for b in own)
-            reductions = sum(costs.wire("all_reduce", everyone, size) for sizes in summed for size in sizes)
+            reductions = sum(costs.wire(kind, everyone, size) for sizes in summed for size in sizes)
+            reductions *= rounds(plan, position, plan.replica_batch)
+            if zero:
+                part = part_elements(plan, chain, position) * plan.itemsize
+                reductions += costs.wire("sharded_update", everyone, part)
         return Share(tuple(work), quickest, reductions)
 
     def _shared_cores(self, plan: Plan, work: dict[int, float]) -> float:

@@ -9,22 +9,24 @@ Plan replicas run programs that differ, as their samples may, and meet in the op
 are taken to complete once the program's own ranks are there, which is right as replicas cannot wait in a ring:
 
 - Every rank starts the operations of one communicator in one order, whatever its samples (checked here): labels,
-  metrics and norm on the one of all ranks; buckets of the last block first on the one of a position; moments of a
-  position's forward, then those of its backward. Moments are across only where every replica has one chunk of the
-  position, so that a position's whole forward comes before, and its whole backward behind, all of the positions
-  behind it.
+  metrics and norm on the one of all ranks; buckets of the last block first, and then the update of sharded state,
+  on the one of a position; moments of a position's forward, then those of its backward. Moments are across only
+  where every replica has one chunk of the position, so that a position's whole forward comes before, and its whole
+  backward behind, all of the positions behind it.
 - In the global sequence whatever waits for the buckets of a position comes after all backwards of it and of those
   behind it, on all ranks, and so after the starts of all their buckets. The sums of right factors of compressed
   ones start at one place of the sequence, for all ranks: behind the waits for the left ones, before any wait for
   a right one, and from the last position to the first. Whatever waits for the norm comes after all its starts;
-  metrics are waited for at the end, labels started before anything else.
+  updates of sharded state are started one after the other, of the last position first, by ranks that wait for
+  nothing else than them and the metrics from then on; metrics are waited for at the end, labels started before
+  anything else.
 
 Let every replica stop at the first action of its sequence that hangs: a wait for an operation across. Order what
 they wait for as labels, moments of forwards from the first position to the last, moments of backwards from the
-last to the first, buckets from the last position to the first (of each the right factors last), norm, metrics,
-and take a replica whose operation is first in this order. Some participant has not started it, or one before it
-on its communicator, so its replica stopped before that; but it waits for the same or something later, before
-which it has started them all.
+last to the first, buckets from the last position to the first (of each the right factors last), norm, updates of
+sharded state in their order, metrics, and take a replica whose operation is first in this order. Some participant
+has not started it, or one before it on its communicator, so its replica stopped before that; but it waits for the
+same or something later, before which it has started them all.
 
 A rank may wait for a bucket before another one of its replica starts moments of an earlier position's backward. It
 holds nothing up: it waits for buckets only when it has no pass left to run, and so has started all moments and all
@@ -43,8 +45,9 @@ from hybridpar.planning.communicators import communicators
 from hybridpar.planning.compression import SUMS, WORKS
 from hybridpar.planning.layout import length
 from hybridpar.planning.moments import calls
-from hybridpar.planning.parameters import is_zero, reduction_of
+from hybridpar.planning.parameters import reduction_of
 from hybridpar.planning.program import Action, Operation, Program
+from hybridpar.planning.zero import calls_until, rounds
 
 Place = tuple[str, int, int, bool, int]
 """Start or wait of the moments of a norm: (kind, block, micro-batch, backward, norm)."""
@@ -176,8 +179,8 @@ def _place_across(operation: Operation) -> tuple[int, ...]:
     if operation.content == "moments":
         return (1, -block, -norm) if operation.backward else (0, block, norm)
     within = SUMS.index(operation.content) if operation.content in SUMS else 0
-    rounds = {"label": 0, "metrics": 1, "best": 1, "norm": 2, "right": 4}
-    return rounds.get(operation.content, 3), -block, within
+    order = {"label": 0, "metrics": 1, "best": 1, "norm": 2, "right": 4, "zero": 5}
+    return order.get(operation.content, 3), -block, within
 
 
 def _check_moments(program: Program, rank: int) -> None:
@@ -300,12 +303,16 @@ class _RankData:
                 continue
             if block.backward:
                 tokens |= {("input gradient", block.index, m): 1 for m in self._own(position)}
-            if not position.reduced or is_zero(self.program.plan, position):
+            if not position.reduced:
                 continue
             reduction = reduction_of(self.program.plan, self.program.chain, position, block, self.rank)
             if reduction.elements:
-                tokens["restored" if reduction.compressed else "bucket", block.index, 0] = 1
+                content = "restored" if reduction.compressed else "bucket"
+                tokens |= {(content, block.index, number): 1 for number in range(self._rounds(position))}
         return tokens
+
+    def _rounds(self, position: Position) -> int:
+        return rounds(self.program.plan, position, self.program.samples)
 
     def _needs(self, action: Action) -> dict[Token, int]:
         block, m = action.block or 0, action.micro_batch or 0
@@ -342,10 +349,12 @@ class _RankData:
         sums = {content for content, _ in reduction.sums(program.plan.itemsize)} - {"left"}
         return {(content, block, 0): 1 for content in (*sums, *["right"] * bool(reduction.matrices))}
 
-    def _passed_back(self, block: int) -> dict[Token, int]:
-        """All backwards of a block on this rank."""
+    def _passed_back(self, block: int, number: int = 0) -> dict[Token, int]:
+        """All backwards of a block on this rank, up to those of a round."""
         position = self.program.positions[self.program.blocks[block].position]
-        return {("input gradient", block, own): 1 for own in self._own(position)}
+        own = self._own(position)
+        done = own[: calls_until(len(own), self._rounds(position), number)]
+        return {("input gradient", block, call): 1 for call in done}
 
     def _needs_of_start(self, operation: Operation) -> dict[Token, int]:
         block, m = operation.block or 0, operation.micro_batch or 0
@@ -355,11 +364,11 @@ class _RankData:
         if operation.content == "moments":
             return {}
         if operation.content == "bucket":
-            return self._passed_back(block)
+            return self._passed_back(block, m)
         if operation.content in SUMS:
             return {("factored" if operation.content == "right" else "compressed", block, 0): 1}
         if operation.content == "zero":
-            return self._gradients(self.program.positions[block])
+            return self._needs_of_update(Action("update", block), alone=False)
         if operation.content in {"metrics", "best"}:
             return {("loss", self.last, own): 1 for own in self._own(self.program.positions[-1])}
         tokens: dict[str, tuple[Token, int]] = {

@@ -15,7 +15,7 @@ from hybridpar.planning.layout import Transfer, length
 from hybridpar.planning.moments import calls, meets
 from hybridpar.planning.order import Flow, Task
 from hybridpar.planning.order import sequence as task_sequence
-from hybridpar.planning.parameters import is_zero, parameter_count, reduction_of
+from hybridpar.planning.parameters import bucket_elements, parameter_count, reduction_of
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import (
     METRICS,
@@ -27,12 +27,15 @@ from hybridpar.planning.program import (
     OperationKind,
     Program,
 )
+from hybridpar.planning.zero import calls_until, is_zero, keeps_no_bucket, part_elements, rounds
 
 LABEL_BYTES = NORM_BYTES = METRIC_BYTES = BEST_BYTES = 8
 SEND_LAG = 2
 """A send is waited for after this many further computations of its rank: late enough to overlap, early enough to
 free its buffer."""
 
+BUCKETS_IN_FLIGHT = 2
+"""So many reductions of whole gradients that do not stay may overlap with backwards: likewise."""
 OTHER, PASSES, RECEIVES = range(3)
 """What the arrangement of a rank's actions goes by: forwards and backwards, and starts of receives."""
 WAYS = {
@@ -89,6 +92,12 @@ class _Compiler:
         """By position, compressed gradients whose left factors are being summed."""
         self.reducing: dict[tuple[int, int], list[Block]] = defaultdict(list)
         """By position and rank, blocks whose gradients are being summed."""
+        self.rounds = [rounds(plan, p, samples) for p in self.positions]
+        """How often each position reduces its gradients."""
+        self.started: dict[int, int] = defaultdict(int)
+        """By operation that is waited for as soon as all have started it: how many have."""
+        self.scattering: list[list[int]] = [[] for _ in self.world]
+        """Such operations that a rank has started and not waited for."""
         self.boundaries = boundaries(self.positions, self.blocks, chain, samples)
         self.trailing = [b.trailing(chain, "out") * b.out_itemsize(chain, plan.itemsize) for b in self.blocks]
         """Bytes per sample and feature of every block's output."""
@@ -111,6 +120,7 @@ class _Compiler:
             self.train and self.plan.recipe.normed,
             frozenset(b.index for b in self.blocks if self.train and meets(self._home(b), b, self.chain)),
             self.samples < self.plan.replica_batch,
+            frozenset(p.index for p in self.positions if self.rounds[p.index] > 1),
         )
         tasks = task_sequence(flow)
         self._count(tasks)
@@ -120,6 +130,7 @@ class _Compiler:
             if task.kind in {"forward", "backward"}:
                 for rank in self._working(task):
                     self._settle_sends(rank)
+                    self._settle_reductions(rank)
         self._close()
         actions, sequence = self._arranged()
         return Program(
@@ -142,6 +153,8 @@ class _Compiler:
     def _count(self, tasks: tuple[Task, ...]) -> None:
         """Count each rank's backward calls per block, and its losses."""
         self.backwards: dict[tuple[int, int], int] = defaultdict(int)
+        self.done: dict[tuple[int, int], int] = defaultdict(int)
+        """Backward calls so far."""
         self.losses: dict[int, int] = defaultdict(int)
         for task in tasks:
             if task.kind == "backward":
@@ -185,7 +198,8 @@ class _Compiler:
         for block in reversed(self.blocks):
             for rank in self.positions[block.position].ranks:
                 if not self.backwards[block.index, rank]:
-                    self._reduce(rank, block)
+                    for number in range(self.rounds[block.position]):
+                        self._reduce(rank, block, number)
 
     def _join_norms(self) -> None:
         """Take part in what batch norms tell each other in plan replicas that do have samples."""
@@ -195,6 +209,8 @@ class _Compiler:
                     self._meet(block, 0, backward=backward)
 
     def _close(self) -> None:
+        if self.train:
+            self._update_parts()
         for rank in self.world:
             for operation in list(self.unwaited[rank]):
                 self._wait(rank, operation)
@@ -259,10 +275,14 @@ class _Compiler:
         self._meet(self.blocks[task.block], task.micro_batch, backward=True)
         if self.blocks[task.block].answers:
             self._deliver("gradient", task.block - 1, task)
+        block = self.blocks[task.block]
+        count = self.rounds[block.position]
         for rank in working:
-            self.backwards[task.block, rank] -= 1
-            if not self.backwards[task.block, rank]:
-                self._reduce(rank, self.blocks[task.block])
+            key = task.block, rank
+            self.done[key] += 1
+            number = self.done[key] * count // self.backwards[key] - 1
+            if number >= 0 and calls_until(self.backwards[key], count, number) == self.done[key]:
+                self._reduce(rank, block, number)
 
     def _meet(self, block: Block, micro_batch: int, *, backward: bool) -> None:
         """Let batch norms meet within a pass that was just put into the program."""
@@ -295,27 +315,44 @@ class _Compiler:
 
     def _update(self, task: Task) -> None:
         (rank,), position = task.ranks, self.positions[task.block]
+        if self._has_parts(position):
+            return
         self._await_gradients(rank, position)
         if self.plan.recipe.normed:
             self._wait_once(rank, self.shared["norm"].index)
-        size = self.plan.itemsize * parameter_count(self.chain, position.layers, trained=True)
-        if not (is_zero(self.plan, position) and size):
-            self._act(rank, Action("update", position.index))
-            return
-        group = position.gradients(rank)
-        zero = self._once(
-            f"zero {position.name}",
-            lambda: self._operation("sharded_update", "zero", group, position.ranks, size, position.index),
-        )
-        self._start(rank, zero)
-        self._wait(rank, zero.index)
+        self._act(rank, Action("update", position.index))
+
+    def _has_parts(self, position: Position) -> bool:
+        trained = parameter_count(self.chain, position.layers, trained=True)
+        return is_zero(self.plan, position) and trained > 0
+
+    def _update_parts(self) -> None:
+        """Update sharded state when all else is done: a rank does nothing beside the update and its gathering."""
+        for position in reversed(self.positions):
+            if not self._has_parts(position):
+                continue
+            size = part_elements(self.plan, self.chain, position) * self.plan.itemsize
+            group, index = position.gradients(position.ranks[0]), position.index
+            update = self._operation(
+                "sharded_update", "zero", group, position.ranks, size, index, across=self.across
+            )
+            for rank in position.ranks:
+                self._await_gradients(rank, position)
+                if self.plan.recipe.normed:
+                    self._wait_once(rank, self.shared["norm"].index)
+                self._start(rank, update)
+            for rank in position.ranks:
+                self._wait(rank, update.index)
 
     # Gradients of parameters that several ranks hold
 
-    def _reduce(self, rank: int, block: Block) -> None:
-        """Start the sum of a block's gradients over all ranks that hold its parameters, once per rank."""
+    def _reduce(self, rank: int, block: Block, number: int) -> None:
+        """Start the sum of a block's gradients over all who hold its parameters, once per rank and round."""
         position = self.positions[block.position]
-        if not position.reduced or is_zero(self.plan, position):
+        if not position.reduced:
+            return
+        if is_zero(self.plan, position):
+            self._scatter(rank, block, number)
             return
         reduction = reduction_of(self.plan, self.chain, position, block, rank)
         if reduction.compressed:
@@ -326,6 +363,27 @@ class _Compiler:
             self._start_sum(rank, block, content, size)
         if reduction.elements:
             self.reducing[position.index, rank].append(block)
+
+    def _scatter(self, rank: int, block: Block, number: int) -> None:
+        """Start a sum of which every rank gets its own part."""
+        position = self.positions[block.position]
+        size = bucket_elements(self.chain, position, block, rank) * self.plan.itemsize
+        if not size:
+            return
+        group, part = position.gradients(rank), number if self.rounds[position.index] > 1 else None
+        total = self._once(
+            f"scatter {block.index} {number} {group}",
+            lambda: self._operation(
+                "reduce_scatter", "bucket", group, position.ranks, size, block.index, part, across=self.across
+            ),
+        )
+        self._start(rank, total)
+        self.arriving["bucket", block.index, 0, rank].append(total.index)
+        if not number:
+            self.reducing[position.index, rank].append(block)
+        if keeps_no_bucket(self.plan, position) and not self.across:
+            self.started[total.index] += 1
+            self.scattering[rank].append(total.index)
 
     def _start_sum(self, rank: int, block: Block, content: Content, size: int) -> None:
         position = self.positions[block.position]
@@ -478,6 +536,17 @@ class _Compiler:
             actions[rank] += since_last[rank]
             numbers += since[rank]
         return tuple(map(tuple, actions)), tuple([rank for _, rank in sorted(numbers)])
+
+    def _settle_reductions(self, rank: int) -> None:
+        """Wait for all but the latest reductions that all ranks have started, so that whole gradients go early.
+
+        None then waits for anything that comes later in the sequence.
+        """
+        waiting = self.scattering[rank]
+        while len(waiting) > BUCKETS_IN_FLIGHT and self.started[waiting[0]] == len(
+            self.operations[waiting[0]].ranks
+        ):
+            self._wait_once(rank, waiting.pop(0))
 
     def _settle_sends(self, rank: int) -> None:
         self.unsent[rank].append([])

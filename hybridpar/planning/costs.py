@@ -15,6 +15,7 @@ from hybridpar.planning.parameters import parameter_count, reduction_of
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.workspaces import Workspaces
+from hybridpar.planning.zero import is_zero, sharing
 from hybridpar.profiling.record import Profile
 
 NORM_SHARE = 1 / 5
@@ -24,6 +25,12 @@ FACTOR_SHARE = 2 / 5
 """Likewise: gradients are read and written once more to clip them, to undo the scale of the loss, or both."""
 AVERAGE_SHARE = 3 / 5
 """Likewise: a moving average reads parameters and averages, and writes averages."""
+HOST_BYTES_PER_S = 12e9
+"""Of a copy between a device and its host, each way: PCIe 3.0 with 16 lanes has 15.75 GB/s, of which large pinned
+copies reach about 12 (assumed, not measured)."""
+HOST_UPDATE_S_PER_BYTE = 0.22 / 4e9
+"""Of an optimizer step on the host, per byte of parameters: 0.22 s for 10^9 float32 parameters by a fused CPU Adam
+(Ren et al., "ZeRO-Offload", USENIX ATC 2021, table 4)."""
 COPY_PASSES = 2
 """A copy reads and writes every byte."""
 
@@ -33,8 +40,9 @@ HOST_ACTIONS = {*_PASSES, *WORKS, "norm", "update", "start"}
 """Actions that cost the executor a device's ``action_s``."""
 _COLLECTIVES: dict[str, Collective] = {
     "all_reduce": "all_reduce",
+    "reduce_scatter": "reduce_scatter",
     "all_gather": "all_gather",
-    "sharded_update": "reduce_scatter",
+    "sharded_update": "all_gather",
 }
 """The library's collective by kind of operation."""
 Card = tuple[int, str]
@@ -181,8 +189,9 @@ class Costs:
                 action.kind
             ]
         if action.kind == "norm":
-            own = (p.index for p in program.positions if rank in p.ranks)
-            return NORM_SHARE * sum(self._update_time(program, rank, i) for i in own)
+            own = (p for p in program.positions if rank in p.ranks)
+            parts = (self._step_time(program, rank, p.index) / _sharing(program.plan, p) for p in own)
+            return NORM_SHARE * sum(parts)
         if action.kind == "copy" and action.transfer is not None and not action.transfer.whole:
             before = program.blocks[action.block or 0]
             features = length(action.transfer.features) * before.trailing(program.chain, "out")
@@ -198,7 +207,7 @@ class Costs:
             return 0.0
         seconds = self.wire(operation.kind, ranks, size)
         if operation.kind == "sharded_update":
-            seconds += self._update_time(program, operation.ranks[0], operation.block or 0) / len(ranks)
+            seconds += self._part_time(program, operation)
         return seconds
 
     def wire(self, kind: str, ranks: tuple[int, ...], size: int) -> float:
@@ -209,9 +218,8 @@ class Costs:
                 seconds = point_to_point(self.cluster, ranks[0], ranks[1], size)
             elif kind == "all_reduce":
                 seconds = all_reduce(self.cluster, ranks, size)
-            elif kind == "sharded_update":
+            elif kind == "reduce_scatter":
                 seconds = reduce_scatter(self.cluster, ranks, size)
-                seconds += all_gather(self.cluster, ranks, size / len(ranks))
             else:
                 seconds = all_gather(self.cluster, ranks, size)
             self._operations[key] = seconds
@@ -232,10 +240,15 @@ class Costs:
         return self._passes[key]
 
     def update(self, plan: Plan, chain: Chain, blocks: list[Block], index: int) -> float:
-        """Return the seconds of an optimizer step for blocks of one position on its rank number ``index``."""
+        """Return the seconds of an optimizer step for blocks of one position on its rank number ``index``.
+
+        With what follows from the norm, and the average.
+        """
+        return self._step(plan, chain, blocks, index) * (_passes_of(plan) + AVERAGE_SHARE * plan.recipe.average)
+
+    def _step(self, plan: Plan, chain: Chain, blocks: list[Block], index: int) -> float:
         total = sum(self._elements(chain, block, index) for block in blocks)
-        passes = 1 + AVERAGE_SHARE * plan.recipe.average + FACTOR_SHARE * plan.recipe.normed
-        return total * plan.itemsize * self.profile.update_s_per_byte * passes
+        return total * plan.itemsize * self.profile.update_s_per_byte
 
     def compression(
         self, plan: Plan, chain: Chain, position: Position, block: Block, rank: int
@@ -276,6 +289,30 @@ class Costs:
         index = program.positions[position].ranks.index(rank)
         return self.update(program.plan, program.chain, own, index)
 
+    def _step_time(self, program: Program, rank: int, position: int) -> float:
+        """Return the seconds of an optimizer step on a whole position."""
+        own = [b for b in program.blocks if b.position == position]
+        index = program.positions[position].ranks.index(rank)
+        return self._step(program.plan, program.chain, own, index)
+
+    def _part_time(self, program: Program, operation: Operation) -> float:
+        """Return the seconds in which a rank updates its part of sharded state, and the average of the whole."""
+        step_s = self._step_time(program, operation.ranks[0], operation.block or 0)
+        average_s = step_s * AVERAGE_SHARE * program.plan.recipe.average
+        if not program.plan.recipe.offload:
+            return step_s * _passes_of(program.plan) / len(self._participants(program, operation)) + average_s
+        copies_s = 2 * operation.bytes / HOST_BYTES_PER_S  # the gradients there, the parameters back
+        return copies_s + operation.bytes * HOST_UPDATE_S_PER_BYTE + average_s
+
+
+def _passes_of(plan: Plan) -> float:
+    """Return an update's passes over memory, as multiples of those of an optimizer step."""
+    return 1 + FACTOR_SHARE * plan.recipe.normed
+
+
+def _sharing(plan: Plan, position: Position) -> int:
+    return sharing(plan, position) if is_zero(plan, position) else 1
+
 
 def wire_bytes(operation: Operation, replicas: int = 1) -> int:
     """Return the bytes that leave all participants together, in so many plan replicas.
@@ -287,6 +324,8 @@ def wire_bytes(operation: Operation, replicas: int = 1) -> int:
     times = 1 if operation.across else replicas
     if operation.kind == "send":
         return times * operation.bytes
-    if operation.kind == "all_gather":
+    if operation.kind in {"all_gather", "sharded_update"}:
         return times * n * (n - 1) * operation.bytes
+    if operation.kind == "reduce_scatter":
+        return times * (n - 1) * operation.bytes
     return times * 2 * (n - 1) * operation.bytes

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
 
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Chain
 from hybridpar.planning.cuts import Cuts
 from hybridpar.planning.layout import length, split
 from hybridpar.planning.placement import Placement
-from hybridpar.planning.plan import Kind, OrderRule, Plan, Segment, Stage
+from hybridpar.planning.plan import Kind, OptimizerSharding, OrderRule, Plan, Segment, Stage
 from hybridpar.planning.request import Mode, Request
 from hybridpar.planning.sharding import Sharded, best_sharding, ways
 from hybridpar.planning.sizes import usual_sizes
@@ -33,7 +32,7 @@ class Draft:
     recompute: tuple[bool, ...]
     sharding: Sharding
     order: OrderRule
-    optimizer_sharding: Literal["none", "zero1"] = "none"
+    optimizer_sharding: OptimizerSharding = "none"
     bucket_bytes: int | None = None
     """Least bytes of a gradient bucket; None: the size to begin with."""
 
@@ -152,11 +151,12 @@ class Drafting:
         pinned = self.request.pin(placement.kinds[stage]).recompute
         return self.request.space.recompute if pinned is None else (pinned,)
 
-    def shardings(self, placement: Placement) -> tuple[Literal["none", "zero1"], ...]:
+    def shardings(self, placement: Placement) -> tuple[OptimizerSharding, ...]:
         """Return the optimizer shardings that a placement allows."""
-        front = placement.kinds[0] == "front" and len(placement.groups[0][0]) > 1
-        fits = front and placement.replicas == 1 and self.request.precision == "float32"
-        fits = fits and not self.request.recipe.normed and self.request.recipe.compression is None
+        stages = zip(placement.kinds, placement.groups, strict=True)
+        widths = [len(ranks) for kind, groups in stages if kind != "tail" for ranks in groups]
+        shared = any(width * placement.replicas > 1 for width in widths)
+        fits = shared and self.request.precision == "float32" and self.request.recipe.compression is None
         choices = self.request.optimizer_shardings
         return tuple(c for c in choices if c == "none" or fits or len(choices) == 1)
 

@@ -13,7 +13,7 @@ from hybridpar.planning.draft import Draft, Drafting
 from hybridpar.planning.formulas import Formulas, Machine, Together
 from hybridpar.planning.part import Choices, Part
 from hybridpar.planning.placement import Placement
-from hybridpar.planning.plan import ITEMSIZE
+from hybridpar.planning.plan import ITEMSIZE, SHARDINGS
 from hybridpar.planning.tables import Tables
 from hybridpar.planning.wiring import Wiring
 
@@ -70,6 +70,8 @@ class Estimator:
             Wiring(cluster),
             min(cluster.memory_bytes(r) for r in range(cluster.world)),
             self.request.recipe.optimizer_states + self.request.recipe.average,
+            max(self.request.optimizer_shardings, key=SHARDINGS.index),
+            self.request.recipe.offload,
             self.request.usual_bucket,
             1 if compression is None else compression.most_sums,
             drafting.sharded,

@@ -26,6 +26,7 @@ import numpy as np
 from hybridpar.model.chain import LOWERED_BYTES
 from hybridpar.planning.part import Part
 from hybridpar.planning.placement import Placement
+from hybridpar.planning.plan import OptimizerSharding
 from hybridpar.planning.sharding import Sharded
 from hybridpar.planning.tables import Array
 from hybridpar.planning.wiring import Wiring
@@ -111,6 +112,9 @@ class Machine:
     wiring: Wiring
     limit_bytes: float
     optimizer_states: int
+    sharding: OptimizerSharding
+    """That with the least memory of those to choose from."""
+    offload: bool
     bucket_bytes: int
     sums: int
     """Per gradient bucket."""
@@ -316,9 +320,21 @@ class Formulas:
             total: Any = 0.0
             for i, part in enumerate(self.parts):
                 if owner[i]:
-                    total = total + owner[i] * (part.held + (states - 1) * part.bytes + self._kept_bytes(i))
+                    copies = self._copies(part, states - 1)
+                    total = total + owner[i] * (part.held + copies * part.bytes + self._kept_bytes(i))
             worst = np.maximum(worst, total)
         return np.asarray(np.maximum(worst - limit, 0.0))
+
+    def _copies(self, part: Part, whole: int) -> float:
+        """Return the bytes of gradients and optimizer state per byte of gradients on a rank: unsharded ``whole``.
+
+        Of sharded state there is a copy of the parameters, and under stage 2 no lasting bucket.
+        """
+        sharers = part.width * self.placement.replicas
+        if self.machine.sharding == "none" or part.tail or sharers == 1:
+            return float(whole)
+        bucket = 1 if self.machine.sharding == "zero1" else 0
+        return bucket + (1 if self.machine.offload else 1 + whole) / sharers
 
     def _kept_bytes(self, stage: int) -> Any:
         """Activation bytes of a rank's samples in flight."""

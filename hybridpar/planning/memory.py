@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hybridpar.planning.blocks import Position
 from hybridpar.planning.books import FIGURE_BYTES, Books
 from hybridpar.planning.layout import length
-from hybridpar.planning.parameters import bucket_elements, held_elements, is_zero, reduction_of
+from hybridpar.planning.parameters import bucket_elements, held_elements, parameter_count, reduction_of
 from hybridpar.planning.program import METRICS, Program
+from hybridpar.planning.zero import is_zero, keeps_no_bucket, part_elements, sharing
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class Memory:
     parameters: int
     """And buffers."""
     gradients: int
-    """In buckets, and those that gather in place; they stay from step to step."""
+    """In buckets, those that gather in place, and the own part of those that are sharded; they stay from step to
+    step."""
     compression: int
     """What is sent instead of gradients, and the error feedback; it stays likewise."""
     optimizer: int
-    """And the average of the weights."""
+    """And the average of the weights. Of sharded state the own part, with DeepSpeed's copy of its parameters,
+    unless it lies in the memory of a device's host."""
     batch: int
     """The step's own input samples, held all through it."""
     control: int
@@ -35,8 +39,8 @@ class Memory:
 
     These are the tensors that autograd saves and the blocks' inputs, without parameters and the batch."""
     moving: tuple[int, ...]
-    """After every action: outputs, gradients and arriving inputs between computations and communication, figures
-    of a sharded loss, and the norm."""
+    """After every action: outputs, gradients and arriving inputs between computations and communication, buckets
+    that do not stay, figures of a sharded loss, and the norm."""
     accumulated: tuple[int, ...]
     """After every action: all other gradients. A block's first backward makes them; they go when the next
     step begins."""
@@ -83,14 +87,40 @@ def memory_of(books: Books) -> Memory:
             parameters += sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
             if program.mode == "train":
                 own = bucket_elements(chain, position, block, rank) * plan.itemsize
-                gradients += own if position.reduced else sum(books.own[block.index].kept.gathered) * plan.itemsize
+                if not position.reduced:
+                    gradients += sum(books.own[block.index].kept.gathered) * plan.itemsize
+                elif not keeps_no_bucket(plan, position):
+                    gradients += own
                 compression += sum(reduction_of(plan, chain, position, block, rank).held(plan.itemsize))
-                states = own * plan.recipe.optimizer_states
-                optimizer += -(-states // len(position.ranks)) if is_zero(plan, position) else states
                 optimizer += own * plan.recipe.average
+                if not is_zero(plan, position):
+                    optimizer += own * plan.recipe.optimizer_states
+    if program.mode == "train":
+        parts = [parts_of(program, p) for p in program.positions if rank in p.ranks and is_zero(plan, p)]
+        gradients += sum(gradient for gradient, _ in parts)
+        optimizer += sum(sum(sizes) for _, sizes in parts)
     batch, control = _read(program, rank)
     lists = books.saved, books.moving, books.accumulated, books.transient
     return Memory(parameters, gradients, compression, optimizer, batch, control, *map(tuple, lists))
+
+
+def parts_of(program: Program, position: Position) -> tuple[int, tuple[int, ...]]:
+    """Return the bytes of a rank's part of the gradients, and of what keeps its optimizer: tensor by tensor.
+
+    Those are DeepSpeed's copy of the parameters and the states; or, where they lie on the host, a buffer for the
+    largest gradient. The parameters themselves lie in a padded vector.
+    """
+    plan, chain = program.plan, program.chain
+    part = part_elements(plan, chain, position) * plan.itemsize
+    if plan.recipe.offload:
+        trained = {p.name: p.count for layer in chain.layers[slice(*position.layers)] for p in layer.parameters}
+        kept: tuple[int, ...] = (
+            max((n for name, n in trained.items() if name not in chain.frozen), default=0) * plan.itemsize,
+        )
+    else:
+        kept = (part,) * (1 + plan.recipe.optimizer_states)
+    whole = parameter_count(chain, position.layers, trained=True) * plan.itemsize
+    return part, (*kept, part * sharing(plan, position) - whole)
 
 
 def _read(program: Program, rank: int) -> tuple[int, int]:

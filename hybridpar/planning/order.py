@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from hybridpar.errors import PlanError
@@ -56,6 +57,8 @@ class Flow:
     """Blocks whose chunks all replicas of their position compute together, as batch norms make them meet."""
     partial: bool = False
     """A last partial batch: caps that its shorter regroupings do not fit are raised to what it needs."""
+    finishing: frozenset[int] = frozenset()
+    """Positions whose ranks take a micro-batch's backward to its end before they begin the next one."""
 
 
 def default_caps(positions: tuple[Position, ...], samples: int) -> tuple[int, ...]:
@@ -158,6 +161,7 @@ class _Graph:
         self._add_exchanges()
         if flow.train:
             self._add_caps(caps)
+            self._finish_backwards()
             self._add_updates()
 
     def _add(self, task: Task, cost: int, key: tuple[int, ...]) -> None:
@@ -266,6 +270,18 @@ class _Graph:
                         self._depend(
                             later, self.at["backward", first_trained[position.index], own[held - 1], rank]
                         )
+
+    def _finish_backwards(self) -> None:
+        """Let the backwards of a position's blocks follow each other: all ranks then reduce them in one order."""
+        for index in sorted(self.flow.finishing):
+            own = [b.index for b in self.flow.blocks if b.position == index and b.backward]
+            if not own:
+                continue
+            for i, rank in enumerate(self.flow.positions[index].ranks):
+                calls = [m for m, intervals in enumerate(self.chunks[index]) if length(intervals[i]) > 0]
+                for earlier, later in pairwise(calls):
+                    ended = self.at["backward", own[0], earlier, rank]
+                    self._depend(self.at["backward", own[-1], later, rank], ended)
 
     def _add_updates(self) -> None:
         """Norms and updates wait for the last backward of every block, on all replicas.

@@ -11,11 +11,6 @@ from hybridpar.planning.layout import Interval, length
 from hybridpar.planning.plan import Plan
 
 
-def is_zero(plan: Plan, position: Position) -> bool:
-    """Whether DeepSpeed shards the optimizer state of this position."""
-    return plan.recipe.sharding == "zero1" and position.kind == "front" and position.replicated
-
-
 @lru_cache(maxsize=4096)
 def parameter_count(chain: Chain, layers: Interval, *, trained: bool = False) -> int:
     """Return the number of distinct parameter elements in a run of layers, or of those that are trained."""

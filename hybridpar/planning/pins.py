@@ -51,7 +51,7 @@ def check_pins(request: Request, chain: Chain) -> None:
 
 
 def check_replicas(request: Request, cluster: Cluster) -> None:
-    """Raise PlanError for a number of plan replicas that ranks, samples, sharding or pins do not go with."""
+    """Raise PlanError for a number of plan replicas that ranks, samples or pins do not go with."""
     count, world = request.replicas or 1, cluster.world
     if count == 1:
         return
@@ -63,11 +63,6 @@ def check_replicas(request: Request, cluster: Cluster) -> None:
         raise PlanError(
             f"plan.replicas: {count} replicas cannot share out a global batch of {request.global_batch}; "
             "raise train.global_batch, or use fewer replicas"
-        )
-    if "none" not in request.optimizer_shardings:
-        raise PlanError(
-            f"plan.replicas: {count} does not work with a sharded optimizer; set optimizer.sharding=none, or "
-            "plan.replicas=1"
         )
     size = world // count
     for kind, pin in request.pins.items():

@@ -21,6 +21,9 @@ ITEMSIZE = {"float32": 4, "float64": 8}
 Kind = Literal["front", "middle", "tail"]
 Precision = Literal["float32", "float64"]
 OrderRule = Literal["fill_drain", "one_forward_one_backward"]
+OptimizerSharding = Literal["none", "zero1", "zero2"]
+SHARDINGS: tuple[OptimizerSharding, ...] = ("none", "zero1", "zero2")
+"""Each one needs less memory than those before it."""
 KINDS: tuple[Kind, ...] = ("front", "middle", "tail")
 
 
@@ -81,8 +84,9 @@ class Recipe:
 
     clipping: bool = False
     """The update waits for one global gradient norm."""
-    sharding: Literal["none", "zero1"] = "none"
-    """Optimizer state of the front: replicated, or sharded by DeepSpeed ZeRO-1."""
+    sharding: OptimizerSharding = "none"
+    """Of the front and of replicated segments: optimizer state whole on every replica, or sharded by ZeRO stage 1,
+    or by stage 2, which shards gradients too."""
     optimizer_states: int = 1
     """Tensors of a parameter's size that the optimizer keeps (SGD with momentum 1, AdamW 2)."""
     average: bool = False
@@ -93,6 +97,8 @@ class Recipe:
     """Of gradients that are summed over replicas; None: they are summed as they are."""
     synchronised: bool = False
     """Batch norms take their statistics over all replicas of a segment; the chain says which ones."""
+    offload: bool = False
+    """Sharded state lies in the host's memory, and is updated there."""
 
     @property
     def normed(self) -> bool:
@@ -268,6 +274,13 @@ def validate(plan: Plan, chain: Chain) -> None:
         "are ranks without any stage; place a stage there, or lower the world",
     )
     _validate_ties(plan, chain)
+    shared = [s for stage in plan.stages if stage.kind != "tail" for s in stage.segments]
+    _require(
+        not plan.recipe.offload or plan.replicas > 1 or any(len(s.ranks) > 1 for s in shared),
+        "recipe.offload",
+        plan.recipe.offload,
+        "moves nothing, as no stage of the plan is replicated; set optimizer.offload=false",
+    )
     predicted = plan.prediction
     if predicted is not None:
         fits = len(predicted.stages) == len(plan.stages) and len(predicted.memory_bytes) == plan.replica_world
@@ -280,22 +293,14 @@ def validate_recipe(recipe: Recipe, precision: Precision) -> None:
     """Raise PlanError, naming the field, for demands on a step that are impossible or exclude each other."""
     if recipe.compression is not None:
         _validate_compression(recipe.compression, recipe)
-    if recipe.sharding != "zero1":
+    if recipe.sharding == "none":
+        _require(
+            not recipe.offload,
+            "recipe.offload",
+            recipe.offload,
+            "is of sharded optimizer state only; set optimizer.sharding=zero1 or zero2, or offload=false",
+        )
         return
-    _require(
-        not recipe.clipping,
-        "recipe.clipping",
-        recipe.clipping,
-        "does not work with sharding=zero1, which never has whole gradients to take the global norm of; "
-        "set optimizer.clip=null or optimizer.sharding=none",
-    )
-    _require(
-        not recipe.scaling,
-        "recipe.scaling",
-        recipe.scaling,
-        "does not work with sharding=zero1, which never has whole gradients to tell whether all are finite; "
-        "set train.loss_scale.enabled=false, or optimizer.sharding=none",
-    )
     _require(
         precision == "float32",
         "recipe.sharding",
@@ -322,7 +327,7 @@ def _validate_compression(compression: Compression, recipe: Recipe) -> None:
         recipe.sharding == "none",
         where,
         compression.method,
-        f"does not work with sharding={recipe.sharding}, where DeepSpeed sums the gradients; "
+        f"does not work with sharding={recipe.sharding}, which sums gradients to parts of them; "
         "set optimizer.compression=none or optimizer.sharding=none",
     )
 
@@ -346,12 +351,6 @@ def _validate_replicas(plan: Plan) -> None:
         count,
         f"leave a replica without any of the global batch's {plan.global_batch} samples; "
         "raise the global batch, or use fewer replicas or more even shares",
-    )
-    _require(
-        count == 1 or plan.recipe.sharding == "none",
-        "recipe.sharding",
-        plan.recipe.sharding,
-        f"does not work with {count} plan replicas; set optimizer.sharding=none or plan.replicas=1",
     )
 
 

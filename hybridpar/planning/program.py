@@ -20,7 +20,7 @@ from hybridpar.planning.plan import Plan
 Mode = Literal["train", "evaluate", "predict"]
 """predict: labels and losses are left out, and every rank gets the classes of the largest logits."""
 
-OperationKind = Literal["send", "all_reduce", "all_gather", "sharded_update"]
+OperationKind = Literal["send", "all_reduce", "reduce_scatter", "all_gather", "sharded_update"]
 
 Content = Literal[
     "activation",
@@ -44,14 +44,15 @@ Content = Literal[
 """What an operation moves.
 
 activation, gradient: a transfer of an exchange. label: all labels of the step, of which the loss takes its own and
-the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters.
+the global weight. sum: summands of a tail's value, forward or backward. bucket: gradients of a block's parameters,
+of which each rank gets the whole sum, or, by a reduce-scatter, that of its own part.
 lowered, left, rest, right: the same, compressed (``hybridpar.planning.compression``).
 moments: statistics of a synchronised batch norm, and in its backward the sums that its gradient needs; see
 :mod:`hybridpar.planning.moments`.
 statistics: the figures per label of a sharded cross-entropy. norm: squared norm of all gradients, to clip by it
 and to see whether they are finite. metrics: loss and hits. best: of a prediction the largest logits
-of all samples, and their classes. zero: an update whose communication DeepSpeed does
-(gradients reduced to shards, parameters gathered). running_statistics: buffers of batch norms, averaged over the
+of all samples, and their classes. zero: an update of a rank's part of sharded state,
+after which DeepSpeed gathers the parameters. running_statistics: buffers of batch norms, averaged over the
 replicas before an evaluation. No program holds it, as it happens between two steps.
 """
 
@@ -85,8 +86,8 @@ class Operation:
     """One communication between ranks.
 
     ``block`` is the boundary's earlier block for transfers, the block for sums and gradients, the position's index
-    for ``zero``. ``bytes`` is the payload: of the message for a send, of each rank's contribution
-    for a collective.
+    for ``zero``. ``micro_batch`` is of a bucket the round in which it is reduced. ``bytes`` is the payload: of the
+    message for a send, of each rank's contribution for a collective.
     """
 
     index: int

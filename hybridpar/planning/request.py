@@ -7,7 +7,7 @@ from typing import Literal
 
 from hybridpar.errors import PlanError
 from hybridpar.planning.layout import Interval
-from hybridpar.planning.plan import Kind, OrderRule, Precision, Recipe
+from hybridpar.planning.plan import Kind, OptimizerSharding, OrderRule, Precision, Recipe
 
 Shape = Literal["auto", "three_stage", "data_parallel", "pipeline", "front_tail"]
 SHAPES: tuple[Shape, ...] = ("data_parallel", "pipeline", "front_tail", "three_stage")
@@ -67,7 +67,7 @@ class Space:
     orders: tuple[OrderRule, ...] = ("one_forward_one_backward", "fill_drain")
     sharding: tuple[Mode, ...] = ("column", "row")
     recompute: tuple[bool, ...] = (False, True)
-    optimizer_sharding: tuple[Literal["none", "zero1"], ...] | None = None
+    optimizer_sharding: tuple[OptimizerSharding, ...] | None = None
     """None: what the recipe says."""
     replicas: tuple[int, ...] | None = None
     """Numbers of plan replicas."""
@@ -121,7 +121,7 @@ class Request:
         return self.space.orders if self.order is None else (self.order,)
 
     @property
-    def optimizer_shardings(self) -> tuple[Literal["none", "zero1"], ...]:
+    def optimizer_shardings(self) -> tuple[OptimizerSharding, ...]:
         """The optimizer shardings to choose from."""
         return self.space.optimizer_sharding or (self.recipe.sharding,)
 

@@ -14,11 +14,12 @@ from hybridpar.planning.books import Books, Own
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.compression import WORKS, Reduction
 from hybridpar.planning.heap import Heap
-from hybridpar.planning.memory import memory_of
-from hybridpar.planning.parameters import bucket_elements, is_zero, reduction_of
+from hybridpar.planning.memory import memory_of, parts_of
+from hybridpar.planning.parameters import bucket_elements, reduction_of
 from hybridpar.planning.plan import Plan, Precision, Segment, Stage
 from hybridpar.planning.program import Action, Program
 from hybridpar.planning.workspaces import Bytes, Workspaces
+from hybridpar.planning.zero import is_zero, keeps_no_bucket
 
 NORM_ITEMSIZE = 8 + 8
 """The norm of a gradient takes it in float64, and its squares."""
@@ -130,11 +131,16 @@ class _Rank:
             if program.mode == "train":
                 bucket = bucket_elements(self.chain, position, own.block, self.rank) * self.itemsize
                 gathered = [] if position.reduced else [count * self.itemsize for count in own.kept.gathered]
-                large += split(bucket * position.reduced, *gathered).large
+                stays = position.reduced and not keeps_no_bucket(plan, position)
+                large += split(bucket * stays, *gathered).large
                 large += split(*self._reduction(own).held(self.itemsize)).large
                 trained = [n * self.itemsize for use in own.kept.uses for n in use.trained]
-                sharing = len(position.ranks) if is_zero(plan, position) else 1
-                large += split(*trained).large * (plan.recipe.optimizer_states / sharing + plan.recipe.average)
+                states = 0 if is_zero(plan, position) else plan.recipe.optimizer_states
+                large += split(*trained).large * (states + plan.recipe.average)
+        for position in program.positions:
+            if program.mode == "train" and self.rank in position.ranks and is_zero(plan, position):
+                gradients, sizes = parts_of(program, position)
+                large += split(gradients, *sizes).large
         large += split(counted.batch).large
         return Bytes(counted.persistent - large, large)
 

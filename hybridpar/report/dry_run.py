@@ -14,8 +14,10 @@ from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.plan import Plan, Prediction, Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.planning.search import Candidate, Planned
+from hybridpar.planning.zero import is_zero
 from hybridpar.profiling.record import Profile
 from hybridpar.report.explanation import show as show_explanation
+from hybridpar.report.palette import stage_name
 from hybridpar.report.text import in_bytes, in_ms, in_thousands, in_time, plural, spans, titled
 
 
@@ -65,13 +67,21 @@ def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
     )
 
 
+def _sharded(program: Program) -> str:
+    """Return which positions shard their optimizer's state, or nothing."""
+    plan = program.plan
+    names = [stage_name(p) for p in program.positions if is_zero(plan, p)]
+    where = ", in the memory of the host" if plan.recipe.offload else ""
+    return f", optimizer state of {', '.join(names)} sharded ({plan.recipe.sharding}{where})" if names else ""
+
+
 def _stages(candidate: Candidate, chain: Chain, cluster: Cluster) -> Table:
     plan, prediction = candidate.plan, candidate.prediction
     assert plan is not None
     program = compile_program(plan, chain, plan.global_batch, "train")
     limit = cluster.device.memory_bytes
     replicas = f", {plan.replicas} replicas of {plan.replica_world} ranks" if plan.replicas > 1 else ""
-    sharded = ", optimizer state of the front sharded (zero1)" if plan.recipe.sharding == "zero1" else ""
+    sharded = _sharded(program)
     lossy = f", gradients compressed ({plan.recipe.compression}; lossy)" if plan.recipe.compression else ""
     norms = ", batch norms synchronised" if plan.recipe.synchronised else ""
     table = titled(f"plan: {candidate.shape}, order {plan.order}{replicas}{sharded}{lossy}{norms}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from hybridpar.config import Config
 from hybridpar.data import datasets
 from hybridpar.data.mixing import Mixing
@@ -17,6 +19,7 @@ from hybridpar.runtime.boards import check_loggers
 from hybridpar.runtime.callback import make_callbacks
 from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.early_stop import early_stop
+from hybridpar.runtime.elementwise import check_elementwise
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
 from hybridpar.runtime.judge import Judge
@@ -37,8 +40,8 @@ def check_config(config: Config, place: Place | None = None) -> None:
         check_loggers(config.train.loggers)
     make_factory(config.optimizer)
     make_loss(config.loss, config.model.classes)
-    if config.optimizer.sharding == "zero1":
-        zero.require_deepspeed()
+    if config.optimizer.sharding in {"zero1", "zero2"}:
+        _check_sharded(config)
 
 
 def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
@@ -71,8 +74,8 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
 
 def check_fits(config: Config, plan: Plan) -> None:
     """Raise ConfigError unless a plan, maybe from a file, fits the configuration."""
-    if plan.recipe.sharding == "zero1":
-        zero.require_deepspeed()
+    if plan.recipe.sharding != "none":
+        _check_sharded(config)
     ema, decay = config.train.ema, "a decay" if plan.recipe.average else "null"
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     scaling = plan.recipe.scaling
@@ -84,6 +87,7 @@ def check_fits(config: Config, plan: Plan) -> None:
         ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
         ("train.precision", config.train.precision, plan.precision, plan.precision),
         ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
+        ("optimizer.offload", config.optimizer.offload, plan.recipe.offload, str(plan.recipe.offload).lower()),
         ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
         ("optimizer.compression", compressed, planned_compressed, planned_compressed),
         ("train.ema", ema is not None, plan.recipe.average, decay),
@@ -93,3 +97,11 @@ def check_fits(config: Config, plan: Plan) -> None:
             raise ConfigError(
                 f"{name}: {given}, but the plan is for {planned}; set {name} to {remedy}, or plan again"
             )
+
+
+def _check_sharded(config: Config) -> None:
+    """Raise ConfigError where DeepSpeed is missing, and for an optimizer whose state cannot be sharded."""
+    zero.require_deepspeed()
+    check_elementwise(make_factory(config.optimizer))
+    if config.optimizer.offload and not (config.train.device != "cpu" and torch.cuda.is_available()):
+        zero.check_offload("cpu")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from hybridpar.planning.program import Operation
+from hybridpar.runtime.scatter import Message
 
 
 class Pending(Protocol):
@@ -32,6 +33,10 @@ class Communicators(Protocol):
 
     def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> Pending:
         """Start summing ``tensor`` in place over ``operation.ranks``, of all plan replicas if it is ``across``."""
+        ...
+
+    def reduce_scatter(self, operation: Operation, messages: Sequence[Message]) -> Pending:
+        """Start summing what all participants give, as ``all_reduce``; each gets the sum of its own piece."""
         ...
 
     def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> Pending:
@@ -67,6 +72,12 @@ class ProcessGroups:
         group, _ = self._groups[operation.communicator]
         return self._followed(operation, group.allreduce([tensor]))
 
+    def reduce_scatter(self, operation: Operation, messages: Sequence[Message]) -> Pending:
+        """Start summing pieces over the communicator, message by message."""
+        group, _ = self._groups[operation.communicator]
+        works = [group.reduce_scatter([arriving], [pieces]) for arriving, pieces in messages]
+        return _All([*works[:-1], self._followed(operation, works[-1])])
+
     def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> Pending:
         """Start collecting every member's ``tensor`` into ``outputs``."""
         group, _ = self._groups[operation.communicator]
@@ -78,3 +89,14 @@ class ProcessGroups:
         if completed is not None:
             work.get_future().add_done_callback(lambda _: completed(operation))
         return work
+
+
+class _All:
+    """Several started messages as one."""
+
+    def __init__(self, pendings: Sequence[Pending]) -> None:
+        self._pendings = pendings
+
+    def wait(self) -> None:
+        for pending in self._pendings:
+            pending.wait()

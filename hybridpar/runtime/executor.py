@@ -322,6 +322,7 @@ class Executor:
         gradient = state.gradients.pop(key)
         if self.blocks[key[0]].block.recompute:
             edge = self._recompute(state, key, x)
+        self.updater.open(key[0])
         if edge is not None:
             torch.autograd.backward((edge,), (gradient,))
         if self.blocks[key[0]].block.answers:
@@ -404,7 +405,11 @@ class Executor:
             state.figures[key] = outputs
             state.pending[operation.index] = Started(pending, own)
         elif operation.kind == "sharded_update":
-            self.updater.sharded_update(operation.block or 0)
+            self.updater.sharded_update(operation.block or 0, state.norm)
+        elif operation.kind == "reduce_scatter":
+            scatter = state.scatters[operation.index] = self.updater.scatter(operation.block or 0)
+            pending = self.communicators.reduce_scatter(operation, scatter.messages)
+            state.pending[operation.index] = Started(pending, scatter.flat)
         else:
             tensor = self._reduced(state, operation)
             state.pending[operation.index] = Started(self.communicators.all_reduce(operation, tensor), tensor)
@@ -477,6 +482,8 @@ class Executor:
         block, micro_batch = operation.block or 0, operation.micro_batch or 0
         if operation.content == "moments":
             self._end_moments(state, operation, tensor)
+        elif operation.kind == "reduce_scatter":
+            state.scatters.pop(operation.index).add()
         elif operation.content == "sum" and operation.backward:
             state.gradients[block, micro_batch] = tensor
         elif operation.content == "sum":

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from hybridpar.data.loader import StepLoader
 from hybridpar.data.mixing import Mixing
@@ -24,9 +25,10 @@ from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position, blocks, positions
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
-from hybridpar.planning.parameters import is_zero
+from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
+from hybridpar.planning.zero import is_zero
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.executor import Executor, Observer
@@ -49,8 +51,8 @@ Inputs = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 """Of a batch; several tensors, or a mapping by their names, where the model takes several."""
 WholeBatch = StepBatch | tuple[Inputs, torch.Tensor]
 GivenBatch = WholeBatch | None
-EngineFactory = Callable[[Position, Sequence[BlockModules]], ShardedEngine]
-"""Makes the sharded optimizer of a replicated position from this rank's blocks of it."""
+EngineFactory = Callable[[Position, Sequence[BlockModules], Sequence[ParameterGroup]], ShardedEngine]
+"""Makes the sharded optimizer of a replicated position from this rank's blocks of it, and groups of parameters."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,6 @@ class Job:
         self._loss.check_plan(plan, self.chain)
         self._metrics.check_plan(plan)
         check_groups(groups, self.chain)
-        if groups and plan.recipe.sharding != "none":
-            raise PlanError(
-                f"plan.recipe.sharding: {plan.recipe.sharding} has no parameter groups; plan without, or drop them"
-            )
 
     def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
         places = positions(self.plan)
@@ -241,7 +239,9 @@ class Job:
         decay: float | None,
     ) -> Updater:
         sharded = {
-            p.index: engines(p, self._blocks_of(p)) for p in self._positions if engines and is_zero(self.plan, p)
+            p.index: engines(p, self._blocks_of(p), groups)
+            for p in self._positions
+            if engines and is_zero(self.plan, p) and parameter_count(self.chain, p.layers, trained=True)
         }
         return Updater(
             self.place,
@@ -256,6 +256,7 @@ class Job:
             self.scaler,
             self.plan.recipe.compression,
             self.seed,
+            lasting=self.plan.recipe.sharding != "zero2",
         )
 
     def _blocks_of(self, position: Position) -> list[BlockModules]:
@@ -270,6 +271,10 @@ class Job:
     def parameters(self) -> dict[str, Owned]:
         """Parameters of this rank by their full names in the model; a shard says which slice it is."""
         return {o.name: o for o in owned_parameters(list(self._blocks.values()))}
+
+    def gradient_runs(self) -> dict[nn.Parameter, tuple[int, torch.Tensor]]:
+        """Return what this rank keeps of the last step's sharded gradients, as ``Updater.runs`` does."""
+        return self._updater.runs()
 
     @property
     def metrics(self) -> Mapping[str, OwnMetric]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from hybridpar.config import Config
 from hybridpar.data.sampler import Order
 from hybridpar.errors import CheckpointError
+from hybridpar.model.chain import Chain
+from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.pieces import Stored
+from hybridpar.runtime.state import PARAMETER
 from hybridpar.schema import from_data
 
 
@@ -116,6 +120,25 @@ def _complete(folder: Path, step: int, steps: int | None) -> CheckpointError:
     return CheckpointError(
         f"{folder} was made after {step} steps, {ended}: it is complete; set {remedy} to train on"
     )
+
+
+def check_cuts(found: Resume, plan: Plan, chain: Chain) -> None:
+    """Raise CheckpointError for optimizer state of which shards need a part, but that cannot be cut."""
+    stored = Stored(found.folder, found.manifest.ranks)
+    sharded = [chain.layers[slice(*at.layers)] for at in positions(plan) if at.sharded]
+    cut = {parameter.name for layers in sharded for layer in layers for parameter in layer.parameters}
+    for name, saved in stored.tensors.items():
+        kind, _, rest = name.partition("/")
+        key, _, parameter = rest.partition("/")
+        if kind != "optimizer" or parameter not in cut or prod(saved.size) == 1:
+            continue
+        shape = tuple(stored.tensors[PARAMETER + parameter].size)
+        if tuple(saved.size) not in {shape, (prod(shape),)}:
+            raise CheckpointError(
+                f"{found.folder}: the optimizer's {key} of {parameter} has the shape {list(saved.size)}, of which "
+                f"the plan's tail cannot have a part as it has of the parameter {list(shape)}; continue under a "
+                "plan without shards (plan.tail.degree=1, or another shape)"
+            )
 
 
 def reopened(folder: Path, data: Any, plan: Plan, *, same_run: bool) -> Resume:

@@ -12,6 +12,7 @@ from hybridpar.errors import DataError
 from hybridpar.planning.program import Program
 from hybridpar.runtime.communicators import Pending
 from hybridpar.runtime.lookup import Key, Lookup
+from hybridpar.runtime.scatter import Scatter
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class StepState:
     input_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     figures: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
     pending: dict[int, Started] = field(default_factory=dict)
+    scatters: dict[int, Scatter] = field(default_factory=dict)
+    """Gradients on their way to those who keep their sums, by operation."""
     norm: torch.Tensor | None = None
     best: torch.Tensor | None = None
     """Of a prediction: (samples of the step, (tokens,) 2 k) float64, k logits and k classes; 0 elsewhere until all

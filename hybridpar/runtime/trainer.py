@@ -152,6 +152,8 @@ class _Training:
 
         def find() -> Any:
             found = resume.opened(config, plan, self._subject, order, self.steps, restarted=restarted)
+            if found is not None:
+                resume.check_cuts(found, plan, self.chain)
             return found and [str(found.folder), to_data(found.manifest), found.same_run]
 
         found = self.process.share(find)
@@ -246,7 +248,7 @@ class _Training:
             device=self.process.device,
             max_norm=settings.clip,
             rate=self.rate,
-            engines=zero.make_engines(self.process, factory) if self.plan.recipe.sharding == "zero1" else None,
+            engines=zero.make_engines(self.process, factory, self.plan.recipe),
             loss=make_loss(self.config.loss, self.chain.classes),
             groups=settings.parameter_groups,
             metrics=make_metrics(self.config.metrics),

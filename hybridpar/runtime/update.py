@@ -16,11 +16,13 @@ from torch import nn
 from hybridpar.planning.blocks import Position
 from hybridpar.planning.compression import Compression, Sum
 from hybridpar.runtime.average import Average
+from hybridpar.runtime.bucket import Bucket
 from hybridpar.runtime.compression import Compressor, compressor, order
 from hybridpar.runtime.fragment import Fragment
 from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
 from hybridpar.runtime.scaler import Scaler
+from hybridpar.runtime.scatter import Routes, Scatter
 from hybridpar.sections import ParameterGroup
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter] | Iterable[dict[str, Any]]], torch.optim.Optimizer]
@@ -28,18 +30,25 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter] | Iterable[dict[str, Any]]],
 
 
 class ShardedEngine(Protocol):
-    """Reduces gradients and updates parameters with sharded optimizer state in one collective call."""
+    """Updates parameters whose optimizer state is shared out over those who hold them.
+
+    The parameters of each group of options are one flat vector, of which every sharer has an equal part.
+    """
+
+    optimizer: torch.optim.Optimizer
+    """Of this rank's parts."""
+    parts: Sequence[torch.Tensor]
+    """This rank's parts of the summed gradients, one per group, (elements of a part,); padding is zero."""
+    sharers: int
+    index: int
+    """Which of the sharers this rank is."""
+
+    def place(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Return the group of a parameter, and where it begins in the group's vector."""
+        ...
 
     def step(self) -> None:
-        """Reduce, update this rank's shard, gather the parameters."""
-        ...
-
-    def zero(self) -> None:
-        """Forget all gradients."""
-        ...
-
-    def set_rate(self, rate: float) -> None:
-        """Set the learning rate."""
+        """Update this rank's parts from those of the gradients, and gather the parameters; collective."""
         ...
 
     def fragments(self) -> Mapping[nn.Parameter, Fragment]:
@@ -61,11 +70,10 @@ class Updater:
     """Gradients and optimizers of one rank.
 
     ``rank`` is its number in plan replica ``replica``, ``positions`` are its own. Positions that are reduced keep
-    their gradients in one flat bucket per block, as views: what autograd makes is copied there at a step's first
-    backward, and later ones add to it. Gradients that a layer gathers by itself have their place from the start,
-    in a bucket or not. ``max_norm`` clips by the global norm as ``torch.nn.utils.clip_grad_norm_`` does. With a
-    ``scaler`` gradients are those of a scaled loss until the update.
-    ``compression`` is that of the sums of buckets; all ranks begin it alike, with ``seed``.
+    their gradients in one flat bucket per block, others where autograd or the layers put them. A position has an
+    optimizer of its own, or one of ``engines``, whose buckets may be ``lasting`` or not. ``max_norm`` clips by the
+    global norm as ``torch.nn.utils.clip_grad_norm_`` does. With a ``scaler`` gradients are those of a scaled loss
+    until the update. ``compression`` is that of the sums of buckets; all ranks begin it alike, with ``seed``.
     """
 
     def __init__(
@@ -82,33 +90,33 @@ class Updater:
         scaler: Scaler | None = None,
         compression: Compression | None = None,
         seed: int = 0,
+        *,
+        lasting: bool = True,
     ) -> None:
         self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
         self.engines = engines or {}
         self.scaler = scaler
         """Of the loss, if it is scaled."""
-        self._buckets: dict[int, torch.Tensor] = {}
-        self._places: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
-        """Where a block's gradients lie in its bucket."""
+        self._buckets: dict[int, Bucket] = {}
         self.compressors: dict[int, Compressor] = {}
         """Of blocks whose gradients are compressed before they are summed."""
+        self._routes: dict[int, Routes] = {}
+        self._scattered: set[int] = set()
+        """Blocks whose gradients were reduced in this step."""
         owned: dict[int, list[Owned]] = {p.index: [] for p in positions}
         by_index = {p.index: p for p in positions}
         for index, modules in sorted(blocks.items()):
             position = by_index[modules.block.position]
-            owned[position.index] += [o for o in modules.owned if o.tensor.requires_grad]
+            trained = [o for o in modules.owned if o.tensor.requires_grad]
+            owned[position.index] += trained
             if position.index in self.engines:
-                continue
-            if position.reduced:
-                trained = order(compression, [o for o in modules.owned if o.tensor.requires_grad])
-                bucket = self._buckets[index] = self._flatten(index, modules.owned, trained)
-                smaller = None if compression is None else compressor(compression, bucket, trained, seed)
-                if smaller is not None:
-                    self.compressors[index] = smaller
-                continue
-            for o in modules.owned:
-                if o.layer is not None and o.tensor.requires_grad:
-                    o.layer.home = torch.empty_like(o.tensor, requires_grad=False)
+                self._share(index, trained, self.engines[position.index], lasting=lasting)
+            elif position.reduced:
+                self._sum(index, trained, compression, seed)
+            else:
+                for o in trained:
+                    if o.layer is not None:
+                        o.layer.home = torch.empty_like(o.tensor, requires_grad=False)
         self._parameters = {index: [o.tensor for o in own] for index, own in owned.items()}
         self.average = None if decay is None else Average(decay, self._parameters)
         """Of the weights, if there is a ``decay``."""
@@ -117,49 +125,69 @@ class Updater:
             for index, own in owned.items()
             if own and index not in self.engines
         }
-        for made in self.optimizers.values():
+        self._rated = self.optimizers | {i: e.optimizer for i, e in self.engines.items() if owned[i]}
+        for made in self._rated.values():
             check_options_of(groups, made)
         self._relative: dict[int, list[float]] = {}
         """Once a rate is set: the ratios of the groups' own rates to their optimizer's."""
 
-    def _flatten(self, block: int, owned: list[Owned], trained: list[Owned]) -> torch.Tensor:
-        total = sum(o.tensor.numel() for o in trained)
-        first = next((o.tensor for o in owned), torch.empty(0))
-        flat, at = first.new_zeros(total), 0
-        places = self._places[block] = []
-        for o in trained:
-            place = flat[at : at + o.tensor.numel()].view_as(o.tensor)
-            at += o.tensor.numel()
-            places.append((o.tensor, place))
-            if o.layer is None:
-                o.tensor.register_post_accumulate_grad_hook(_Move(place))  # type: ignore[no-untyped-call]
-            else:
-                o.layer.home = place
-        return flat
+    def _sum(self, block: int, trained: list[Owned], compression: Compression | None, seed: int) -> None:
+        """Let a block's gradients lie in a bucket that is summed, whole or compressed."""
+        ordered = order(compression, trained)
+        bucket = self._buckets[block] = Bucket(ordered, lasting=True)
+        smaller = None if compression is None else compressor(compression, bucket.open(), ordered, seed)
+        if smaller is not None:
+            self.compressors[block] = smaller
+
+    def _share(self, block: int, trained: list[Owned], engine: ShardedEngine, *, lasting: bool) -> None:
+        """Let a block's gradients lie as in the engine's vectors, and find out who gets what of them."""
+        ordered = sorted(trained, key=lambda o: engine.place(o.tensor))
+        places = [(*engine.place(o.tensor), o.tensor.numel()) for o in ordered]
+        self._buckets[block] = Bucket(ordered, lasting=lasting)
+        self._routes[block] = Routes(places, engine.parts, engine.sharers, engine.index)
 
     def zero(self) -> None:
         """Forget all gradients."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        for engine in self.engines.values():
-            engine.zero()
+        for parameters in self._parameters.values():
+            for parameter in parameters:
+                parameter.grad = None
+        self._scattered.clear()
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of all optimizers; that of groups keeps its ratio to it."""
-        for index, optimizer in self.optimizers.items():
+        for index, optimizer in self._rated.items():
             if index not in self._relative:
                 self._relative[index] = relative_rates(optimizer)
             for group, relative in zip(optimizer.param_groups, self._relative[index], strict=True):
                 group["lr"] = rate * relative
-        for engine in self.engines.values():
-            engine.set_rate(rate)
+
+    def open(self, block: int) -> None:
+        """Make room for the gradients of a block whose backward begins, where they have a bucket."""
+        if block in self._buckets:
+            self._buckets[block].open()
 
     def bucket(self, block: int) -> torch.Tensor:
         """Return a block's flat gradients after its last backward, to be summed over its replicas in place."""
-        for parameter, place in self._places[block]:
-            if parameter.grad is None:  # the rank had no samples, or the loss does not depend on it
-                parameter.grad = place.zero_()
-        return self._buckets[block]
+        return self._buckets[block].complete()
+
+    def scatter(self, block: int) -> Scatter:
+        """Return what of a block's flat gradients goes to which sharer of its optimizer's state."""
+        first = block not in self._scattered
+        self._scattered.add(block)
+        return self._routes[block].scatter(self._buckets[block].take(), first=first)
+
+    def runs(self) -> dict[nn.Parameter, tuple[int, torch.Tensor]]:
+        """Return this rank's runs of summed gradients that are sharded: (begin in the flat parameter, run)."""
+        result = {}
+        for index, engine in self.engines.items():
+            for parameter in self._parameters[index]:
+                group, begin = engine.place(parameter)
+                part = engine.parts[group]
+                first = engine.index * len(part)
+                start, stop = max(begin, first), min(begin + parameter.numel(), first + len(part))
+                if start < stop:
+                    result[parameter] = start - begin, part[start - first : stop - first]
+        return result
 
     def scaled(self, gradient: torch.Tensor) -> torch.Tensor:
         """Scale the loss's gradient with respect to logits, in place."""
@@ -189,16 +217,21 @@ class Updater:
         """
         total: torch.Tensor | None = None
         for position in self._positions:
-            if self._replica or (position.replicated and position.ranks[0] != self._rank):
-                continue
-            for parameter in self._parameters[position.index]:
-                if parameter.grad is not None:
-                    square = parameter.grad.double().square().sum()
-                    total = square if total is None else total + square
+            for gradient in self._counted(position):
+                square = gradient.double().square().sum()
+                total = square if total is None else total + square
         if total is not None:
             return total
         some = next((p for group in self._parameters.values() for p in group), torch.zeros(()))
         return torch.zeros((), dtype=torch.float64, device=some.device)
+
+    def _counted(self, position: Position) -> Iterable[torch.Tensor]:
+        """Return those gradients of a position that this rank counts for the norm."""
+        if position.index in self.engines:
+            return self.engines[position.index].parts
+        if self._replica or (position.replicated and position.ranks[0] != self._rank):
+            return ()
+        return [p.grad for p in self._parameters[position.index] if p.grad is not None]
 
     def update(self, position: int, squared_norm: torch.Tensor | None) -> None:
         """Step the optimizer of a position, with gradients that are unscaled and clipped by the global norm.
@@ -209,48 +242,40 @@ class Updater:
         if optimizer is None:
             return
         if self.scaler is None or _finite(squared_norm):
-            self._make_true(position, squared_norm)
+            self._make_true((p.grad for p in self._parameters[position] if p.grad is not None), squared_norm)
             optimizer.step()
         if self.average is not None:
             self.average.update(position)
 
-    def _make_true(self, position: int, squared_norm: torch.Tensor | None) -> None:
-        """Undo the scale of a position's gradients and clip them, in one pass over them."""
+    def sharded_update(self, position: int, squared_norm: torch.Tensor | None) -> None:
+        """Do the same for a position whose optimizer state is sharded; all who hold it do so together."""
+        engine = self.engines[position]
+        if self.scaler is None or _finite(squared_norm):
+            self._make_true(engine.parts, squared_norm)
+            engine.step()
+        for parameter in self._parameters[position]:
+            parameter.grad = None
+        if self.average is not None:
+            self.average.update(position)
+
+    def _make_true(self, gradients: Iterable[torch.Tensor], squared_norm: torch.Tensor | None) -> None:
+        """Undo the scale of gradients and clip them, in one pass over them."""
         if squared_norm is None:
             return
         scale, factor = 1.0 if self.scaler is None else self.scaler.scale, torch.ones_like(squared_norm)
         if self._max_norm is not None:
             factor = (self._max_norm / (squared_norm.sqrt() / scale + 1e-6)).clamp(max=1.0)
         factor = factor / scale
-        for parameter in self._parameters[position]:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.dtype))
 
     def finish(self, squared_norm: torch.Tensor | None) -> None:
         """End a step: choose the scale of the next one."""
         if self.scaler is not None:
             self.scaler.update(finite=_finite(squared_norm))
 
-    def sharded_update(self, position: int) -> None:
-        """Reduce and update a position whose optimizer state is sharded."""
-        self.engines[position].step()
-        if self.average is not None:
-            self.average.update(position)
-
 
 def _finite(squared_norm: torch.Tensor | None) -> bool:
     """Whether all gradients are; waits for the device."""
     assert squared_norm is not None
     return math.isfinite(squared_norm)
-
-
-class _Move:
-    """Moves the gradient that autograd made of a parameter to its place, unless it lies there already."""
-
-    def __init__(self, place: torch.Tensor) -> None:
-        self.place = place
-
-    def __call__(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is not self.place:
-            assert parameter.grad is not None
-            parameter.grad = self.place.copy_(parameter.grad)

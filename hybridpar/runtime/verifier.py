@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.ledger import Ledger
@@ -34,6 +35,8 @@ class Slice(NamedTuple):
     start: int
     value: torch.Tensor
     gradient: torch.Tensor | None = None
+    begin: int | None = None
+    """Where in the flattened parameter a gradient begins that is a run of it; None: it is that of all."""
 
 
 class Verifier:
@@ -111,8 +114,9 @@ class Verifier:
     def _parameters(self, step: int) -> None:
         """Compare gradients, the last layer's first, then the updated parameters; then begin again from them."""
         gathered: dict[int, list[Slice]] = {}
+        runs = self.job.gradient_runs()
         for index in reversed(range(len(self._layers))):
-            own = [self._slice(o) for o in self.job.parameters.values() if self._owner[o.name] == index]
+            own = [self._slice(o, runs) for o in self.job.parameters.values() if self._owner[o.name] == index]
             collected = self._meeting.collect(own)
             if collected is None or self._reference is None:
                 continue
@@ -121,9 +125,11 @@ class Verifier:
         for index, slices in sorted(gathered.items()):
             self._updated(step, index, slices)
 
-    def _slice(self, owned: Any) -> Slice:
-        gradient = None if owned.tensor.grad is None else owned.tensor.grad.cpu()
-        return Slice(owned.name, self.job.rank, owned.dim, owned.start, owned.tensor.detach().cpu(), gradient)
+    def _slice(self, owned: Any, runs: Mapping[nn.Parameter, tuple[int, torch.Tensor]]) -> Slice:
+        begin, gradient = runs.get(owned.tensor, (None, owned.tensor.grad))
+        value = owned.tensor.detach().cpu()
+        gradient = None if gradient is None else gradient.cpu()
+        return Slice(owned.name, self.job.rank, owned.dim, owned.start, value, gradient, begin)
 
     def _gradients(self, step: int, index: int, slices: Sequence[Slice]) -> None:
         assert self._reference is not None
@@ -135,7 +141,7 @@ class Verifier:
         scale = _largest(expected.values())
         for s in slices:
             if s.gradient is not None and s.name in expected:
-                values = s.gradient, _cut(expected[s.name], s)
+                values = s.gradient, _gradient(expected[s.name], s)
                 self.ledger.compare(step, "gradient", self._layers[index].name, _who(s), values, scale)
 
     def _updated(self, step: int, index: int, slices: Sequence[Slice]) -> None:
@@ -190,6 +196,13 @@ def _summed(parts: Sequence[Part]) -> Iterator[Part]:
 def _cut(whole: torch.Tensor, part: Slice) -> torch.Tensor:
     """Return the view of a parameter that a rank's slice covers."""
     return whole if part.dim is None else whole.narrow(part.dim, part.start, part.value.shape[part.dim])
+
+
+def _gradient(whole: torch.Tensor, part: Slice) -> torch.Tensor:
+    """Return what a rank's gradient is to be, of that of a whole parameter."""
+    if part.begin is None or part.gradient is None:
+        return _cut(whole, part)
+    return whole.flatten().narrow(0, part.begin, part.gradient.numel())
 
 
 def _who(part: Slice) -> str:

@@ -69,9 +69,10 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
 def _in_precision(config: Config, plan: Plan, traced: Traced) -> Plan:
     """Return the plan in the precision of the verification, with the same blocks, whose gradients are whole."""
     wanted = config.verify.precision
-    if plan.recipe.sharding == "zero1" and wanted != "float32":
+    sharding = plan.recipe.sharding
+    if sharding != "none" and wanted != "float32":
         raise ConfigError(
-            f"verify.precision: {wanted}, but optimizer.sharding=zero1 keeps float32 state; "
+            f"verify.precision: {wanted}, but optimizer.sharding={sharding} keeps float32 state; "
             "set verify.precision=float32"
         )
     unkeyed = [layer.name for layer in traced.chain.layers if layer.random == "unkeyed"]
@@ -137,7 +138,7 @@ def _verifier(
     order: Order,
 ) -> tuple[Verifier, tuple[str, ...]]:
     """Return the verifier of this rank, and what it does not compare."""
-    settings, factory, sharded = config.optimizer, make_factory(config.optimizer), plan.recipe.sharding == "zero1"
+    settings, factory = config.optimizer, make_factory(config.optimizer)
     total = order.total(config.train.steps, config.train.epochs)
     rate = make_rate(settings.lr, settings.schedule, total)
     communicators = process.connect(plan)
@@ -153,7 +154,7 @@ def _verifier(
         device=device,
         max_norm=settings.clip,
         rate=rate,
-        engines=zero.make_engines(process, factory) if sharded else None,
+        engines=zero.make_engines(process, factory, plan.recipe),
         loss=make_loss(config.loss, traced.chain.classes),
         groups=settings.parameter_groups,
         scaling=config.train.scaling,
@@ -175,14 +176,12 @@ def _verifier(
         )
     tolerance, rounds = config.verify.tolerance or TOLERANCES[plan.precision], plan.precision == "float32"
     notes: tuple[str, ...] = ()
-    if sharded:
-        notes += ("gradients are not compared where the optimizer's state is sharded",)
     if settings.compression != "none":
         notes += (f"gradients are summed as they are, without optimizer.compression={settings.compression}",)
     slack = 0.0
     if rounds and settings.name != "SGD":
         # Adam and its like divide a gradient by its own size: one that is rounding only may move by a whole step.
-        slack = 2 * settings.lr
+        slack = 2 * max(settings.lr, *(g.options.get("lr", 0.0) for g in settings.parameter_groups), 0.0)
         notes += (f"parameters may differ by two learning rates, {slack:.3g}: {settings.name} in float32",)
     return Verifier(job, process, reference, tolerance, slack, again=rounds), notes
 

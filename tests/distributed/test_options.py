@@ -23,7 +23,7 @@ def test_a_sharded_optimizer_that_the_planner_chose_is_what_runs(tmp_path: Path)
     pytest.importorskip("deepspeed")
     common = ("plan=data_parallel", "optimizer=adamw")
     plan, losses = train_by_command(2, tmp_path / "auto", *common, "optimizer.sharding=auto")
-    assert plan["recipe"]["sharding"] == "zero1"
+    assert plan["recipe"]["sharding"] in {"zero1", "zero2"}
     other, unsharded = train_by_command(2, tmp_path / "none", *common)
     assert other["recipe"]["sharding"] == "none"
     assert losses == pytest.approx(unsharded, rel=1e-5)

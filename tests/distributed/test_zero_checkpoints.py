@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.multiprocessing as mp
 
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.runtime import manifest as folders
@@ -24,6 +21,7 @@ from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.pieces import Piece, Stored, write
 from hybridpar.runtime.process import Process
 from tests.support.checkpoints import OPTIMIZERS
+from tests.support.processes import spawn
 from tests.support.runs import train_by_command
 from tests.support.training import Case, make_case
 
@@ -66,7 +64,7 @@ def make_plan(case: Case, kind: str, sharding: str) -> Plan:
         world = int(kind.removeprefix("front_of_"))
         shares = (2.0, *[1.0] * (world - 1))
         stages = (Stage("front", 3, (Segment((0, last), tuple(range(world)), shares),)),)
-    recipe = Recipe(sharding="zero1" if sharding == "zero1" else "none")
+    recipe = Recipe(sharding=sharding)  # type: ignore[arg-type]
     plan = Plan(chain.model, chain.fingerprint, world, 13, "float32", stages, bucket_bytes=1, recipe=recipe)
     validate(plan, chain)
     return plan
@@ -97,7 +95,7 @@ def perform(task: Task, optimizer: str, kind: str, process: Process, communicato
         factory,
         communicators,
         rank=process.rank,
-        engines=zero.make_engines(process, factory) if task.sharding == "zero1" else None,
+        engines=zero.make_engines(process, factory, Recipe(sharding=task.sharding)),  # type: ignore[arg-type]
         seed=7,
     )
     saved = {}
@@ -120,9 +118,7 @@ def save(folder: Path, rank: int, pieces: Mapping[str, Piece]) -> None:
     write(folder, rank, pieces)
 
 
-def run_rank(rank: int, world: int, port: int, folder: str, kind: str, tasks: Sequence[Task]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def run_rank(rank: int, folder: str, kind: str, tasks: Sequence[Task]) -> None:
     home, process = Path(folder), Process("cpu", 60.0)
     communicators = process.connect(make_plan(make_case(samples=SAMPLES), kind, "none"))
     outcomes = {}
@@ -137,12 +133,9 @@ def run_rank(rank: int, world: int, port: int, folder: str, kind: str, tasks: Se
     process.close()
 
 
-def spawn(folder: Path, kind: str, world: int, *tasks: Task) -> dict[tuple[str, str], list[Outcome]]:
+def perform_all(folder: Path, kind: str, world: int, *tasks: Task) -> dict[tuple[str, str], list[Outcome]]:
     """Perform tasks with all optimizers; what they left on all ranks, by optimizer and task."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run_rank, (world, port, str(folder), kind, tasks), nprocs=world)
+    spawn(world, run_rank, str(folder), kind, tasks)
     ranks = [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(world)]
     return {key: [Outcome(**rank[key]) for rank in ranks] for key in ranks[0]}
 
@@ -152,14 +145,14 @@ class Done:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        front = spawn(
+        front = perform_all(
             folder,
             "front_of_2",
             2,
             Task("sharded front", "zero1"),
             Task("sharded front, continued", "zero1", "sharded front", same_plan=True),
         )
-        front_tail = spawn(
+        front_tail = perform_all(
             folder,
             "front_tail",
             2,
@@ -169,13 +162,19 @@ class Done:
             Task("sharded to plain", "none", "sharded"),
             Task("plain to sharded", "zero1", "plain"),
             Task("sharded front to tail", "none", "sharded front"),
+            Task("plain to sharded gradients", "zero2", "plain"),
+            Task("sharded gradients", "zero2"),
+            Task("sharded gradients, continued", "zero2", "sharded gradients", same_plan=True),
+            Task("sharded gradients to plain", "none", "sharded gradients"),
+            Task("sharded gradients to sharded state", "zero1", "sharded gradients"),
             Task("sharded front to sharded with tail", "zero1", "sharded front"),
         )
-        three = spawn(
+        three = perform_all(
             folder,
             "front_of_3",
             3,
             Task("two to three ranks", "zero1", "sharded front"),
+            Task("two to three ranks, sharded gradients", "zero2", "sharded front"),
             Task("tail to three ranks", "zero1", "plain"),
         )
         self._outcomes = front | front_tail | three
@@ -197,7 +196,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("task", ["sharded", "sharded front"])
+@pytest.mark.parametrize("task", ["sharded", "sharded front", "sharded gradients"])
 def test_the_same_plan_goes_on_bit_for_bit(done: Done, task: str, optimizer: str) -> None:
     continued = f"{task}, continued"
     for one, other in zip(done.outcomes(optimizer, task), done.outcomes(optimizer, continued), strict=True):
@@ -216,7 +215,11 @@ def test_the_same_plan_goes_on_bit_for_bit(done: Done, task: str, optimizer: str
         "plain to sharded",
         "sharded front to tail",
         "sharded front to sharded with tail",
+        "plain to sharded gradients",
+        "sharded gradients to plain",
+        "sharded gradients to sharded state",
         "two to three ranks",
+        "two to three ranks, sharded gradients",
         "tail to three ranks",
     ],
 )

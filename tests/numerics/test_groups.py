@@ -1,6 +1,5 @@
 """Parameter groups under a plan equal those of torch in a single process, with schedules and clipping."""
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybridpar.errors import ConfigError, PlanError
+from hybridpar.errors import ConfigError
 from hybridpar.planning.plan import Recipe
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory, make_rate
@@ -125,12 +124,12 @@ def job_of(config, plan, rank, communicators, **options):
     )
 
 
-def alone(config, plan=None, engines=None):
+def alone(config):
     """The last loss of a plan of one rank."""
-    plan = plan or plan_of(*shape(1, 0, 0, own_ranks))
+    plan = plan_of(*shape(1, 0, 0, own_ranks))
 
     def body(rank, communicators):
-        job = job_of(config, plan, rank, communicators, engines=engines)
+        job = job_of(config, plan, rank, communicators)
         return [job.step(batch) for batch in case().data][-1]
 
     return run_ranks(plan, body)[0]
@@ -171,11 +170,3 @@ def test_an_option_that_the_users_optimizer_lacks_is_refused():
 
     with pytest.raises(ConfigError, match=r"weight_decays, which SGD lacks; did you mean weight_decay"):
         run_ranks(plan, body)
-
-
-def test_groups_and_sharded_state_exclude_each_other():
-    config = OptimizerConfig("SGD", 0.1, groups=({"match": "*", "lr": 1},))
-    plan = plan_of(*shape(1, 0, 0, own_ranks))
-    sharded = replace(plan, precision="float32", recipe=Recipe(sharding="zero1"))
-    with pytest.raises(PlanError, match="zero1 has no parameter groups"):
-        alone(config, sharded, engines=lambda *_: None)

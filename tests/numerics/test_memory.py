@@ -145,7 +145,7 @@ def lasting(executor: Executor) -> Iterator[torch.Tensor]:
     for modules in executor.blocks.values():
         for tensor in (*modules.parameters(), *modules.buffers()):
             yield from (tensor,) if tensor.grad is None else (tensor, tensor.grad)
-    yield from executor.updater._buckets.values()
+    yield from (b.flat for b in executor.updater._buckets.values() if b.flat is not None)
     for optimizer in executor.updater.optimizers.values():
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))

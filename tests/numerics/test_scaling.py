@@ -11,13 +11,14 @@ from torch import nn
 
 from hybridpar.errors import PlanError
 from hybridpar.model.keyed import KeyedDropout, Keys
-from hybridpar.planning.plan import Plan, Recipe, Segment, Stage
-from hybridpar.planning.plan import validate as validate_plan
+from hybridpar.planning.plan import Plan, Recipe, Stage
 from hybridpar.runtime.average import Average
+from hybridpar.runtime.job import Job
 from hybridpar.sections import LossScale
 from tests.support.checkpoints import make_job
 from tests.support.checkpoints import plan_of as plan_of_job
 from tests.support.parity import BATCH, MAX_NORM, PLACEMENTS, RELATIVE, near, own_ranks, plan_of, shape
+from tests.support.parts import Board, plain_engines
 from tests.support.rendezvous import run_strictly
 from tests.support.threads import run_ranks
 from tests.support.training import (
@@ -176,11 +177,45 @@ def test_an_average_takes_in_skipped_steps_as_a_loop_of_ones_own_does() -> None:
     assert run_ranks(plan, body) == [6.0] * plan.world
 
 
-def test_sharded_optimizers_are_refused() -> None:
-    stage = Stage("front", 2, (Segment((0, 16), (0, 1)),))
-    plan = replace(plan_of(stage), precision="float32", recipe=Recipe(sharding="zero1", scaling=True))
-    with pytest.raises(PlanError, match=r"recipe\.scaling: True does not work with sharding=zero1.*loss_scale"):
-        validate_plan(plan, make_case(steps=1).traced.chain)
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+@pytest.mark.parametrize(("degrees", "place", "replicas"), [((3, 0, 2), "overlapping", 1), ((2, 0, 1), "own", 2)])
+def test_sharded_gradients_are_looked_at_too(
+    degrees: tuple[int, int, int], place: str, replicas: int, sharding: str
+) -> None:
+    case = scaled_case(MAX_NORM)
+    plan = scaled_plan(*shape(*degrees, PLACEMENTS[place]), clipping=True, replicas=replicas, bucket_bytes=500)
+    recipe = replace(plan.recipe, sharding=sharding)  # type: ignore[arg-type]
+    plan = replace(plan, chain=case.traced.chain.fingerprint, recipe=recipe)
+    losses, scales, parameters, _ = single(case)
+    board = Board(plan)
+
+    def body(rank, communicators):
+        engines = plain_engines(sgd, plan, board, rank)
+        traced, source = case.traced, case.source
+        job = Job(
+            plan,
+            traced,
+            source,
+            sgd,
+            communicators,
+            rank=rank,
+            seed=SEED,
+            max_norm=MAX_NORM,
+            engines=engines,
+            scaling=SCALING,
+        )
+        return [job.step(batch) for batch in case.data], job.scaler.scale, list(job.parameters.values())
+
+    results = run_ranks(plan, body)
+    for own, scale, _ in results:
+        assert own == pytest.approx(losses, rel=RELATIVE)
+        assert scale == scales[-1]
+    for name, value in assemble([o for *_, o in results[: plan.replica_world]]).items():
+        assert near(value, parameters[name]), name
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=RATE, momentum=MOMENTUM)
 
 
 def test_a_job_needs_what_its_plan_says() -> None:

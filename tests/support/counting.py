@@ -108,6 +108,11 @@ class Counting:
         self._note("all_reduce", operation, tensor)
         return self.inner.all_reduce(operation, tensor)
 
+    def reduce_scatter(self, operation, messages):
+        sent = sum(t.numel() * t.itemsize for _, pieces in messages for t in pieces)
+        self.log.append(("reduce_scatter", operation.index, sent))
+        return self.inner.reduce_scatter(operation, messages)
+
     def all_gather(self, operation, outputs, tensor):
         assert len(outputs) == len(operation.ranks)
         self._note("all_gather", operation, tensor, *outputs)

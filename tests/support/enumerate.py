@@ -197,8 +197,8 @@ def _plans_on(question: Question, kinds: tuple[Kind, ...], replicas: int, ranks:
             samples if kind == "tail" else max(stop - start for w in shares for start, stop in split(samples, w))
         )
         sizes.append(sorted({min(size, share) for size in question.micro_batches}))
-    states = [s for s in question.optimizer_sharding if s == "none" or ("front" in kinds and len(ranks[0][0]) > 1)]
-    states = [s for s in states if s == "none" or (replicas == 1 and not question.clipping)]
+    shared = any(len(g) * replicas > 1 for k, own in zip(kinds, ranks, strict=True) if k != "tail" for g in own)
+    states = [s for s in question.optimizer_sharding if s == "none" or shared]
     reduced = replicas > 1 or any(
         len(g) > 1 for k, own in zip(kinds, ranks, strict=True) if k != "tail" for g in own
     )

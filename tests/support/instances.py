@@ -136,7 +136,7 @@ def _draw(seed: int, free: frozenset[str], dice: Dice) -> Instance:
     few = points if "cuts" in free else sorted(dice.sample(points, min(len(points), max(segments) + 1)))
     ranks = _fixed_ranks(sum(nodes), free, segments, dice) if pinned else {}
     caps = tuple(dice.sample(range(1, batch + 1), 2))
-    states = ("none", "zero1") if "optimizer_sharding" in free else ("none",)
+    states = ("none", "zero1", "zero2") if "optimizer_sharding" in free else ("none",)
     question = Question(
         chain,
         random_profile(chain, dice),
@@ -155,7 +155,7 @@ def _draw(seed: int, free: frozenset[str], dice: Dice) -> Instance:
         states,
         ranks,
         (1, 700, 8 * 2**20) if "buckets" in free else (dice.choice((1, 700, 8 * 2**20)),),
-        "zero1" not in states and dice.random() < 0.2,
+        dice.random() < 0.2,
     )
     pins = {kind: Pin(ranks=tuple(r for g in own for r in g), degree=len(own)) for kind, own in ranks.items()}
     pins = {k: p if k == "middle" else Pin(ranks=p.ranks) for k, p in pins.items()}

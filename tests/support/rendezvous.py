@@ -12,6 +12,7 @@ import torch
 
 from hybridpar.planning.check import queue_of
 from hybridpar.planning.program import Operation
+from hybridpar.runtime.scatter import Message
 from tests.support.threads import in_threads
 
 T = TypeVar("T")
@@ -115,6 +116,11 @@ def _move(opened: _Open) -> None:
         total = torch.stack([t[0] for t in own]).sum(0)
         for t in own:
             t[0].copy_(total)
+    elif operation.kind == "reduce_scatter":  # what arrives, and a piece for every rank, message after message
+        width = 1 + len(own)
+        for at in range(0, len(own[0]), width):
+            for index, t in enumerate(own):
+                t[at].copy_(torch.stack([other[at + 1 + index] for other in own]).sum(0))
     else:
         for t in own:
             for place, source in zip(t[1:], own, strict=True):
@@ -151,6 +157,9 @@ class Endpoint:
 
     def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> _Started:
         return self._begin(operation, [tensor])
+
+    def reduce_scatter(self, operation: Operation, messages: list[Message]) -> _Started:
+        return self._begin(operation, [t for arriving, pieces in messages for t in (arriving, *pieces)])
 
     def all_gather(self, operation: Operation, outputs: list[torch.Tensor], tensor: torch.Tensor) -> _Started:
         for o in outputs:

@@ -10,7 +10,6 @@ import torch
 
 import hybridpar
 from hybridpar.errors import PlanError
-from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin, Request, Space
 from hybridpar.planning.search import Planned, search
 from tests.support.paper import chain_of, cluster_of, profile_of
@@ -30,10 +29,6 @@ def plan_for(**fields: Any) -> Planned:
     [
         ({"replicas": 3}, "plan.replicas: 3 does not divide the 4 ranks of cluster paper; give a divisor"),
         ({"replicas": 4, "global_batch": 3}, "plan.replicas: 4 replicas cannot share out a global batch of 3"),
-        (
-            {"replicas": 2, "precision": "float32", "recipe": Recipe(sharding="zero1")},
-            "plan.replicas: 2 does not work with a sharded optimizer; set optimizer.sharding=none",
-        ),
         (
             {"replicas": 2, "pins": {"front": Pin(ranks=(1, 3))}},
             "plan.front.ranks: [1, 3] does not fit the ranks 0..1 of one of the 2 plan replicas",

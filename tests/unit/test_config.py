@@ -17,6 +17,7 @@ from hybridpar.errors import ConfigError, HybridparError, PlanError
 from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin
+from hybridpar.runtime.checks import check_config
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
 from hybridpar.sections import OPTIMIZER_OPTIONS, LossConfig, OptimizerConfig, ParameterGroup, ScheduleConfig
 
@@ -78,15 +79,34 @@ def test_every_choice_of_the_search_can_be_made_by_the_user() -> None:
     request = config.request()
     assert (request.replicas, request.effort) == (2, "quick")
     assert request.pins == {"front": Pin(recompute=True), "tail": Pin(recompute=False)}
-    assert request.optimizer_shardings == ("none", "zero1")
+    assert request.optimizer_shardings == ("none", "zero1", "zero2")
     assert request.recipe.sharding == "none"
     assert compose(["optimizer.sharding=zero1"]).request().optimizer_shardings == ("zero1",)
 
 
 @pytest.mark.parametrize("override", ["optimizer.clip=1", "train.precision=float64"])
 def test_an_optimizer_sharding_left_to_the_planner_excludes_nothing(override: str) -> None:
-    """What zero1 does not go with only takes that choice from the planner."""
+    """What sharded state does not go with only takes that choice from the planner."""
     compose(["optimizer.sharding=auto", override]).request()
+
+
+def test_state_that_is_not_of_elements_is_sharded_by_no_plan() -> None:
+    custom = ["optimizer=custom", "optimizer.name=Adafactor"]
+    assert compose([*custom, "optimizer.sharding=auto"]).request().optimizer_shardings == ("none",)
+    for sharding in ("zero1", "zero2"):
+        with pytest.raises(
+            ConfigError, match=r"optimizer\.sharding: Adafactor updates .* set optimizer\.sharding=none"
+        ):
+            check_config(compose([*custom, f"optimizer.sharding={sharding}"]))
+
+
+def test_offloaded_state_is_sharded_and_has_a_host() -> None:
+    assert compose(["optimizer.sharding=zero2", "optimizer.offload=true"]).recipe().offload
+    for sharding in ("none", "auto"):
+        with pytest.raises(
+            ConfigError, match=r"optimizer\.offload: True needs optimizer\.sharding=zero1 or zero2"
+        ):
+            compose(["optimizer.offload=true", f"optimizer.sharding={sharding}"])
 
 
 def test_the_demo_overlay_replaces_groups_and_can_be_overridden() -> None:
@@ -157,11 +177,9 @@ def test_parameter_groups_that_cannot_be_are_refused(group: str, message: str) -
         compose([f"optimizer.groups=[{group}]"])
 
 
-def test_parameter_groups_are_tried_and_go_without_sharding() -> None:
+def test_parameter_groups_are_tried() -> None:
     with pytest.raises(ConfigError, match=r"SGD\(lr=0.05, .*nesterov=True.*\) cannot be used"):
         make_factory(compose(["optimizer.groups=[{match: a, nesterov: true, dampening: 0.5}]"]).optimizer)
-    with pytest.raises(ConfigError, match=r"optimizer\.groups: with optimizer\.sharding=zero1 do not go"):
-        compose(["optimizer.groups=[{match: a, lr: 1}]", "optimizer.sharding=zero1"])
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0.* must be above 0 for a schedule"):
         compose(["optimizer.groups=[{match: a, lr: 1}]", "optimizer.lr=0"])
 
@@ -211,7 +229,10 @@ def test_the_loss_is_torchs_by_default_and_takes_lists_and_files() -> None:
         (["+profile.path=x"], "profile.path: x is read by profile=from_file only; use profile=from_file"),
         (["cluster.path=x"], "unknown override cluster.path; use cluster=from_file cluster.path=x"),
         (["+cluster.path=x"], "cluster.path: x is read by cluster=from_file only; use cluster=from_file"),
-        (["optimizer.sharding=zero2"], "optimizer.sharding: 'zero2' is not one of 'none', 'zero1', 'auto'"),
+        (
+            ["optimizer.sharding=zero3"],
+            "optimizer.sharding: 'zero3' is not one of 'none', 'zero1', 'zero2', 'auto'",
+        ),
         (
             ["plan.global_batch_range=[8,16]", "explain=true"],
             "explain=true: of no effect with plan.global_batch_range",
@@ -249,7 +270,6 @@ def test_a_mistake_is_named_in_one_line(overrides: list[str], message: str) -> N
             "plan=from_file plan.path=a.json +plan.global_batch_range=[8,16]",
             "global_batch_range: a plan from a file has one global batch",
         ),
-        ("optimizer.sharding=zero1 optimizer.clip=1", "set optimizer.clip=null or optimizer.sharding=none"),
         (
             "optimizer.sharding=zero1 optimizer.compression=bfloat16",
             "recipe.compression: bfloat16 does not work with sharding=zero1, .* set optimizer.compression=none",

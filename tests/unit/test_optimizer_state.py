@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from hybridpar.errors import CheckpointError
+from hybridpar.model.trace import trace
+from hybridpar.planning.plan import Plan, Segment, Stage
 from hybridpar.runtime.fragment import Fragment, cut, join
 from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.optimizer_state import ShardedState, WholeState
 from hybridpar.runtime.pieces import Piece, Stored, write
+from hybridpar.runtime.resume import check_cuts
 
 PARAMETER = Owned("w", nn.Parameter(torch.zeros(3, 4)))
 SCALE = Owned("scale", nn.Parameter(torch.zeros(())))
@@ -32,10 +38,6 @@ class Engine:
         self.loaded = fragments
 
     def step(self) -> None: ...
-
-    def zero(self) -> None: ...
-
-    def set_rate(self, rate: float) -> None: ...
 
 
 def stored(folder: Path, **tensors: torch.Tensor) -> Stored:
@@ -115,3 +117,24 @@ def test_a_slice_takes_its_part_of_flat_state(
     expected = whole if dim is None else whole.narrow(dim, start, size[dim])
     assert torch.equal(optimizer.state[owned.tensor]["exp_avg"], expected)
     assert optimizer.state[owned.tensor]["step"].item() == 3.0
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((3, 4), True), ((12,), True), ((1,), True), ((3, 1), False)])
+def test_state_that_a_plan_would_cut_but_cannot_is_refused_before_a_training(
+    tmp_path: Path, shape: tuple[int, ...], fits: bool
+) -> None:
+    """As of Adafactor: it once came as far as the first step, where a row's state met a slice."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    chain = trace(model, (4,), "two").chain
+    name = chain.layers[1].parameters[0].name
+    state = {f"optimizer/row_var/{name}": torch.zeros(shape), f"parameter/{name}": torch.zeros(3, 4)}
+    write(tmp_path, 0, {key: Piece.whole(value) for key, value in state.items()})
+    found: Any = SimpleNamespace(folder=tmp_path, manifest=SimpleNamespace(ranks=1))
+    front, tail = Stage("front", 1, (Segment((0, 1), (0, 1)),)), Segment((1, 2), (0, 1))
+    plan = Plan("two", chain.fingerprint, 2, 4, "float32", (front, Stage("tail", 1, (tail,), ("column",))))
+    if fits:
+        check_cuts(found, plan, chain)
+        return
+    with pytest.raises(CheckpointError, match=r"row_var .* \[3, 1\], of which the plan's tail cannot have a part"):
+        check_cuts(found, plan, chain)
+    check_cuts(found, replace(plan, stages=(Stage("front", 1, (Segment((0, 2), (0, 1)),)),)), chain)

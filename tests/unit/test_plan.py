@@ -71,8 +71,12 @@ def test_a_recipe_that_contradicts_itself_is_refused() -> None:
     model = chain()
     plan = replace(plan_with_tail(model, (1.0, 1.0)), precision="float32", recipe=Recipe(sharding="zero1"))
     validate(plan, model)
-    with pytest.raises(PlanError, match=r"plan\.recipe\.clipping: True does not work with sharding=zero1"):
-        validate(replace(plan, recipe=Recipe(clipping=True, sharding="zero1")), model)
+    validate(replace(plan, recipe=Recipe(clipping=True, sharding="zero2")), model)
+    with pytest.raises(PlanError, match=r"plan\.recipe\.offload: True is of sharded optimizer state only; set"):
+        validate(replace(plan, recipe=Recipe(offload=True)), model)
+    alone = Stage("front", 2, (Segment((0, len(model.layers)), (0,)),))
+    with pytest.raises(PlanError, match=r"plan\.recipe\.offload: True moves nothing, as no stage .* replicated"):
+        validate(replace(plan, world=1, stages=(alone,), recipe=Recipe(sharding="zero1", offload=True)), model)
     with pytest.raises(PlanError, match=r"plan\.recipe\.sharding: zero1 keeps float32 state, but .* float64"):
         validate(replace(plan, precision="float64"), model)
 
@@ -99,15 +103,12 @@ def replicated(**changes: object) -> Plan:
         ),
         ({"replica_shares": (1.0, 2.0)}, r"plan\.replica_shares: \(1\.0, 2\.0\) must be 3 positive numbers"),
         ({"replica_shares": (1.0, 2.0, 0.0)}, r"plan\.replica_shares: .* must be 3 positive numbers"),
-        (
-            {"recipe": Recipe(sharding="zero1")},
-            r"plan\.recipe\.sharding: zero1 does not work with 3",
-        ),
         ({"global_batch": 6}, r"plan\.front\.micro_batch: 2 is above the 1 samples of one rank's share"),
     ],
 )
 def test_replicas_that_cannot_run_are_refused(changes: dict[str, object], message: str) -> None:
     validate(replicated(), chain())
+    validate(replicated(recipe=Recipe(sharding="zero1")), chain())
     with pytest.raises(PlanError, match=message):
         validate(replicated(**changes), chain())
 

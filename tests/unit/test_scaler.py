@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridpar.config import compose
-from hybridpar.errors import ConfigError, DivergenceError, PlanError
+from hybridpar.errors import ConfigError, DivergenceError
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.sections import LossScale
 from tests.support.runs import train_here
@@ -81,8 +81,6 @@ def test_what_is_out_of_range_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             compose([f"train.loss_scale.{override}"])
-    with pytest.raises(PlanError, match=r"recipe\.scaling.*train\.loss_scale\.enabled=false"):
-        compose(["train.autocast=float16", "optimizer.sharding=zero1"])
 
 
 def test_it_is_on_where_float16_asks_for_it() -> None:

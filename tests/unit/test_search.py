@@ -541,7 +541,7 @@ EDITS: list[tuple[str, Any, str]] = [
     ("order", "eager", "plan.order"),
     ("bucket_bytes", 0, "plan.bucket_bytes: 0"),
     ("recipe.clipping", 1, "plan.recipe.clipping: expected bool"),
-    ("recipe.sharding", "zero2", "plan.recipe.sharding"),
+    ("recipe.sharding", "zero3", "plan.recipe.sharding"),
     ("recipe.optimizer_states", 1.5, "plan.recipe.optimizer_states: expected int"),
     ("recipe.momentum", 0.9, "plan.recipe.momentum: unknown field"),
     ("prediction.step_s", "fast", "plan.prediction.step_s: expected float"),

@@ -510,17 +510,26 @@ def test_optimizer_states_are_counted(states: int) -> None:
     assert counted.persistent == (1 + states) * SMALL_PARAMETER_BYTES + always
 
 
-def test_zero1_divides_the_states_of_the_front_s_replicas() -> None:
-    def counted(sharding: str, *ranks: int) -> Memory:
-        recipe = Recipe(sharding=sharding, optimizer_states=2)  # type: ignore[arg-type]
+def test_zero_divides_the_states_of_the_front_s_replicas() -> None:
+    """DeepSpeed keeps a copy of a part's parameters; under stage 2 there is no bucket beside them."""
+
+    def counted(sharding: str, *ranks: int, offload: bool = False) -> Memory:
+        recipe = Recipe(sharding=sharding, optimizer_states=2, offload=offload)  # type: ignore[arg-type]
         plan = replace(small_plan(*ranks), precision="float32", recipe=recipe)
         validate(plan, SMALL)
         return memory(compile_program(plan, SMALL, 4, "train"), 0)
 
-    replicated, sharded, alone = counted("none", 0, 1), counted("zero1", 0, 1), counted("zero1", 0)
-    assert replicated.optimizer == alone.optimizer == SMALL_PARAMETER_BYTES
-    assert sharded.optimizer == SMALL_PARAMETER_BYTES // 2
-    assert (sharded.parameters, sharded.gradients) == (replicated.parameters, replicated.gradients)
+    replicated, alone = counted("none", 0, 1), counted("zero1", 0)
+    assert replicated.optimizer == alone.optimizer == SMALL_PARAMETER_BYTES  # in float32
+    whole = SMALL_PARAMETER_BYTES // 2
+    part = -(-whole // 16) * 8
+    padding = 2 * part - whole
+    for sharding, bucket in (("zero1", whole), ("zero2", 0)):
+        sharded = counted(sharding, 0, 1)
+        assert sharded.parameters == replicated.parameters
+        assert sharded.optimizer == 3 * part + padding
+        assert sharded.gradients == bucket + part
+        assert counted(sharding, 0, 1, offload=True).optimizer < part + padding
 
 
 def test_evaluation_keeps_nothing_for_a_backward() -> None:

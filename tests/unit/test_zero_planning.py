@@ -1,0 +1,120 @@
+"""What sharded optimizer state means for a plan: parts, rounds, messages, memory, time, the planner's choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hybridpar.config import compose
+from hybridpar.errors import MemoryLimitError
+from hybridpar.planner import make_plan, prepare
+from hybridpar.planning.blocks import blocks, positions
+from hybridpar.planning.check import check
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.costs import wire_bytes
+from hybridpar.planning.plan import Plan
+from hybridpar.planning.program import Program
+from hybridpar.planning.zero import part_elements, piece_elements, rounds
+from tests.numerics.test_groups import case
+from tests.numerics.test_sharded_state import SHAPES, sharded
+
+
+def program(plan: Plan) -> Program:
+    made = compile_program(plan, case().traced.chain, 13, "train")
+    check(made)
+    return made
+
+
+def total_wire(plan: Plan) -> int:
+    return sum(wire_bytes(o, plan.replicas) for o in program(plan).operations)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_gradient_lies_in_one_part(name: str) -> None:
+    plan, chain = sharded(name, "zero1"), case().traced.chain
+    for position in positions(replace(plan, replicas=1, world=plan.replica_world)):
+        alone = replace(plan, replicas=1)
+        if position.kind == "tail" or len(position.ranks) == 1:
+            continue
+        own = [b for b in blocks(plan, chain) if b.position == position.index]
+        pieces = [piece_elements(alone, chain, position, b, rank) for b in own for rank in position.ranks]
+        total = sum(p.count for layer in chain.layers[slice(*position.layers)] for p in layer.parameters)
+        assert sum(pieces) == total
+        assert 0 <= part_elements(alone, chain, position) * len(position.ranks) - total < 2 * len(position.ranks)
+
+
+def test_rounds_are_as_many_as_the_rank_with_the_fewest_micro_batches_has() -> None:
+    def of(name: str, sharding: str, samples: int) -> list[int]:
+        plan = sharded(name, sharding)
+        return [rounds(plan, p, samples) for p in positions(plan)]
+
+    assert of("replicated middle", "zero2", 13) == [4, 2, 2, 1]
+    assert of("replicated middle", "zero2", 1) == [1, 1, 1, 1]
+    assert of("replicated middle", "zero1", 13) == [1, 1, 1, 1]
+    assert of("replicas", "zero2", 13) == [1, 1]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 13])
+@pytest.mark.parametrize("clipping", [False, True])
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_program_hangs(name: str, sharding: str, clipping: bool, samples: int) -> None:
+    plan = sharded(name, sharding, clipping=clipping)
+    for replica in range(plan.replicas):
+        check(compile_program(plan, case().traced.chain, samples, "train", replica))
+
+
+@pytest.mark.parametrize("name", ["front", "front and tail", "replicas"])
+def test_stage_one_moves_what_all_reduces_do_and_stage_two_more_with_every_round(name: str) -> None:
+    whole = sharded(name, "none")
+    recipes = {s: replace(whole.recipe, sharding=s) for s in ("none", "zero1", "zero2")}  # type: ignore[arg-type]
+    bytes_of = {s: total_wire(replace(whole, recipe=recipe)) for s, recipe in recipes.items()}
+    ranks, padding = whole.world, 2 * 8 * whole.world
+    assert bytes_of["none"] <= bytes_of["zero1"] <= bytes_of["none"] + len(whole.stages) * padding * ranks
+    many = max(rounds(sharded(name, "zero2"), p, 13) for p in positions(whole))
+    assert (bytes_of["zero2"] > bytes_of["zero1"]) == (many > 1)
+
+
+DEVICE = [
+    "model=small_vgg",
+    "cluster=p100_4x1_40g",
+    "optimizer=adamw",
+    "train.global_batch=32",
+    "plan=data_parallel",
+]
+
+
+def planned(*overrides: str) -> Plan:
+    pinned = ("plan.front.micro_batch=8", "plan.front.recompute=false", "plan.effort=quick")
+    config = compose([*DEVICE, *pinned, *overrides])
+    return make_plan(config, prepare(config)).plan
+
+
+def need(plan: Plan) -> int:
+    assert plan.prediction is not None
+    return max(plan.prediction.memory_bytes)
+
+
+def seconds(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.step_s
+
+
+def test_the_planner_shards_what_does_not_fit_whole() -> None:
+    plans = {sharding: planned(f"optimizer.sharding={sharding}") for sharding in ("none", "zero1", "zero2")}
+    assert need(plans["zero2"]) < need(plans["zero1"]) < need(plans["none"])
+    between = (need(plans["zero1"]) + need(plans["none"])) / 2
+    chosen = planned("optimizer.sharding=auto", f"cluster.device.memory_bytes={between}")
+    assert chosen.recipe.sharding != "none"
+    assert need(chosen) <= between
+    below = (need(plans["zero2"]) + need(plans["zero1"])) / 2
+    with pytest.raises(MemoryLimitError):
+        planned("optimizer.sharding=zero1", f"cluster.device.memory_bytes={below}")
+    assert planned("optimizer.sharding=auto", f"cluster.device.memory_bytes={below}").recipe.sharding == "zero2"
+
+
+def test_offloaded_state_takes_no_memory_of_the_device_but_time() -> None:
+    kept, moved = (planned("optimizer.sharding=zero1", f"optimizer.offload={o}") for o in ("false", "true"))
+    assert need(moved) < need(kept)
+    assert seconds(moved) > seconds(kept)
