@@ -29,8 +29,27 @@ def to_data(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """Return 12 hexadecimal digits that tell values apart by their JSON form."""
-    return hashlib.sha256(json.dumps(to_data(value), sort_keys=True).encode()).hexdigest()[:12]
+    """Return 12 hexadecimal digits that tell values apart by their JSON form.
+
+    Fields that have their default are left out, so that a later version's new field does not change what an
+    earlier one wrote down.
+    """
+    return hashlib.sha256(json.dumps(_told(value), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _told(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: (f, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: _told(own) for name, (field, own) in fields.items() if not _is_default(field, own)}
+    if isinstance(value, tuple | list):
+        return [_told(v) for v in value]
+    return to_data(value)
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value == field.default_factory())
+    return field.default is not dataclasses.MISSING and bool(value == field.default)
 
 
 def from_data(cls: type[T], data: Any, where: str, error: type[HybridparError]) -> T:

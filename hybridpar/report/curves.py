@@ -87,6 +87,7 @@ def memory_figure(run: Run) -> Figure | None:
     axes.bar([r - 0.2 for r in ranks], [b / 2**20 for b in found], 0.4, color=COLOURS[0], label="measured")
     if expected is not None:
         axes.bar([r + 0.2 for r in ranks], [b / 2**20 for b in expected], 0.4, color=LINE, label="predicted")
+    axes.set_ylim(top=1.3 * max(*found, *(expected or ())) / 2**20)  # room for the legend
     _finish(axes)
     return figure
 

@@ -66,6 +66,7 @@ th, td { padding: 0.2rem 0.9rem 0.2rem 0; text-align: right; vertical-align: top
 th { font-weight: 600; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--grid); }
 .text { text-align: left; white-space: normal; min-width: 5.5rem; }
+section { margin-top: 2rem; }
 section + section { margin-top: 2.5rem; border-top: 3px solid var(--line); padding-top: 0.5rem; }
 </style>
 </head>
