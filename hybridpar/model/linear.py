@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 
 class CosineLinear(nn.Module):
-    """The cosines between an embedding (samples, in) and a vector per class: (samples, out), in [-1, 1].
+    """The cosines between an embedding (samples, ..., in) and a vector per class: (samples, ..., out), in [-1, 1].
 
     The head of recognition models that margin losses are for. A tail shards it by its classes, never by features,
     over all of which it normalises. Neither has a length below 1e-12, as for ``F.normalize``.
@@ -36,8 +36,8 @@ class CosineLinear(nn.Module):
         nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give the cosines, (samples, out), of (samples, in)."""
-        return F.linear(F.normalize(x), F.normalize(self.weight))
+        """Give the cosines, (samples, ..., out), of (samples, ..., in)."""
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight))
 
     def extra_repr(self) -> str:
         """Show the sizes."""
@@ -114,9 +114,9 @@ class GatheringCosine(GatheringLinear):
         super().__init__(weight, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give the cosines, (samples, out), of (samples, in)."""
-        y: torch.Tensor = _Cosines.apply(x, self.weight, self)
-        return y
+        """Give the cosines, (samples, ..., out), of (samples, ..., in)."""
+        rows: torch.Tensor = _Cosines.apply(x.flatten(0, -2), self.weight, self)
+        return rows.view(*x.shape[:-1], -1)
 
     def gather_cosines(self, gradient: torch.Tensor, unit: torch.Tensor, cosines: torch.Tensor) -> None:
         """Add the weight's gradient, given the output's, the unit embeddings and the output."""

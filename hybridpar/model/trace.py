@@ -93,7 +93,7 @@ def trace(
         in_dtype = floating if described else dtype
         ends = autocast is not None and piece is pieces[-1]
         stands = autocast is not None or isinstance(part, CosineLinear)
-        run = _as_run(part, shape) if stands else part
+        run = _as_run(part) if stands else part
         footprint = measure(run, shape, entering, differentiable, floating, piece.name, lowered, ends=ends)
         differentiable, entering = footprint.differentiable, footprint.dtype
         check_kinds(part, piece.name)
@@ -106,20 +106,20 @@ def trace(
     return Traced(chain, tuple(parts), tuple(names))
 
 
-def _as_run(part: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
+def _as_run(part: nn.Module) -> nn.Module:
     """Return what stands for a layer in a run; it keeps less under autocast."""
-    if not _is_linear(part, in_shape):
+    if not _is_linear(part):
         return part
     return gathering(part, part.weight, part.bias if isinstance(part, nn.Linear) else None)
 
 
-def _is_linear(part: nn.Module, in_shape: tuple[int, ...]) -> TypeGuard[nn.Linear | CosineLinear]:
-    """Whether a layer is a single linear map over the last dim, or a normalised one over the only one."""
-    return type(part) is nn.Linear or (type(part) is CosineLinear and len(in_shape) == 1)
+def _is_linear(part: nn.Module) -> TypeGuard[nn.Linear | CosineLinear]:
+    """Whether a layer is a single linear map over the last dim, normalised or not."""
+    return type(part) in {nn.Linear, CosineLinear}
 
 
-def _linear(part: nn.Module, in_shape: tuple[int, ...]) -> Linear | None:
-    if not _is_linear(part, in_shape):
+def _linear(part: nn.Module) -> Linear | None:
+    if not _is_linear(part):
         return None
     normalized = isinstance(part, CosineLinear)
     return Linear(part.in_features, part.out_features, not normalized and part.bias is not None, normalized)
@@ -268,7 +268,7 @@ def _describe(
         saves_input=footprint.saves_input,
         saves_output=footprint.saves_output,
         aliases_input=footprint.aliases_input,
-        linear=_linear(part, in_shape),
+        linear=_linear(part),
         channelwise=_is_channelwise(part, nodes, in_shape, footprint.out_shape),
         pointwise=_is_pointwise(part, nodes),
         random="unkeyed" if footprint.draws else "keyed" if keyed else "none",

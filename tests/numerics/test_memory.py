@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from hybridpar.model.deferred import defer
+from hybridpar.model.trace import trace
+from hybridpar.planning.blocks import Modes
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import Memory, memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
@@ -19,9 +22,10 @@ from hybridpar.sections import LossScale
 from scripts.bench.accuracy.live import LiveBytes
 from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
 from tests.support.parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
+from tests.support.plans import make_plan
 from tests.support.rendezvous import Endpoint, run_strictly
 from tests.support.threads import run_ranks
-from tests.support.training import Case, make_case, make_executor
+from tests.support.training import Case, make_case, make_executor, small_gpt
 
 
 def shapes() -> list[tuple[str, tuple[Stage, ...], int]]:
@@ -123,6 +127,24 @@ def test_live_bytes_are_exact(degrees: tuple[int, int, int], placement: str, nor
     stages = [replace(s, recompute=s.kind == "front" and number % 4 == 1) for s in stages]
     plan = plan_of(*stages, bucket_bytes=(1, 2000)[number % 2])
     plan = replace(plan, recipe=Recipe(norm is not None, optimizer_states=1, scaling=scaling is not None))
+    _assert_live_bytes(case, plan)
+
+
+@pytest.mark.parametrize("ways", [("column",), ("row",)], ids="-".join)
+def test_live_bytes_with_labels_per_token_are_exact(ways: Modes) -> None:
+    """Embedding and a block, the other block and a norm, and a sharded head over (samples, tokens, features)."""
+    source = defer(small_gpt)
+    case = Case(source, trace(source.module, (5,), "gpt", "int"), 2, (13, 13))
+    stages = (
+        Stage("front", 2, (Segment((0, 2), (0, 1)),)),
+        Stage("middle", 3, (Segment((2, 4), (1,)),)),
+        Stage("tail", 5, (Segment((4, 5), (1, 2, 0), (2.0, 1.0, 1.0)),), ways),
+    )
+    plan = make_plan(case.traced.chain, *stages, world=3, recipe=Recipe(optimizer_states=1))
+    _assert_live_bytes(case, plan)
+
+
+def _assert_live_bytes(case: Case, plan: Plan) -> None:
     program = compile_program(plan, case.traced.chain, 13, "train")
 
     def body(rank: int, endpoint: Endpoint) -> list[int]:

@@ -15,12 +15,14 @@ from hybridpar.data.samples import MapSamples
 from hybridpar.data.spec import DataSpec
 from hybridpar.errors import DataError
 from hybridpar.model.deferred import defer
+from hybridpar.model.linear import CosineLinear
 from hybridpar.model.trace import trace
-from hybridpar.models.gpt import Block, gpt
+from hybridpar.models.gpt import Block
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Recipe, Segment, Stage
 from hybridpar.runtime.cross_entropy import CrossEntropy
+from hybridpar.runtime.margin import CosFace
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import OwnMetric, OwnMetrics
 from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
@@ -28,25 +30,25 @@ from tests.support.parity import assert_same
 from tests.support.plans import make_plan
 from tests.support.rendezvous import run_strictly
 from tests.support.threads import run_ranks
-from tests.support.training import Case, make_executor, run_step, train_single, whole_model
+from tests.support.training import (
+    Case,
+    make_executor,
+    per_token,
+    run_step,
+    small_gpt,
+    train_single,
+    whole_model,
+)
 
 TOKENS, CLASSES, WIDTH, BATCH, STEPS = 5, 11, 8, 9, 4
 WEIGHTS = tuple(0.5 + 0.25 * c for c in range(CLASSES))
 IGNORED = -100
 
 
-def language_model():
-    return gpt(classes=CLASSES, in_shape=(TOKENS,), width=WIDTH, blocks=2, heads=2, dropout=0.3)
-
-
 @cache
 def small():
-    source = defer(language_model)
+    source = defer(small_gpt)
     return source, trace(source.module, (TOKENS,), "gpt", "int")
-
-
-def per_token(criterion, logits, labels):
-    return criterion(logits.flatten(0, 1), labels.flatten())
 
 
 def case_with(loss, criterion, samples=(BATCH,) * STEPS):
@@ -202,6 +204,26 @@ def test_a_model_that_is_all_tail_reads_features_of_tokens():
     case = Case(source, made, 3, (BATCH,) * 3, criterion=partial(per_token, F.cross_entropy))
     stage = Stage("tail", 4, (Segment((0, 3), (1, 0), (2.0, 1.0)),), ("row", "column"))
     assert_same(plan_of(stage, chain=made.chain), case, train_single(case))
+
+
+def cosines():
+    return nn.Sequential(nn.Embedding(CLASSES, WIDTH), Block(WIDTH, 2, 0.2), CosineLinear(WIDTH, CLASSES))
+
+
+def cosface(logits, labels):
+    return F.cross_entropy((logits - F.one_hot(labels, CLASSES).double() * 0.3) * 8, labels)
+
+
+def test_a_margin_on_cosines_of_every_token():
+    source = defer(cosines)
+    made = trace(source.module, (TOKENS,), "cosines", "int")
+    loss = CrossEntropy(margin=CosFace(8.0, 0.3))
+    case = Case(source, made, 3, (BATCH,) * 3, loss=loss, criterion=partial(per_token, cosface))
+    start = made.chain.tail_start
+    assert start == len(made.chain.layers) - 1
+    stages = front(start, (1, 0)), Stage("tail", 4, (Segment((start, start + 1), (0, 1, 2)),), ("column",))
+    assert_same(plan_of(*stages, chain=made.chain), case, train_single(case))
+    assert_execution_is_the_program(stages, case)
 
 
 def test_features_lie_where_layers_have_them():

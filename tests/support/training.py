@@ -12,6 +12,7 @@ from torch import nn
 from hybridpar.model.deferred import Source, defer
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.trace import Traced, trace
+from hybridpar.models.gpt import gpt
 from hybridpar.planning.blocks import blocks, positions
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
@@ -79,6 +80,18 @@ def small_vgg(dropout: float = 0.0, classes: int = 7) -> nn.Module:
         nn.Dropout(dropout),
         nn.Linear(9, classes),
     )
+
+
+def small_gpt() -> nn.Module:
+    """Two blocks over 5 tokens of 11 kinds, with logits for each of them, and dropout."""
+    return gpt(classes=11, in_shape=(5,), width=8, blocks=2, heads=2, dropout=0.3)
+
+
+def per_token(
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Call a criterion with one row of logits per label."""
+    return criterion(logits.flatten(0, 1), labels.flatten())
 
 
 def make_case(
