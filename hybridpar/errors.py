@@ -11,7 +11,8 @@
     |   `-- MemoryLimitError    a plan needs more memory than a device has
     |-- ProgramError            a program would hang, or its actions do not fit together
     |-- DataError               a data set is missing or malformed
-    |-- CheckpointError         a checkpoint is missing, damaged, foreign, or cannot be written
+    |-- CheckpointError         a checkpoint is missing, foreign, or cannot be written
+    |   `-- DamageError         a checkpoint is damaged
     |-- RecordError             a run's folder lacks a record, or a record is malformed (the field is named)
     |-- DivergenceError         the training left the finite numbers
     |-- StuckError              a rank did not come to a communication in time
@@ -58,7 +59,11 @@ class DataError(HybridparError):
 
 
 class CheckpointError(HybridparError):
-    """A checkpoint is missing, damaged, foreign, or cannot be written."""
+    """A checkpoint is missing, foreign, or cannot be written."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint is damaged."""
 
 
 class RecordError(HybridparError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridpar.errors import CheckpointError
+from hybridpar.errors import CheckpointError, DamageError
 from hybridpar.runtime.early_stop import Patience
 from hybridpar.runtime.judge import Judge
 from hybridpar.schema import read_json, to_data
@@ -86,7 +86,7 @@ class Manifest:
         """Read a checkpoint's manifest. Raises CheckpointError for what is missing, malformed or too new."""
         if not (folder / MANIFEST).is_file():
             raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}; give the folder of one")
-        manifest = read_json(Manifest, folder / MANIFEST, CheckpointError)
+        manifest = read_json(Manifest, folder / MANIFEST, DamageError)
         if manifest.version != VERSION:
             raise CheckpointError(
                 f"{folder} has version {manifest.version}, but this hybridpar reads {VERSION}; use the hybridpar "

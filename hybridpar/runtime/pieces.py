@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from hybridpar.errors import CheckpointError
+from hybridpar.errors import CheckpointError, DamageError
 from hybridpar.schema import read_json, to_data
 
 DTYPES = {
@@ -159,7 +159,7 @@ class Stored:
         """By name: dtype, full shape and slices."""
         self._where: dict[MetadataIndex, tuple[Path, Chunk]] = {}
         for rank in range(ranks):
-            index = read_json(Index, folder / f"rank-{rank}.json", CheckpointError)
+            index = read_json(Index, folder / f"rank-{rank}.json", DamageError)
             if not _DATA.fullmatch(index.data):
                 self._refuse(f"rank-{rank}.json names the file {index.data!r}, which is none of a checkpoint's")
             path = folder / index.data
@@ -242,7 +242,7 @@ class Stored:
                 file.seek(chunk.start)
                 file.readinto(content)
         except OSError as e:
-            raise CheckpointError(f"cannot read {path}: {e.strerror}; use another checkpoint") from e
+            raise DamageError(f"cannot read {path}: {e.strerror}; use another checkpoint") from e
         if zlib.crc32(content) != chunk.crc32:
             self._refuse(f"the bytes of {chunk.name} in {path.name} are not those that were written")
         if not content:
@@ -250,4 +250,4 @@ class Stored:
         return torch.frombuffer(content, dtype=DTYPES[chunk.dtype]).reshape(chunk.sizes)
 
     def _refuse(self, what: str) -> Any:
-        raise CheckpointError(f"the checkpoint {self.folder} is damaged: {what}; use another one")
+        raise DamageError(f"the checkpoint {self.folder} is damaged: {what}; use another one")

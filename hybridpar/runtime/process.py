@@ -31,7 +31,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 PLANNING_TIMEOUT = timedelta(hours=2)
 """For rank 0 to measure a profile and to plan, while the others wait."""
-_SAVING_TIMEOUT = timedelta(minutes=30)
+SAVING_TIMEOUT = timedelta(minutes=30)
 """Ranks may take longer to write a checkpoint than to communicate."""
 _FAREWELL_S = 5.0
 """A rank 0 that ends with an error waits so long for the others to hear of it, since it may host the store."""
@@ -179,7 +179,7 @@ class Process:
         result, self.groups = create_communicators(plan, self.rank, backend, self.timeout)
         _warm_up(plan, self.rank, self.groups, self.device)
         if checkpoints and self.world > 1:
-            everyone: Any = dist.new_group(timeout=_SAVING_TIMEOUT, backend="gloo")
+            everyone: Any = dist.new_group(timeout=SAVING_TIMEOUT, backend="gloo")
             everyone.allreduce([torch.zeros(1)]).wait()
             self.groups["checkpoint"] = everyone
         return result
@@ -241,11 +241,11 @@ class Process:
         """
         with contextlib.suppress(RuntimeError):
             self._store.set(f"reported/{self.rank}", "")
-            if _is_timeout(error):
+            if is_timeout(error):
                 self._store.set("timed out", "")
                 missing = self._missing()
                 names = [f"rank {r} ({self._store.get(f'at/{r}').decode()})" for r in missing]
-                return StuckError(_stuck(error, names, self.timeout.total_seconds()))
+                return StuckError(_stuck(error, names, _limit(error, self.timeout)))
             closed = isinstance(error, RuntimeError) and "connection" in str(error).lower()
             if closed and self._appears("timed out", _CLOSING_S):
                 self._appears("failed", 2 * _REPORT_S)
@@ -279,15 +279,28 @@ class Process:
             dist.destroy_process_group()
 
 
-def _is_timeout(error: BaseException) -> bool:
+def is_timeout(error: BaseException) -> bool:
     """Whether a communication took too long; backends tell by their text only."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
 
 
-def _stuck(error: BaseException, missing: Sequence[str], timeout_s: float) -> str:
+def _limit(error: BaseException, timeout: timedelta) -> float | None:
+    """Return the seconds of ``train.timeout_s`` if it was this limit that was passed, None for another one.
+
+    The store, through which ranks plan and read data sets, has a longer one of its own.
+    """
+    return None if isinstance(error, dist.DistStoreError) else timeout.total_seconds()
+
+
+def _stuck(error: BaseException, missing: Sequence[str], timeout_s: float | None) -> str:
     """Say what waited, for whom (the missing ranks and where they run), and what to do."""
     what = f"{str(error).splitlines()[0]}; "
+    if timeout_s is None:
+        return (
+            f"{what}the ranks wait {PLANNING_TIMEOUT} at most for each other to plan and to read their data; see "
+            f"what {', '.join(missing) or 'rank 0'} does (py-spy dump --pid)"
+        )
     if not missing:
         return (
             f"{what}every rank waited for another for {timeout_s:g} s: look at the network between the hosts "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from hybridpar.config import Config
 from hybridpar.data.sampler import Order
-from hybridpar.errors import CheckpointError
+from hybridpar.errors import CheckpointError, DamageError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
@@ -38,7 +40,8 @@ class Resume:
 
     def restore(self, job: Job) -> None:
         """Bring a job to where the checkpoint was made. Raises CheckpointError for what is damaged or foreign."""
-        job.state.restore(Stored(self.folder, self.manifest.ranks), same_plan=self.same_plan)
+        with _telling_of_others(self.folder):
+            job.state.restore(Stored(self.folder, self.manifest.ranks), same_plan=self.same_plan)
         job.go_on(self.position.step, self.position.samples)
 
 
@@ -57,6 +60,20 @@ def chosen(config: Config, *, restarted: bool = False) -> Path | None:
     return folders.find(Path(config.resume).expanduser())
 
 
+@contextlib.contextmanager
+def _telling_of_others(folder: Path) -> Iterator[None]:
+    """Let an error of a checkpoint that cannot be read tell from which one before it the run can go on."""
+    try:
+        yield
+    except DamageError as e:
+        before = [other for other in folders.complete(folder.parent) if other < folder]
+        if not before:
+            raise
+        raise DamageError(
+            f"{e}; the one before it is {before[-1].name}: remove {folder}, and resume=auto goes on from there"
+        ) from e
+
+
 def former_plan(config: Config, chain: str, *, restarted: bool = False) -> Plan | None:
     """Return the plan that a continued run had, for any number of ranks; None where there is none for ``chain``.
 
@@ -65,8 +82,9 @@ def former_plan(config: Config, chain: str, *, restarted: bool = False) -> Plan 
     folder = chosen(config, restarted=restarted)
     if folder is None or config.run.dir is None or folder.parent != _home(config):
         return None
-    manifest = Manifest.load(folder)
-    plan = _plan(manifest, folder)
+    with _telling_of_others(folder):
+        manifest = Manifest.load(folder)
+        plan = _plan(manifest, folder)
     return plan if plan.chain == chain else None
 
 
@@ -81,8 +99,9 @@ def opened(
     folder = chosen(config, restarted=restarted)
     if folder is None:
         return None
-    manifest = Manifest.load(folder)
-    Stored(folder, manifest.ranks)
+    with _telling_of_others(folder):
+        manifest = Manifest.load(folder)
+        Stored(folder, manifest.ranks)
     for name, key in _KEYS.items():
         ours, theirs = getattr(subject, name), getattr(manifest.subject, name)
         if ours != theirs:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hybridpar.errors import CheckpointError
+from hybridpar.errors import CheckpointError, StuckError
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest
 from hybridpar.runtime.pieces import Piece, write
+from hybridpar.runtime.process import SAVING_TIMEOUT, is_timeout
 from hybridpar.sections import CheckpointConfig
 
 
@@ -102,7 +103,16 @@ class Saver:
         """Return, once all ranks have come here, whether none has failed."""
         flag = torch.tensor([int(failed)])
         if self._group is not None:
-            self._group.allreduce([flag]).wait()
+            try:
+                self._group.allreduce([flag]).wait()
+            except RuntimeError as e:
+                if not is_timeout(e):
+                    raise
+                raise StuckError(
+                    f"a rank has not written its part of a checkpoint to {self._home} within {SAVING_TIMEOUT}; "
+                    "look at the file system on every node, and continue with resume=auto from "
+                    f"{self._last_good()}"
+                ) from e
         return not flag.item()
 
     def _error(self, failure: OSError | CheckpointError | None, folder: Path) -> CheckpointError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ class State:
 
     Names: ``parameter/NAME``; ``average/NAME`` for the moving average of one that is trained;
     ``optimizer/KEY/NAME`` for the optimizer's tensor KEY of a parameter;
-    ``buffer/I/NAME`` for the buffer of the I-th of the ranks that hold it (batch norms differ between them);
+    ``buffer/I/NAME`` for the buffer of the I-th of the ranks that hold it (batch norms differ between them), of
+    which ``buffer/I.P/NAME`` is that of position P where another one before it has the same buffer, too;
     ``compression/RANK/WHAT/NAME`` for what a rank's compressed sums of a gradient go on from;
     ``generator/RANK/KIND`` of ``runtime.randomness``; ``scaler`` for the scale of the loss, the same on all ranks.
     A parameter that several ranks hold is written by the first of them. Of a tied parameter there is one, by its
@@ -87,9 +88,10 @@ class State:
                 result |= self._whole[index].pieces(written, first=first)
             if index in self._sharded:
                 result |= self._sharded[index].pieces(owned)
-        for name, (buffer, *_) in self._buffers().items():
-            if self._first_of_copy(name):
-                result[f"{BUFFER}{self._copy(name)}/{name}"] = Piece.whole(buffer)
+        for position in self._positions:
+            for name, (buffer, *_) in self._buffers(position).items():
+                if not position.sharded or position.ranks[0] == self._place:  # a tail's shards all hold the same
+                    result[self._saved_as(position, name)] = Piece.whole(buffer)
         result |= self._compressed()
         for kind, generator in randomness.states(self._device).items():
             result[f"{GENERATOR}{self._rank}/{kind}"] = Piece.whole(generator)
@@ -115,10 +117,7 @@ class State:
                 self._whole[index].restore(stored, owned)
             if index in self._sharded:
                 self._sharded[index].restore(stored, owned)
-        for name, buffers in self._buffers().items():
-            value = self._saved_buffer(stored, name, same_plan=same_plan)
-            for buffer in buffers:
-                buffer.data.copy_(value.view_as(buffer))
+            self._restore_buffers(position, stored, same_plan=same_plan)
         if self._average is not None and averaged:
             self._average.go_on()
         if self._scaler is not None and SCALER in stored.tensors:
@@ -131,10 +130,11 @@ class State:
         kept = (entry for compressor in self._compressors.values() for entry in compressor.kept())
         return {f"{COMPRESSION}{self._rank}/{what}/{o.name}": Piece.whole(tensor) for what, o, tensor in kept}
 
-    def _saved_buffer(self, stored: Stored, name: str, *, same_plan: bool) -> torch.Tensor:
-        if same_plan:
-            return stored.read(f"{BUFFER}{self._copy(name)}/{name}")
-        return mean_buffer(stored, name)
+    def _restore_buffers(self, position: Position, stored: Stored, *, same_plan: bool) -> None:
+        for name, buffers in self._buffers(position).items():
+            value = stored.read(self._saved_as(position, name)) if same_plan else mean_buffer(stored, name)
+            for buffer in buffers:
+                buffer.data.copy_(value.view_as(buffer))
 
     def _owned(self, position: Position) -> list[Owned]:
         return [o for b in self._blocks.values() if b.block.position == position.index for o in b.owned]
@@ -153,40 +153,24 @@ class State:
         values = {} if self._average is None else self._average.values
         return {AVERAGE + o.name: self._piece(o, values[o.tensor]) for o in owned if o.tensor in values}
 
-    def _holders(self) -> Iterator[tuple[Position, int, nn.Module]]:
-        for position in self._positions:
-            for modules in self._blocks.values():
-                if modules.block.position == position.index:
-                    for index, layer in zip(range(*modules.block.layers), modules.layers, strict=False):
-                        yield position, index, layer
-
-    def _buffers(self) -> dict[str, list[torch.Tensor]]:
-        """Return this rank's buffers by their full names; a shared one may have several tensors here."""
+    def _buffers(self, position: Position) -> dict[str, list[torch.Tensor]]:
+        """Return a position's buffers by their full names; a shared one may have several tensors here."""
         result: dict[str, list[torch.Tensor]] = {}
-        for _, index, layer in self._holders():
-            names = self._traced.names[index]
-            for local, buffer in layer.named_buffers():
-                result.setdefault(names[local], []).append(buffer)
+        for modules in self._blocks.values():
+            if modules.block.position == position.index:
+                for index, layer in zip(range(*modules.block.layers), modules.layers, strict=False):
+                    for local, buffer in layer.named_buffers():
+                        result.setdefault(self._traced.names[index][local], []).append(buffer)
         return result
 
-    def _position_of(self, buffer: str) -> Position:
-        return next(
-            position
-            for position, index, layer in self._holders()
-            if buffer in {self._traced.names[index][local] for local, _ in layer.named_buffers()}
-        )
-
-    def _copy(self, buffer: str) -> int:
-        """Return which of those who hold a buffer this rank is."""
-        position = self._position_of(buffer)
-        if position.sharded:
-            return self._replica
-        return self._replica * len(position.ranks) + position.ranks.index(self._place)
-
-    def _first_of_copy(self, buffer: str) -> bool:
-        """Whether this rank writes a buffer: the shards of a tail all hold the same one."""
-        position = self._position_of(buffer)
-        return not position.sharded or position.ranks[0] == self._place
+    def _saved_as(self, position: Position, buffer: str) -> str:
+        """Return the name of this rank's own: which of those who hold it, and after the first position where."""
+        copy = self._replica
+        if not position.sharded:
+            copy = self._replica * len(position.ranks) + position.ranks.index(self._place)
+        first = next(i for i, names in enumerate(self._traced.names) if buffer in names.values())
+        start, stop = position.layers
+        return f"{BUFFER}{copy}{'' if start <= first < stop else f'.{position.index}'}/{buffer}"
 
     def _restore_generators(self, stored: Stored) -> None:
         for kind in randomness.states(self._device):

@@ -26,12 +26,12 @@ from hybridpar.planning.program import Mode
 from hybridpar.report.basis import Basis
 from hybridpar.report.summary import Summary
 from hybridpar.runtime import manifest as folders
-from hybridpar.runtime import resume, zero
+from hybridpar.runtime import resume
 from hybridpar.runtime.boards import open_boards
 from hybridpar.runtime.callback import Callback, Callbacks, make_callbacks
 from hybridpar.runtime.checks import check
 from hybridpar.runtime.communicators import ProcessGroups
-from hybridpar.runtime.cross_entropy import make_loss
+from hybridpar.runtime.configured import make_job
 from hybridpar.runtime.early_stop import early_stop
 from hybridpar.runtime.feed import Elsewhere
 from hybridpar.runtime.job import Job, checked_program
@@ -41,7 +41,7 @@ from hybridpar.runtime.keeper import Keeper
 from hybridpar.runtime.log import Log, summarise
 from hybridpar.runtime.loop import Loop
 from hybridpar.runtime.manifest import Position, Subject
-from hybridpar.runtime.optimizer import make_factory, make_rate
+from hybridpar.runtime.optimizer import make_rate
 from hybridpar.runtime.own_metric import make_metrics
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.resume import Resume
@@ -236,24 +236,17 @@ class _Training:
         return from_data(Summary, summary, "summary", ConfigError)
 
     def _make_job(self, traced: Traced, source: Source, communicators: ProcessGroups) -> Job:
-        settings, factory = self.config.optimizer, make_factory(self.config.optimizer)
-        return Job(
+        config = self.config
+        return make_job(
+            config,
             self.plan,
             traced,
             source,
-            factory,
+            self.process,
             communicators,
-            rank=self.process.rank,
-            seed=self.config.train.seed,
-            device=self.process.device,
-            max_norm=settings.clip,
-            rate=self.rate,
-            engines=zero.make_engines(self.process, factory, self.plan.recipe),
-            loss=make_loss(self.config.loss, self.chain.classes),
-            groups=settings.parameter_groups,
-            metrics=make_metrics(self.config.metrics),
-            decay=self.config.train.ema,
-            scaling=self.config.train.scaling,
+            self.rate,
+            metrics=make_metrics(config.metrics),
+            decay=config.train.ema,
         )
 
     def _start_timekeeper(

@@ -21,12 +21,12 @@ from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Program
 from hybridpar.report.verification import Verification
-from hybridpar.runtime import zero
 from hybridpar.runtime.checks import check_fits
+from hybridpar.runtime.configured import make_job
 from hybridpar.runtime.cross_entropy import make_loss, torch_loss
 from hybridpar.runtime.feed import Elsewhere, Feed
 from hybridpar.runtime.groups import check_groups
-from hybridpar.runtime.job import DTYPES, Job, checked_program
+from hybridpar.runtime.job import DTYPES, checked_program
 from hybridpar.runtime.loss import check_mixes
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Process
@@ -138,37 +138,20 @@ def _verifier(
     order: Order,
 ) -> tuple[Verifier, tuple[str, ...]]:
     """Return the verifier of this rank, and what it does not compare."""
-    settings, factory = config.optimizer, make_factory(config.optimizer)
+    settings = config.optimizer
     total = order.total(config.train.steps, config.train.epochs)
     rate = make_rate(settings.lr, settings.schedule, total)
-    communicators = process.connect(plan)
-    seed, device = config.train.seed, process.device
-    job = Job(
-        plan,
-        traced,
-        source,
-        factory,
-        communicators,
-        rank=process.rank,
-        seed=seed,
-        device=device,
-        max_norm=settings.clip,
-        rate=rate,
-        engines=zero.make_engines(process, factory, plan.recipe),
-        loss=make_loss(config.loss, traced.chain.classes),
-        groups=settings.parameter_groups,
-        scaling=config.train.scaling,
-    )
+    job = make_job(config, plan, traced, source, process, process.connect(plan), rate)
     reference = None
     if process.rank == 0:
         reference = Reference(
             traced,
             source,
-            factory,
+            make_factory(settings),
             programs,
-            seed=seed,
+            seed=config.train.seed,
             dtype=DTYPES[plan.precision],
-            device=device,
+            device=process.device,
             max_norm=settings.clip,
             rate=rate,
             criterion=torch_loss(config.loss, traced.chain.classes),

@@ -160,6 +160,36 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
     assert single == pytest.approx(expected[0][0], rel=1e-10)
 
 
+class Shared(nn.Module):
+    """Two stages that have one batch norm, of buffers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(6, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x))
+        return self.head(torch.relu(self.norm(self.second(x))))  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_two_stages_have_is_saved_for_each(tmp_path: Path) -> None:
+    """It was written twice under one name, and no such checkpoint could be read."""
+    source = defer(Shared)
+    case = Case(source, trace(source.module, (6,), "shared"), 4, (12, 12, 12, 8))
+    plan = plan_of(case, "pipeline")
+    expected = trained(case, plan, tmp_path, "sgd")
+    names = {n for n in Stored(tmp_path, 2).tensors if n.endswith("running_mean")}
+    assert names == {"buffer/0/norm.running_mean", "buffer/0.1/norm.running_mean"}
+    for (losses, held), (again, found, _) in zip(
+        expected, resumed(case, plan, tmp_path, 2, "sgd", same_plan=True), strict=True
+    ):
+        assert losses == again
+        assert all(torch.equal(value, found[name]) for name, value in held.items())
+    ((single, _, _),) = resumed(case, plan_of(case, "alone"), tmp_path, 2, "sgd", same_plan=False)
+    assert len(single) == 2
+
+
 # Whole trainings, in this process
 
 
@@ -230,6 +260,21 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, override: s
     with pytest.raises(CheckpointError, match=said):
         train_here(tmp_path / "second", *saving, override, f"resume={origin}")
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other bytes", "no manifest"])
+def test_a_damaged_checkpoint_is_told_with_the_one_before_it(tmp_path: Path, damage: str) -> None:
+    """Whether it is noticed when it is looked for, or when it is read; and as told, the run goes on."""
+    train_here(tmp_path, *SAVING, "train.epochs=1")
+    *_, before, latest = folders.complete(tmp_path / "checkpoints")
+    file = latest / ("checkpoint.json" if damage == "no manifest" else "rank-0.bin")
+    content = file.read_bytes()
+    file.write_bytes(content[:20] if damage != "other bytes" else bytes(b ^ 1 for b in content))
+    said = rf"{latest.name}.*; the one before it is {before.name}: remove {latest}, and resume=auto goes on"
+    with pytest.raises(CheckpointError, match=said):
+        train_here(tmp_path, *SAVING, "resume=auto")
+    latest.rename(tmp_path / "removed")
+    assert train_here(tmp_path, *SAVING, "resume=auto").steps == 10
 
 
 def test_the_latest_and_the_best_stay(tmp_path: Path) -> None:

@@ -8,12 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch.distributed as dist
 
+from hybridpar.errors import StuckError
 from hybridpar.runtime.executor import ActionError
-from hybridpar.runtime.process import _is_timeout, _stuck
+from hybridpar.runtime.process import _limit, _stuck, is_timeout
+from hybridpar.runtime.saver import Saver
+from hybridpar.sections import CheckpointConfig
 from tests.support.runs import ROOT, WORKER
 
 TIMEOUT_S = 4
@@ -54,10 +60,35 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, shape: str, rank: int, how: 
     assert "raise train.timeout_s" in told
 
 
+def test_other_limits_are_not_told_as_that_of_a_communication(tmp_path: Path) -> None:
+    """Those of the store, through which ranks plan, and of a save were once told as ``train.timeout_s``."""
+    waiting = dist.DistStoreError("wait timeout after 7200000ms, keys: /shared/3")
+    assert is_timeout(waiting)
+    assert _limit(waiting, timedelta(seconds=4)) is None
+    assert _limit(RuntimeError("Timed out waiting 4000ms"), timedelta(seconds=4)) == 4
+    told = _stuck(waiting, ["rank 2 (process 7 on host)"], None)
+    assert "the ranks wait 2:00:00 at most for each other to plan" in told
+    assert "see what rank 2 (process 7 on host) does" in told
+    assert "timeout_s" not in told
+
+    class Late:
+        def allreduce(self, _: object) -> Late:
+            return self
+
+        def wait(self) -> None:
+            raise RuntimeError("Timed out waiting 1800000ms for send operation to complete")
+
+    saver = Saver(tmp_path, CheckpointConfig(every=1), 0, cast("dist.ProcessGroup", Late()))
+    with pytest.raises(
+        StuckError, match=r"has not written its part of a checkpoint to .* within 0:30:00; look at"
+    ):
+        saver._agree(failed=False)
+
+
 def test_what_is_no_timeout_is_not_taken_for_one() -> None:
-    assert _is_timeout(ActionError("rank 0 failed in 'wait send': Timed out waiting 4000ms for send operation"))
-    assert not _is_timeout(ActionError("rank 0 failed in 'wait send': Connection closed by peer"))
-    assert not _is_timeout(ValueError("timeout"))
+    assert is_timeout(ActionError("rank 0 failed in 'wait send': Timed out waiting 4000ms for send operation"))
+    assert not is_timeout(ActionError("rank 0 failed in 'wait send': Connection closed by peer"))
+    assert not is_timeout(ValueError("timeout"))
 
 
 def test_without_a_stuck_rank_the_network_is_suspected() -> None:
