@@ -21,7 +21,7 @@ from torch import nn
 
 from hybridpar.cluster.describe import local
 from hybridpar.cluster.topology import Cluster
-from hybridpar.model.chain import Autocast
+from hybridpar.model.chain import Autocast, MemoryFormat
 from hybridpar.model.deferred import Source, ready
 from hybridpar.model.inputs import Kinds, Shapes, all_shapes
 from hybridpar.model.linear import CosineLinear
@@ -82,6 +82,7 @@ def plan(
     input_dtype: Kinds = "float",
     layers: Naming | None = None,
     autocast: Autocast | None = None,
+    memory_format: MemoryFormat | None = None,
 ) -> Plan:
     """Plan the training of a model; under torchrun rank 0 plans and all ranks get its plan.
 
@@ -102,6 +103,7 @@ def plan(
             of (name, module) that run one after the other. A method ``hybridpar_layers`` of the model does too.
         autocast: ``bfloat16`` or ``float16``, in which layers compute with parameters in float32. The latter needs
             ``Recipe(scaling=True)``, and ``scaling=LossScale()`` in :func:`wrap`, for gradients that are small.
+        memory_format: ``channels_last``: images, and the weights that make them, lie so in memory.
 
     Raises:
         ModelError: the model cannot be traced.
@@ -109,7 +111,7 @@ def plan(
         LaunchError: the plan is for another number of ranks than the job has.
 
     """
-    traced, place = _traced(model, in_shape, input_dtype, layers, autocast), process()
+    traced, place = _traced(model, in_shape, input_dtype, layers, autocast, memory_format), process()
     validate_recipe(recipe or Recipe(), precision)
     request = Request(
         global_batch,
@@ -139,6 +141,7 @@ def wrap(
     input_dtype: Kinds = "float",
     layers: Naming | None = None,
     autocast: Autocast | None = None,
+    memory_format: MemoryFormat | None = None,
     seed: int = 0,
     max_norm: float | None = None,
     rate: Callable[[int], float] | None = None,
@@ -160,6 +163,7 @@ def wrap(
         input_dtype: as for :func:`plan`, where the model was not planned in this process.
         layers: likewise.
         autocast: likewise.
+        memory_format: likewise.
         seed: of dropout.
         max_norm: clips the gradients by their global norm; the plan's recipe must say so.
         rate: learning rate by step; default: the optimizer's own.
@@ -177,7 +181,7 @@ def wrap(
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
     """
     place = process()
-    traced = _traced(model, in_shape, input_dtype, layers, autocast)
+    traced = _traced(model, in_shape, input_dtype, layers, autocast, memory_format)
     return Job(
         plan,
         traced,
@@ -207,15 +211,17 @@ def _traced(
     input_dtype: Kinds,
     layers: Naming | None,
     autocast: Autocast | None,
+    memory_format: MemoryFormat | None,
 ) -> Traced:
     """Trace a model once; later calls for it may leave out the shape and what else they know of it."""
     if id(model) in _known:
         chain = _known[id(model)][1].chain
-        if in_shape is None or (all_shapes(in_shape), autocast) == (chain.in_shapes, chain.autocast):
+        wanted = in_shape and all_shapes(in_shape), autocast, memory_format
+        if in_shape is None or wanted == (chain.in_shapes, chain.autocast, chain.memory_format):
             return _known[id(model)][1]
     if in_shape is None:
         raise TypeError("wrap() needs in_shape for a model that was not planned in this process")
-    traced = trace(model, in_shape, type(model).__name__, input_dtype, layers, autocast)
+    traced = trace(model, in_shape, type(model).__name__, input_dtype, layers, autocast, memory_format)
     _known[id(model)] = model, traced
     return traced
 

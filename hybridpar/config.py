@@ -109,6 +109,11 @@ class Config:
             offload=self.optimizer.offload,
         )
         validate_recipe(asked, self.train.precision)
+        if self.train.memory_format is not None and self.optimizer.sharding != "none":
+            raise ConfigError(
+                f"train.memory_format: {self.train.memory_format} does not go with optimizer.sharding="
+                f"{self.optimizer.sharding}, which takes parameters apart in their usual order; drop one"
+            )
         if self.resume == "auto" and self.run.dir is None:
             raise ConfigError("resume=auto: continues the run in run.dir, which is missing; give run.dir=...")
         self._check_front()

@@ -63,8 +63,15 @@ def load_model(config: Config) -> tuple[Traced, Source]:
     freeze(source.module, model.frozen)
     if model.batch_norm == "synchronised":
         synchronise(source.module)
-    autocast = config.train.autocast
-    return trace(source.module, model.in_shape, model.name, model.input_dtype, autocast=autocast), source
+    traced = trace(
+        source.module,
+        model.in_shape,
+        model.name,
+        model.input_dtype,
+        autocast=config.train.autocast,
+        memory_format=config.train.memory_format,
+    )
+    return traced, source
 
 
 @dataclass
@@ -78,20 +85,21 @@ class Shelf:
         """Gather chain, profile and cluster like :func:`prepare`."""
         if config.profile.kind == "from_file":
             return prepare(config, report=report)
-        model = json.dumps([to_data(config.model), config.train.autocast], sort_keys=True)
+        settings = config.train.autocast, config.train.memory_format
+        model = json.dumps([to_data(config.model), *settings], sort_keys=True)
         if model not in self.traced:
             self.traced[model] = load_model(config)[0]
         if config.profile.kind == "analytic":
             return prepare(config, self.traced[model], report=report)
         local = config.cluster.get("kind") == "local"
-        settings = (
+        timed = (
             config.profile,
             config.train.precision,
             config.train.device,
             config.data,
             _optimizer_text(config),
         )
-        key = repr((model, settings, local))
+        key = repr((model, timed, local))
         subject = prepare(config, self.traced[model], report=report, profile=self.profiles.get(key))
         self.profiles[key] = subject.profile
         return subject
@@ -116,7 +124,7 @@ def prepare(
         profile = Profile.load(Path(str(config.profile.path)))
         chain = traced.chain if traced is not None else _described(profile, config, report)
         profile.check(chain)
-        _check_precision(profile, config)
+        _check_dtypes(profile, chain, config)
         _note_differences(profile, config, cluster, report)
         return Subject(chain, profile, cluster)
     traced = traced or load_model(config)[0]
@@ -143,7 +151,16 @@ def _described(profile: Profile, config: Config, report: Report) -> Chain:
     return chain
 
 
-def _check_precision(profile: Profile, config: Config) -> None:
+def _check_dtypes(profile: Profile, chain: Chain, config: Config) -> None:
+    """Raise ProfileError where a profile's layers computed otherwise than those of the training will."""
+    for name in ("autocast", "memory_format"):
+        taken, wanted = getattr(chain, name), getattr(config.train, name)
+        if taken != wanted:
+            taken, wanted = taken or "null", wanted or "null"
+            raise ProfileError(
+                f"the profile was taken with train.{name}={taken}, but here it is {wanted}; "
+                f"set train.{name}={taken}, or profile again"
+            )
     if profile.dtype != config.train.precision:
         raise ProfileError(
             f"the profile was taken in {profile.dtype}, but train.precision={config.train.precision}; "

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from hybridpar.errors import ConfigError, PlanError
-from hybridpar.model.chain import Autocast, InputKind
+from hybridpar.model.chain import Autocast, InputKind, MemoryFormat
 from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
 from hybridpar.names import nearest
 from hybridpar.planning.compression import Compression, Method
@@ -417,6 +417,8 @@ class TrainConfig:
     """Of parameters, gradients and the optimizer's state."""
     autocast: Autocast | None = None
     """In which the layers compute, with parameters in float32; None: in ``precision``."""
+    memory_format: MemoryFormat | None = None
+    """Order in memory of images and of the weights that make them; None: that of their dims."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int | None = 1

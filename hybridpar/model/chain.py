@@ -19,6 +19,8 @@ SCHEMA_VERSION = 1
 
 Autocast = Literal["bfloat16", "float16"]
 """What layers compute in where their parameters stay float32, as ``torch.autocast`` has it."""
+MemoryFormat = Literal["channels_last"]
+"""Order in memory of images and of the weights that make them; by default that of their dims."""
 LOWERED_BYTES = 2
 """Per element in one of these."""
 DRAWN_ELEMENTS = 2**20
@@ -120,6 +122,8 @@ class Layer:
     """Synchronised batch norms, in the order of their calls."""
     lowered: bool = False
     """The output is of the chain's autocast dtype, not of the parameters'."""
+    channels_last: bool = False
+    """The output lies in memory as (samples, height, width, channels)."""
 
     @cached_property
     def parameter_count(self) -> int:
@@ -172,6 +176,8 @@ class Chain:
     inputs: tuple[Input, ...] = ()
     """Of a model that takes several tensors. A sample's lie one after the other in a row of one tensor, which the
     first layer takes; so ``in_shape`` is (elements,)."""
+    memory_format: MemoryFormat | None = None
+    """The layers' weights lie in this order, and the layers were described so."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -305,22 +311,26 @@ class Chain:
     @cached_property
     def fingerprint(self) -> str:
         """Hash over everything the chain says; a profile or plan made for another chain is noticed by it."""
-        data = to_data(self)
+        data, (own, of_layers) = to_data(self), self._silent()
+        for name in own:
+            del data[name]
         for layer in data["layers"]:
-            del layer["pointwise"]  # which follows from its kind
-        if not self.frozen:
-            del data["frozen"]  # a model without frozen parameters is known by what it always was
-        if not self.inputs:
-            del data["inputs"]
-        if self.autocast is None:  # and so is one without autocast
-            del data["autocast"]
-            for layer in data["layers"]:
-                del layer["lowered"]
-        for layer in data["layers"]:  # and one without normalised layers
+            for name in of_layers:
+                del layer[name]
             if layer["linear"] and not layer["linear"]["normalized"]:
                 del layer["linear"]["normalized"]
-        if not self.synchronised:
-            for layer in data["layers"]:
-                del layer["norms"]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _silent(self) -> tuple[list[str], list[str]]:
+        """Return the fields of the chain, and of its layers, that tell nothing here.
+
+        They are no part of the fingerprint, so that a model without what they tell of is known by what it was
+        before there were such fields.
+        """
+        own = [name for name in ("frozen", "inputs", "autocast", "memory_format") if not getattr(self, name)]
+        of_layers = ["pointwise"]  # which follows from its kind
+        of_layers += ["lowered"] * (self.autocast is None)
+        of_layers += ["channels_last"] * (self.memory_format is None)
+        of_layers += ["norms"] * (not self.synchronised)
+        return own, of_layers

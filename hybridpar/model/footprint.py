@@ -21,6 +21,7 @@ from hybridpar.generators import borrowed
 from hybridpar.model.chain import Norm, Saved
 from hybridpar.model.copies import blank, tensors
 from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.model.order import ordered, turn
 from hybridpar.model.shared_norm import SharedNorm
 
 BATCHES = (2, 3)
@@ -53,6 +54,23 @@ class Footprint:
     dtype: torch.dtype
     """Of the output."""
     norms: tuple[Norm, ...]
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What a layer is given."""
+
+    shape: tuple[int, ...]
+    """Of one sample."""
+    dtype: torch.dtype
+    requires_grad: bool = False
+    channels_last: bool = False
+    """It lies in memory so."""
+
+    def zeros(self, samples: int) -> torch.Tensor:
+        """Return so many samples."""
+        x = torch.zeros(samples, *self.shape, dtype=self.dtype)
+        return ordered(x, last=self.channels_last).requires_grad_(self.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -98,38 +116,38 @@ class _Meter(TorchDispatchMode):
 
 def measure(
     module: nn.Module,
-    in_shape: tuple[int, ...],
-    in_dtype: torch.dtype,
-    requires_grad: bool,
+    entering: Entering,
     training_dtype: torch.dtype,
     name: str,
     autocast: torch.dtype | None = None,
     *,
+    last: bool = False,
     ends: bool = False,
 ) -> Footprint:
     """Run a layer forward at two batch sizes, in training mode, and see what it keeps for its backward.
 
-    ``in_shape`` leaves out dim 0. Works on a copy on the meta device, or on zeros on the CPU where the layer reads
-    values. Storages are counted once; those of parameters and buffers are left out. With ``autocast`` it runs
-    under ``torch.autocast`` of a CPU in that dtype; a layer that ``ends`` the model then gives ``training_dtype``,
-    as the loss takes it. Raises ModelError where the layer fails, mixes up dim 0, or keeps an amount that is not
-    affine in the samples.
+    Works on a copy on the meta device, or on zeros on the CPU where the layer reads values. Storages are counted
+    once; those of parameters and buffers are left out. With ``autocast`` it runs under ``torch.autocast`` of a CPU
+    in that dtype; a layer that ``ends`` the model then gives ``training_dtype``, as the loss takes it. With
+    ``last`` its weights have their channels last. Raises ModelError where the layer fails, mixes up dim 0, or
+    keeps an amount that is not affine in the samples.
     """
 
     def attempt(device: str) -> list[_Run]:
-        if device == "meta" and (autocast is not None or _attends(module)):  # to which meta tensors are blind
+        if device == "meta" and (
+            last or autocast is not None or _attends(module)
+        ):  # to which meta tensors are blind
             with FakeTensorMode(allow_non_fake_inputs=True):
                 return on("cpu")
         return on(device)
 
     def on(device: str) -> list[_Run]:
-        copy = runnable(module, device)
+        copy = turn(runnable(module, device)) if last else runnable(module, device)
         runs = []
         with borrowed(), torch.device(device), torch.enable_grad(), lowering("cpu", autocast):
             for samples in BATCHES:
                 set_keys(copy, Keys(0, 0, torch.arange(samples)))
-                x = torch.zeros(samples, *in_shape, dtype=in_dtype, requires_grad=requires_grad)
-                runs.append(_run(copy, x, training_dtype, ends=ends))
+                runs.append(_run(copy, entering.zeros(samples), training_dtype, ends=ends))
         set_keys(copy, None)
         return runs
 

@@ -13,15 +13,16 @@ import torch
 from torch import fx, nn
 
 from hybridpar.errors import ModelError
-from hybridpar.model.chain import Autocast, Chain, Input, Layer, Linear, Parameter
+from hybridpar.model.chain import Autocast, Chain, Input, Layer, Linear, MemoryFormat, Parameter
 from hybridpar.model.copies import named_tensors
 from hybridpar.model.cut import ELEMENTWISE, cut
-from hybridpar.model.footprint import Footprint, measure
+from hybridpar.model.footprint import Entering, Footprint, measure
 from hybridpar.model.graph import capture, input_node, module_of
 from hybridpar.model.inputs import Kinds, Shapes, several, unite
 from hybridpar.model.keyed import KeyedDropout, KeyedStochasticDepth
 from hybridpar.model.linear import CosineLinear, gathering
 from hybridpar.model.named import METHOD, Named, Naming, compare, named_layers
+from hybridpar.model.order import stays_last
 from hybridpar.model.samples import check_samples
 from hybridpar.model.shared_norm import check_kinds
 
@@ -51,6 +52,7 @@ def trace(
     input_dtype: Kinds = "float",
     layers: Naming | None = None,
     autocast: Autocast | None = None,
+    memory_format: MemoryFormat | None = None,
 ) -> Traced:
     """Cut ``module`` into a chain of layers wherever exactly one tensor crosses, and measure each layer.
 
@@ -61,7 +63,8 @@ def trace(
 
     Where ``layers`` is given, or the module has a method ``hybridpar_layers``, its layers are taken instead of
     those found by tracing; see ``model/named.py``. With ``autocast`` the layers are described as they compute
-    under ``torch.autocast`` in that dtype on a CPU; the last one's output stays as the parameters are.
+    under ``torch.autocast`` in that dtype on a CPU; the last one's output stays as the parameters are. With
+    ``memory_format`` they are described with their weights in that order; the model's input keeps its own.
 
     A ``nn.SyncBatchNorm`` takes its statistics over all replicas; see ``model/shared_norm.py``.
 
@@ -86,23 +89,32 @@ def trace(
     names = _full_names(module, parts, [piece.name for piece in pieces])
     described: list[Layer] = []
     checked: set[str] = set()
-    differentiable, lowered = False, None if autocast is None else getattr(torch, autocast)
-    entering = dtype
+    lowered = None if autocast is None else getattr(torch, autocast)
+    entering, last = Entering(shape_in, dtype), memory_format is not None
     for part, piece, full_names in zip(parts, pieces, names, strict=True):
-        shape = described[-1].out_shape if described else shape_in
         in_dtype = floating if described else dtype
         ends = autocast is not None and piece is pieces[-1]
         stands = autocast is not None or isinstance(part, CosineLinear)
         run = _as_run(part) if stands else part
-        footprint = measure(run, shape, entering, differentiable, floating, piece.name, lowered, ends=ends)
-        differentiable, entering = footprint.differentiable, footprint.dtype
+        found = measure(run, entering, floating, piece.name, lowered, last=last, ends=ends)
         check_kinds(part, piece.name)
-        described.append(_describe(part, piece.nodes, piece.name, shape, footprint, full_names))
-        if lowered is not None and footprint.dtype == lowered:
-            described[-1] = replace(described[-1], lowered=True)
+        layer = _describe(part, piece.nodes, piece.name, entering.shape, found, full_names)
+        turns = last and stays_last(part, found.out_shape, entered=entering.channels_last)
+        lowers = lowered is not None and found.dtype == lowered
+        described.append(replace(layer, lowered=lowers, channels_last=turns))
+        entering = Entering(found.out_shape, found.dtype, found.differentiable, turns)
         check_samples(part, piece.nodes, described[-1], in_dtype, checked)
     integers: Literal["float", "int"] = "int" if input_dtype == "int" else "float"
-    chain = Chain(name, tuple(described), _tied(described), integers, _frozen(parts, names), autocast, inputs)
+    chain = Chain(
+        name,
+        tuple(described),
+        _tied(described),
+        integers,
+        _frozen(parts, names),
+        autocast,
+        inputs,
+        memory_format,
+    )
     return Traced(chain, tuple(parts), tuple(names))
 
 

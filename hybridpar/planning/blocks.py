@@ -153,6 +153,10 @@ class Block:
         point = self.point(side)
         return math.prod(chain.shape(point)) // chain.width(point)
 
+    def out_last(self, chain: Chain) -> bool:
+        """Whether the output and its gradient lie in memory with their channels last."""
+        return chain.layers[self.layers[1] - 1].channels_last
+
     def out_itemsize(self, chain: Chain, itemsize: int) -> int:
         """Bytes per element of the output and its gradient, if parameters have ``itemsize``."""
         return chain.out_itemsize(self.layers[1] - 1, itemsize)

@@ -265,13 +265,13 @@ class Books:
             self._used(source)
         elif source is not None and transfer is not None:
             value = self.values[source]
-            whole = self._contiguous(transfer, source[1][0], source[0] == "output")
+            whole = self._contiguous(transfer, block, source[1][0], source[0] == "output")
             self._travel(operation, value if whole else Storage(operation.bytes))
             self._used(source)
         elif transfer is not None:
             target = self._target(operation.content, block, transfer.target_micro_batch)
             self._arrive(target)
-            if transfer.add or not self._contiguous(transfer, target[1][0], target[0] == "gradient"):
+            if transfer.add or not self._contiguous(transfer, block, target[1][0], target[0] == "gradient"):
                 self._travel(operation, Storage(operation.bytes))
 
     def _reduce(self, operation: Operation) -> None:
@@ -299,11 +299,12 @@ class Books:
         gathered = self.program.participants(operation) if operation.kind == "all_gather" else 0
         return operation.bytes * (1 + gathered)
 
-    def _contiguous(self, transfer: Transfer, block: int, is_output: bool) -> bool:
-        """Whether a transfer's part of a value is one run of memory."""
+    def _contiguous(self, transfer: Transfer, boundary: int, block: int, is_output: bool) -> bool:
+        """Whether a transfer's part of a value of ``block`` is one run of memory."""
         own = self.own[block]
         width, rows = (own.out_features, own.out_rows) if is_output else (own.in_features, own.in_rows)
-        return length(transfer.features) == width or length(transfer.samples) * rows <= 1
+        last = self.program.blocks[boundary].out_last(self.program.chain)
+        return length(transfer.features) == width or (length(transfer.samples) * rows <= 1 and not last)
 
     def _travel(self, operation: Operation, storage: Storage) -> None:
         """Hold a storage until the operation's wait."""

@@ -62,6 +62,8 @@ class Bench:
     notes: list[str] = field(default_factory=list)
     autocast: torch.dtype | None = None
     """In which layers compute under autocast."""
+    channels_last: bool = False
+    """Weights lie in memory so, and so does what they make."""
     busy_s: float = 0.0
     """CPU or GPU seconds of all visits."""
     passed_s: float = 0.0

@@ -96,6 +96,7 @@ def measure(
     bench = Bench(place, getattr(torch, dtype), report, progress, meet, sharing, own_quota(place))
     sizes, shares = tuple(micro_batches), tuple(fractions)
     with undisturbed(place):
+        bench.channels_last = chain.memory_format is not None
         if chain.autocast is not None:
             bench.autocast = getattr(torch, chain.autocast)
         found = _Measurement(bench, modules, chain, shares, optimizer).run(sizes, budget_s)

@@ -16,6 +16,7 @@ from hybridpar.model.copies import blank
 from hybridpar.model.footprint import lowering, set_keys
 from hybridpar.model.keyed import Keys
 from hybridpar.model.linear import CosineLinear, GatheringLinear, gathering
+from hybridpar.model.order import ordered, turn
 from hybridpar.profiling.bench import Bench, Mark
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -46,6 +47,8 @@ class Strand:
     """Which features: its outputs, or its inputs."""
     lowered: bool = False
     """The input is of the chain's autocast dtype."""
+    channels_last: bool = False
+    """The input lies in memory so."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -76,7 +79,8 @@ def single(chain: Chain, index: int, fractions: Sequence[float]) -> list[Strand]
     parameters = tuple(Parameter(str(i), p.shape) for i, p in enumerate(layer.parameters))
     described = replace(layer, name="", parameters=parameters)
     lowered = not first and chain.layers[index - 1].lowered
-    full = Strand((described,), first and chain.input_dtype == "int", first, lowered=lowered)
+    last = not first and chain.layers[index - 1].channels_last
+    full = Strand((described,), first and chain.input_dtype == "int", first, lowered=lowered, channels_last=last)
     narrow = [f for f in fractions if f < 1.0] if layer.linear else []
     cuts: tuple[Literal["columns", "rows"], ...] = ("columns", "rows")
     return [full, *(replace(full, share=f, cut=cut) for cut in cuts for f in narrow)]
@@ -90,6 +94,7 @@ def make(job: Job, bench: Bench) -> Made:
     """
     main, *others = job
     copied = blank(nn.ModuleList(job[main]), str(bench.device)).to(dtype=bench.dtype).train()
+    copied = turn(copied) if bench.channels_last else copied
     with torch.no_grad():
         for parameter in copied.parameters():
             # Values keep their magnitude from layer to layer: numbers next to nothing take a CPU longer.
@@ -178,7 +183,7 @@ def make_input(bench: Bench, strand: Strand, size: int) -> torch.Tensor:
     if strand.integers:
         return torch.randint(0, 2, shape, device=bench.device)
     dtype = bench.autocast if strand.lowered and bench.autocast else bench.dtype
-    x = torch.rand(shape, device=bench.device, dtype=dtype)
+    x = ordered(torch.rand(shape, device=bench.device, dtype=dtype), last=strand.channels_last)
     return x if strand.first else x.requires_grad_().clone()
 
 

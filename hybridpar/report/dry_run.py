@@ -58,10 +58,11 @@ def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:
     trained = parameter_count(chain, (0, len(chain.layers)), trained=True)
     lowered = f" with {chain.autocast} autocast" if chain.autocast else ""
     scaled = ", loss scaled" if plan.recipe.scaling else ""
+    order = f", {chain.memory_format}" if chain.memory_format else ""
     frozen = f" ({in_thousands(trained)} trained)" if chain.frozen else ""
     return (
         f"{plan.model}: {len(chain.layers)} layers, {in_thousands(chain.parameter_count)} parameters{frozen}, "
-        f"input {shape}, global batch {plan.global_batch}, {plan.precision}{lowered}{scaled}\n"
+        f"input {shape}, global batch {plan.global_batch}, {plan.precision}{lowered}{order}{scaled}\n"
         f"{cluster.name}: {cluster.world} ranks on {plural(len(cluster.nodes), 'node')}, {cluster.device.name}, "
         f"layer times {source} ({profile.device}){random if unkeyed else ''}"
     )

@@ -41,7 +41,8 @@ class Bucket:
             some = self._owned[0].tensor if self._owned else torch.empty(0)
             self.flat, at = some.new_empty(self._numel, requires_grad=False), 0
             for o in self._owned:
-                place = self._places[o.tensor] = self.flat[at : at + o.tensor.numel()].view_as(o.tensor)
+                # In the parameter's order in memory: fused optimizers run through both from end to end.
+                place = self._places[o.tensor] = self.flat.as_strided(o.tensor.shape, o.tensor.stride(), at)
                 at += o.tensor.numel()
                 if o.layer is not None:
                     o.layer.home = place

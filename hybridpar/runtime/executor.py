@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hybridpar.errors import DataError, HybridparError
 from hybridpar.model.keyed import Keys
+from hybridpar.model.order import in_memory, ordered
 from hybridpar.model.shared_norm import combined
 from hybridpar.planning.compression import SUMS, WORKS
 from hybridpar.planning.layout import Interval, Transfer
@@ -327,22 +328,27 @@ class Executor:
             torch.autograd.backward((edge,), (gradient,))
         if self.blocks[key[0]].block.answers:
             assert x.grad is not None
-            state.input_gradients[key] = x.grad.contiguous()
+            last = self._lies_last(state, key[0] - 1)
+            state.input_gradients[key] = ordered(x.grad, last=last)
 
     # Exchange
 
     def _source(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
-        """Return the part of an output or input gradient that a transfer moves."""
+        """Return the part of an output or input gradient that a transfer moves, as it lies in memory."""
         if content == "activation":
             key, values = (boundary, transfer.source_micro_batch), state.outputs
             features = self._features(state, boundary, "out")
         else:
             key, values = (boundary + 1, transfer.source_micro_batch), state.input_gradients
             features = self._features(state, boundary + 1, "in")
-        return self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
+        part = self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
+        return in_memory(part, last=self._lies_last(state, boundary))
 
     def _target(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
-        """Return the part of an input or output gradient that a transfer fills; makes the buffer if need be."""
+        """Return the part of an input or output gradient that a transfer fills, as it lies in memory.
+
+        Makes the buffer if need be.
+        """
         if content == "activation":
             key, values = (boundary + 1, transfer.target_micro_batch), state.inputs
             features = self._features(state, boundary + 1, "in")
@@ -354,8 +360,16 @@ class Executor:
             before, chain = state.program.blocks[boundary], state.program.chain
             shape = [stop - start, *chain.shape(before.point("out"))]
             shape[self._axis(state, boundary)] = features[1] - features[0]
-            values[key] = torch.empty(shape, dtype=crossing_dtype(before, chain, self.dtype), device=self.device)
-        return self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
+            dtype, last = crossing_dtype(before, chain, self.dtype), before.out_last(chain)
+            order = torch.channels_last if last else torch.contiguous_format
+            values[key] = torch.empty(shape, dtype=dtype, device=self.device, memory_format=order)
+        part = self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
+        return in_memory(part, last=self._lies_last(state, boundary))
+
+    @staticmethod
+    def _lies_last(state: StepState, boundary: int) -> bool:
+        """Whether what crosses behind a block lies in memory with its channels last."""
+        return state.program.blocks[boundary].out_last(state.program.chain)
 
     @staticmethod
     def _axis(state: StepState, boundary: int) -> int:
@@ -412,7 +426,9 @@ class Executor:
             state.pending[operation.index] = Started(pending, scatter.flat)
         else:
             tensor = self._reduced(state, operation)
-            state.pending[operation.index] = Started(self.communicators.all_reduce(operation, tensor), tensor)
+            last = operation.content == "sum" and self._lies_last(state, operation.block or 0)
+            pending = self.communicators.all_reduce(operation, in_memory(tensor, last=last))
+            state.pending[operation.index] = Started(pending, tensor)
 
     def _start_moments(self, state: StepState, operation: Operation) -> None:
         """Start telling other ranks what the batch norm gave that is waiting; without samples that is zeros."""

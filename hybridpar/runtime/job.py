@@ -217,6 +217,11 @@ class Job:
             )
         if plan.recipe.sharding != "none" and engines is None:
             raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
+        if plan.recipe.sharding != "none" and self.chain.memory_format is not None:
+            raise PlanError(
+                f"plan.recipe.sharding: {plan.recipe.sharding} takes parameters apart in their usual order, but "
+                f"the model's memory_format is {self.chain.memory_format}; drop one"
+            )
         check_trained(self.chain)
         self._loss.check_plan(plan, self.chain)
         self._metrics.check_plan(plan)

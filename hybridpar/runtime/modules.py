@@ -15,6 +15,7 @@ from hybridpar.model.deferred import Part, Source
 from hybridpar.model.footprint import lowering
 from hybridpar.model.keyed import KeyedDropout, Keys, Window
 from hybridpar.model.linear import CosineLinear, GatheringLinear, gathering
+from hybridpar.model.order import ordered, turned
 from hybridpar.model.shared_norm import Peers, SharedNorm
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Block, Position, Span
@@ -38,7 +39,8 @@ class BlockModules(nn.Module):
     """The layers of one block on one rank, run one after the other.
 
     ``autocast`` is the dtype in which they compute; None: in that of the parameters. They then give ``leaving``,
-    whatever a device's list of operations for autocast says of the last one.
+    whatever a device's list of operations for autocast says of the last one, and with the channels ``last`` in
+    memory where that is said, whatever the last one's kernel does.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class BlockModules(nn.Module):
         autocast: torch.dtype | None = None,
         leaving: torch.dtype | None = None,
         norms: list[SharedNorm] | None = None,
+        *,
+        last: bool = False,
     ) -> None:
         super().__init__()
-        self.block, self._autocast, self._leaving = block, autocast, leaving
+        self.block, self._autocast, self._leaving, self._last = block, autocast, leaving, last
         self.layers = nn.ModuleList(layers)
         self.owned = owned
         self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
@@ -74,6 +78,8 @@ class BlockModules(nn.Module):
                 x = layer(x)
         if self._leaving is not None:
             x = x.to(self._leaving)
+        if self._last:
+            x = ordered(x, last=True)
         for dropout in self._dropouts:
             dropout.keys = None  # else every block held its sample ids until its next micro-batch
         for norm in self.norms:
@@ -122,19 +128,20 @@ class ModuleFactory:
                 self._place_dropouts(layer, index, span)
             layers.append(layer)
             owned += parameters
-        chain = self._traced.chain
+        chain, lowered, leaving = self._traced.chain, None, None
         norms = [
             cast("SharedNorm", layer.get_submodule(norm.module))
             for index, layer in zip(range(*block.layers), layers, strict=True)
             for norm in chain.layers[index].norms
         ]
-        if chain.autocast is None:
-            return BlockModules(block, layers, owned, norms=norms)
-        leaving = crossing_dtype(block, chain, self._dtype)
-        return BlockModules(block, layers, owned, getattr(torch, chain.autocast), leaving, norms)
+        if chain.autocast is not None:
+            lowered, leaving = getattr(torch, chain.autocast), crossing_dtype(block, chain, self._dtype)
+        return BlockModules(block, layers, owned, lowered, leaving, norms, last=block.out_last(chain))
 
     def _value(self, name: str, part: Part | None = None) -> torch.Tensor:
-        return self._source.materialize(name, self._seed, self._dtype, part).to(self._device)
+        """Return a tensor's value, or a part of it, on the device, in the chain's order in memory."""
+        value = self._source.materialize(name, self._seed, self._dtype, part).to(self._device)
+        return value if self._traced.chain.memory_format is None else turned(value)
 
     def _whole(self, index: int) -> tuple[nn.Module, list[Owned]]:
         module, names = self._traced.modules[index], self._traced.names[index]

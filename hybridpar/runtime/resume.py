@@ -173,7 +173,7 @@ def alike(one: Plan, other: Plan) -> bool:
 
 _KEYS = {
     "model": "model.name",
-    "chain": "a chain of layers (model.options, model.in_shape, model.classes, train.autocast)",
+    "chain": "a chain of layers (model.*, train.autocast, train.memory_format)",
     "precision": "train.precision",
     "optimizer": "optimizer.name",
     "seed": "train.seed",

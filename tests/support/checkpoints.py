@@ -65,9 +65,14 @@ def plan_of(case: Case, kind: str) -> Plan:
 
 
 def make_job(
-    case: Case, plan: Plan, rank: int, groups: ProcessGroups, optimizer: str = "sgd", **settings: Any
+    case: Case,
+    plan: Plan,
+    rank: int,
+    groups: ProcessGroups,
+    optimizer: str | OptimizerConfig = "sgd",
+    **settings: Any,
 ) -> Job:
-    factory = make_factory(OPTIMIZERS[optimizer])
+    factory = make_factory(OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)
     return Job(plan, case.traced, case.source, factory, groups, rank=rank, seed=7, **settings)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from scripts.bench.about import machine, software
 from scripts.bench.accuracy.launch import LaunchFailedError, on_ranks
 from scripts.bench.cgroups import CgroupError
-from scripts.bench.runtime.contests import CONTESTS, Setting
+from scripts.bench.runtime.contests import CONTESTS, OF_OPTIONS, Setting
 from scripts.bench.runtime.models import CHAIN_OF_LINEARS
+from scripts.bench.runtime.options import OPTIONS
 from scripts.bench.runtime.rivals import Ours
 from scripts.bench.runtime.turns import compare
 
@@ -36,6 +37,7 @@ def main() -> int:
         arguments.micro_batch or contest.micro_batch,
         arguments.bucket_mib,
         arguments.segments,
+        tuple(arguments.options or OPTIONS) if arguments.contest == OF_OPTIONS else (),
     )
     folder = arguments.out or Path("runs") / f"runtime-{setting.contest}-{setting.model}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,11 +69,13 @@ def _render(setting: Setting, arguments: argparse.Namespace, world: int, found: 
         time.strftime("%Y-%m-%d", time.gmtime()),
         f"{arguments.rounds} rounds of {arguments.steps} steps",
     )
+    options = setting.contest == OF_OPTIONS
+    ratio_of = "with it / default" if options else "ours / theirs"
     lines = [
         f"- contest: {setting.contest}, {setting.model}, {ranks}, {sizes}",
         f"- taken: {date}, {rounds}, {machine()}; {software()}",
         "",
-        "| rival | median s per step | CPU ms per sample | ours / theirs, median of the rounds | 95 % interval |",
+        f"| rival | median s per step | CPU ms per sample | {ratio_of}, median of the rounds | 95 % interval |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, own in turns.items():
@@ -81,7 +85,8 @@ def _render(setting: Setting, arguments: argparse.Namespace, world: int, found: 
         if name == Ours.name:
             lines.append(f"{row} | |")
             continue
-        ratio = compare(ours, [turn["step_s"] for turn in own])
+        theirs = [turn["step_s"] for turn in own]
+        ratio = compare(theirs, ours) if options else compare(ours, theirs)
         lines.append(f"{row} {ratio.median:.3f} | {ratio.low:.3f} to {ratio.high:.3f} |")
     if setting.model == CHAIN_OF_LINEARS:
         other = next(own for name, own in turns.items() if name != Ours.name)
@@ -100,6 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, help="default: the contest's")
     parser.add_argument("--bucket-mib", type=int, default=8, help="our gradient buckets; default: %(default)s")
     parser.add_argument("--segments", type=int, default=2, help="of our pipeline, per rank; default: %(default)s")
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, help="in the contest of options; default: all")
     parser.add_argument("--cores", type=float, default=0.45, help="of every rank; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=2, help="of a turn; default: %(default)s")

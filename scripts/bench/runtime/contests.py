@@ -9,6 +9,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan, Segment, Stage, validate
 from scripts.bench.runtime.models import CHAIN_OF_LINEARS, IMAGE, IN_SHAPE, balanced, build
+from scripts.bench.runtime.options import variants
 from scripts.bench.runtime.rivals import SCHEDULES, DataParallel, HandWritten, Loop, Ours, Pipelining, Rival
 
 
@@ -25,6 +26,8 @@ class Setting:
     """Of our plan; DistributedDataParallel has its own default."""
     segments: int = 2
     """Of our pipeline, per rank: interleaved where there are several."""
+    options: tuple[str, ...] = ()
+    """Those of ours that run beside our defaults, in the contest of options."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,22 @@ def _loops(setting: Setting) -> list[Rival]:
     return [Loop(setting.model, setting.micro_batch)]
 
 
+def _nobody(setting: Setting) -> list[Rival]:
+    del setting
+    return []
+
+
 def _pipelines(setting: Setting) -> list[Rival]:
     count = setting.global_batch // setting.micro_batch
     return [Pipelining(setting.model, schedule, count) for schedule in SCHEDULES]
 
 
+OF_OPTIONS = "options"
+"""The contest in which we have no rival but ourselves."""
 CONTESTS = {
     "alone": Contest(1, "resnet18", 32, 32, _alone, _loops),
     "actions": Contest(1, CHAIN_OF_LINEARS, 256, 1, _alone, _loops),
+    OF_OPTIONS: Contest(1, "resnet18", 32, 16, _alone, _nobody),
     "front": Contest(4, "resnet18", 64, 16, _front, lambda setting: [DataParallel(setting.model)]),
     "middle": Contest(4, "vgg11", 64, 8, _middle, _pipelines),
     "front_tail": Contest(4, "vgg11", 64, 16, _front_tail, lambda setting: [HandWritten(setting.model)]),
@@ -94,4 +105,5 @@ def rivals(setting: Setting) -> list[Rival]:
         setting.bucket_mib * 2**20,
     )
     validate(plan, chain)
-    return [Ours(setting.model, plan), *contest.others(setting)]
+    own = variants(setting.model, plan, setting.options)
+    return [Ours(setting.model, plan), *own, *contest.others(setting)]

@@ -20,11 +20,16 @@ from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan
 from scripts.bench.runtime.models import IMAGE, IN_SHAPE, balanced, build, optimizer
 
+AGREEMENT = 1e-4
+"""By what share the losses of the first steps may differ, where all compute in one dtype."""
+
 
 class Rival(Protocol):
     """Whoever can train."""
 
     name: str
+    agreement: float
+    """By what share the losses of the first steps may differ from those of the first rival."""
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """Train on the samples of a step, of which this takes its own; return the mean loss of those it saw."""
@@ -32,12 +37,16 @@ class Rival(Protocol):
 
 
 class Ours:
-    """hybridpar under a plan."""
+    """hybridpar under a plan, with ``settings`` of ``hybridpar.wrap``."""
 
     name = "hybridpar"
 
-    def __init__(self, model: str, plan: Plan) -> None:
-        self.job = hybridpar.wrap(build(model), plan, optimizer, in_shape=IN_SHAPE.get(model, IMAGE))
+    def __init__(
+        self, model: str, plan: Plan, name: str = name, agreement: float = AGREEMENT, **settings: Any
+    ) -> None:
+        self.name, self.agreement = name, agreement
+        given = {"optimizer": optimizer, "in_shape": IN_SHAPE.get(model, IMAGE), **settings}
+        self.job = hybridpar.wrap(build(model), plan, **given)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """Train; the loss is that of all ranks."""
@@ -47,7 +56,7 @@ class Ours:
 class Loop:
     """A plain loop in one process, over micro-batches that add up their gradients."""
 
-    name = "plain loop"
+    name, agreement = "plain loop", AGREEMENT
 
     def __init__(self, model: str, micro_batch: int) -> None:
         self.model, self.micro_batch = build(model), micro_batch
@@ -68,7 +77,7 @@ class Loop:
 class DataParallel:
     """DistributedDataParallel, whose buckets are reduced during the backward."""
 
-    name = "DistributedDataParallel"
+    name, agreement = "DistributedDataParallel", AGREEMENT
 
     def __init__(self, model: str) -> None:
         self.model = DistributedDataParallel(build(model), gradient_as_bucket_view=True, static_graph=True)
@@ -95,7 +104,7 @@ class Pipelining:
     """torch.distributed.pipelining."""
 
     def __init__(self, model: str, schedule: str, micro_batches: int) -> None:
-        self.name = f"pipelining, {schedule}"
+        self.name, self.agreement = f"pipelining, {schedule}", AGREEMENT
         kind, several = SCHEDULES[schedule]
         world, rank = dist.get_world_size(), dist.get_rank()
         traced = trace(build(model), IMAGE, model)
@@ -121,7 +130,7 @@ class Pipelining:
 class HandWritten:
     """A data-parallel front and a tensor-parallel tail, by hand, for VGG: columns, rows, columns."""
 
-    name = "by hand"
+    name, agreement = "by hand", AGREEMENT
 
     def __init__(self, model: str) -> None:
         whole: Any = build(model)

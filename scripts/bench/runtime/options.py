@@ -1,0 +1,64 @@
+"""Our options: what each changes of the default training, which it then runs beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from hybridpar.model.chain import Autocast, MemoryFormat
+from hybridpar.model.trace import trace
+from hybridpar.planning.plan import Plan, Recipe, validate
+from hybridpar.runtime.update import OptimizerFactory
+from hybridpar.sections import LossScale
+from scripts.bench.runtime.models import IMAGE, IN_SHAPE, build, optimizer
+from scripts.bench.runtime.rivals import AGREEMENT, Ours, Rival
+
+LOWERED = 2.0**-5
+"""Agreement of a lowered dtype: its roundings, of which batch norm makes more where samples are few."""
+SGD: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is other than by default."""
+
+    autocast: Autocast | None = None
+    memory_format: MemoryFormat | None = None
+    recompute: bool = False
+    """In all stages."""
+    optimizer: OptimizerFactory = optimizer
+    scaling: LossScale | None = None
+    agreement: float = AGREEMENT
+    """By what share the losses of the first steps may differ from the default's."""
+
+
+OPTIONS = {
+    "channels_last": Option(memory_format="channels_last"),
+    "bfloat16": Option(autocast="bfloat16", agreement=LOWERED),
+    "bfloat16, channels_last": Option("bfloat16", "channels_last", agreement=LOWERED),
+    "float16, loss scaled": Option(autocast="float16", scaling=LossScale(1024.0), agreement=LOWERED),
+    "recomputation": Option(recompute=True),
+    "foreach optimizer": Option(optimizer=partial(SGD, foreach=True)),
+    "optimizer that loops": Option(optimizer=partial(SGD, foreach=False)),
+}
+"""By name. The default's optimizer is a fused one."""
+
+
+def variants(model: str, plan: Plan, chosen: Sequence[str]) -> list[Rival]:
+    """Return our training under ``plan``, with each of the chosen options by itself."""
+    return [_variant(model, plan, name, OPTIONS[name]) for name in chosen]
+
+
+def _variant(model: str, plan: Plan, name: str, option: Option) -> Rival:
+    settings: dict[str, Any] = {"autocast": option.autocast, "memory_format": option.memory_format}
+    module = build(model)
+    chain = trace(module, IN_SHAPE.get(model, IMAGE), type(module).__name__, **settings).chain
+    stages = tuple(replace(stage, recompute=option.recompute) for stage in plan.stages)
+    recipe = Recipe(scaling=option.scaling is not None)
+    own = replace(plan, chain=chain.fingerprint, stages=stages, recipe=recipe)
+    validate(own, chain)
+    return Ours(model, own, name, option.agreement, optimizer=option.optimizer, scaling=option.scaling, **settings)
