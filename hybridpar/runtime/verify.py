@@ -33,6 +33,7 @@ from hybridpar.runtime.process import Process
 from hybridpar.runtime.reference import Reference
 from hybridpar.runtime.verifier import Verifier
 from hybridpar.schema import from_data, to_data
+from hybridpar.sections import OptimizerConfig
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
 """Sums in another order differ by the unit roundoff (1e-16, 6e-8) times what layers add to it: up to some hundreds
@@ -162,11 +163,20 @@ def _verifier(
     if settings.compression != "none":
         notes += (f"gradients are summed as they are, without optimizer.compression={settings.compression}",)
     slack = 0.0
-    if rounds and settings.name != "SGD":
-        # Adam and its like divide a gradient by its own size: one that is rounding only may move by a whole step.
-        slack = 2 * max(settings.lr, *(g.options.get("lr", 0.0) for g in settings.parameter_groups), 0.0)
+    if rounds and (slack := slack_of(settings)):
         notes += (f"parameters may differ by two learning rates, {slack:.3g}: {settings.name} in float32",)
     return Verifier(job, process, reference, tolerance, slack, again=rounds), notes
+
+
+def slack_of(settings: OptimizerConfig) -> float:
+    """Return how far two updates may be apart only because gradients round differently, 0 for SGD.
+
+    Adam and its like divide a gradient by its own size: one that is only rounding may move by a step, either way.
+    """
+    if settings.name == "SGD":
+        return 0.0
+    rates = (float(group.options.get("lr", settings.lr)) for group in settings.parameter_groups)
+    return 2 * max(settings.lr, *rates, 0.0)
 
 
 def _steps(verifier: Verifier, feed: Feed, whole: StepLoader | None, steps: int) -> tuple[int, ...]:

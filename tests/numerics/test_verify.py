@@ -11,6 +11,8 @@ from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Recipe, Segment, Stage
 from hybridpar.runtime.ledger import Ledger
+from hybridpar.runtime.verify import slack_of
+from hybridpar.sections import OptimizerConfig
 from tests.support.plans import make_plan
 from tests.support.training import Case, make_case
 from tests.support.verifying import TOLERANCE, verified
@@ -41,6 +43,33 @@ def test_a_plan_that_is_right_agrees(clipping, replicas):
     assert ledger.counts["loss"] == 2
     assert ledger.counts["parameter"] == ledger.counts["gradient"] > 2 * 12
     assert all(worst.error < TOLERANCE for worst in ledger.worst.values())
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_sharded_gradients_are_compared_run_by_run(replicas, sharding):
+    """They once were not, so that with Adam, whose updates are all of one size, nothing was left to compare."""
+    case = make_case(dropout=0.4, samples=(13, 7), max_norm=0.3)
+    plan = three_stages(case, replicas=replicas, recipe=Recipe(clipping=True))
+    plan = replace(plan, recipe=replace(plan.recipe, sharding=sharding))
+    ledger = verified(case, plan)
+    assert ledger.first is None
+    assert ledger.worst["gradient"].error < TOLERANCE
+    assert ledger.counts["gradient"] > 2 * len(list(case.source.module.parameters()))
+
+    def spoil(job):
+        engine = job._updater.engines[0]
+        engine.step = lambda step=engine.step: (engine.parts[0].mul_(1.001), step())
+
+    assert verified(case, plan, {0: spoil}).first.what == "gradient"
+
+
+def test_what_two_updates_may_be_apart_follows_the_largest_rate():
+    """A group's own rate was once left out."""
+    groups = ({"match": "*.bias", "lr": 0.5}, {"match": "0.*", "lr": 0.001})
+    assert slack_of(OptimizerConfig("AdamW", 0.01, groups=groups)) == 1.0
+    assert slack_of(OptimizerConfig("AdamW", 0.01, groups=groups[1:])) == 0.02
+    assert slack_of(OptimizerConfig("SGD", 0.01)) == 0.0
 
 
 def layer(case, index):

@@ -51,6 +51,8 @@ class Case:
     """How the loss is scaled."""
 
     def __post_init__(self) -> None:
+        if self.data:  # given, or of the case that this one differs from
+            return
         generator = torch.Generator().manual_seed(1)
         chain = self.traced.chain
         for n in self.samples:

@@ -14,6 +14,7 @@ from hybridpar.runtime.job import Job, checked_program
 from hybridpar.runtime.ledger import Ledger
 from hybridpar.runtime.reference import Reference
 from hybridpar.runtime.verifier import Verifier
+from tests.support.parts import Board, plain_engines
 from tests.support.threads import run_ranks
 from tests.support.training import MOMENTUM, RATE, SEED, Case
 
@@ -50,10 +51,19 @@ class Member:
         return values if self.rank == 0 else None
 
 
-def make_job(case: Case, plan: Plan, rank: int, communicators: Any) -> Job:
-    """Make the job of one of all ranks."""
-    norm = case.max_norm if plan.recipe.clipping else None
-    return Job(plan, case.traced, case.source, optimizer, communicators, rank=rank, seed=SEED, max_norm=norm)
+def make_job(case: Case, plan: Plan, rank: int, communicators: Any, board: Board | None = None) -> Job:
+    """Make the job of one of all ranks; over the ``board`` they share out optimizer state."""
+    return Job(
+        plan,
+        case.traced,
+        case.source,
+        optimizer,
+        communicators,
+        rank=rank,
+        seed=SEED,
+        max_norm=case.max_norm if plan.recipe.clipping else None,
+        engines=None if board is None else plain_engines(optimizer, plan, board, rank),
+    )
 
 
 def optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -70,14 +80,14 @@ def own_batch(job: Job, x: torch.Tensor, y: torch.Tensor, first: int) -> StepBat
 
 def verified(case: Case, plan: Plan, faults: dict[int, Fault] | None = None) -> Ledger:
     """Verify the steps of a case until they diverge; ``faults`` spoil a rank's job. Returns the account."""
-    meeting = Meeting(plan.world)
+    meeting, board = Meeting(plan.world), None if plan.recipe.sharding == "none" else Board(plan)
 
     def programs(samples: int) -> Any:
         return tuple(checked_program(plan, case.traced.chain, samples, "train", k) for k in range(plan.replicas))
 
     def body(rank: int, communicators: Any) -> Ledger:
         norm = case.max_norm if plan.recipe.clipping else None
-        job = make_job(case, plan, rank, communicators)
+        job = make_job(case, plan, rank, communicators, board)
         if faults and rank in faults:
             faults[rank](job)
         reference = None
