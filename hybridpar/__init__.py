@@ -18,6 +18,7 @@ _API = {
     "CosFace": "hybridpar.runtime.margin",
     "CosineLinear": "hybridpar.model.linear",
     "CrossEntropy": "hybridpar.api",
+    "Compiling": "hybridpar.sections",
     "LossScale": "hybridpar.sections",
     "OwnLoss": "hybridpar.api",
     "OwnMetric": "hybridpar.api",
@@ -29,6 +30,7 @@ _API = {
 __all__ = [
     "ArcFace",
     "Callback",
+    "Compiling",
     "CosFace",
     "CosineLinear",
     "CrossEntropy",

@@ -42,7 +42,7 @@ from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import LossScale, ParameterGroup
+from hybridpar.sections import Compiling, LossScale, ParameterGroup
 
 __all__ = [
     "ArcFace",
@@ -150,6 +150,7 @@ def wrap(
     metrics: Mapping[str, OwnMetric | Function] | None = None,
     ema: float | None = None,
     scaling: LossScale | None = None,
+    compiling: Compiling | None = None,
 ) -> Job:
     """Take this rank's part of a model and connect the ranks; every rank calls it with the same arguments.
 
@@ -176,6 +177,8 @@ def wrap(
             the planner of its memory.
         scaling: ``LossScale()`` scales the loss as ``torch.amp.GradScaler`` does; the plan's recipe must say so:
             ``Recipe(scaling=True)``.
+        compiling: ``Compiling()`` has ``torch.compile`` compile the layers, ``Compiling(("front",))`` those of
+            some stages.
 
     A rank's number in its plan replica is ``job.place``; ``job.program().reads(job.place)`` are its samples.
     Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
@@ -199,6 +202,7 @@ def wrap(
         metrics=metrics,
         decay=ema,
         scaling=scaling,
+        compiling=compiling,
     )
 
 

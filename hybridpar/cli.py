@@ -19,6 +19,7 @@ from hybridpar.usage import USAGE
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hybridpar.model.chain import Chain
     from hybridpar.planner import Subject
     from hybridpar.planning.plan import Plan
     from hybridpar.planning.search import Planned
@@ -148,8 +149,18 @@ def _explain(config: Config, subject: Subject, planned: Planned, other: Plan | N
     trials = Trials(subject.chain, subject.profile, subject.cluster)
     explanation = explain(planned, trials, full=config.explain)
     dry_run.show(planned, subject.chain, subject.profile, subject.cluster, _console(), explanation)
+    _tell_compiled(config, planned.plan, subject.chain)
     if other is not None:
         difference.show(compare(planned.plan, other, trials), Path(str(config.diff)).name, _console())
+
+
+def _tell_compiled(config: Config, plan: Plan, chain: Chain) -> None:
+    """Print what of a plan is compiled, if anything is."""
+    from hybridpar.report import dry_run  # noqa: PLC0415
+
+    compiling = config.train.compiling
+    if compiling is not None:
+        _console().print(dry_run.compiled(plan, chain, compiling.stages, compiling.backend))
 
 
 def plan_sweep(overrides: Sequence[str]) -> None:
@@ -202,6 +213,7 @@ def train(config: Config) -> int:
         checks.check(config, result.plan, traced.chain, process.place)
         if config.train.mode != "quiet":
             dry_run.show(result, subject.chain, subject.profile, subject.cluster, _console())
+            _tell_compiled(config, result.plan, subject.chain)
             if former is not None and kept is None:
                 difference.show_replanned(result.plan, former, subject.chain, _console())
         return result.plan

@@ -404,6 +404,20 @@ class EarlyStopConfig:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """What ``torch.compile`` compiles, as far as it can."""
+
+    stages: tuple[Kind, ...] | None = None
+    """None: all of the plan."""
+    backend: str = "inductor"
+    """One of ``torch.compiler.list_backends(exclude_tags=())``."""
+
+    def has(self, kind: Kind) -> bool:
+        """Whether a stage is to be compiled."""
+        return self.stages is None or kind in self.stages
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training itself."""
 
@@ -436,6 +450,9 @@ class TrainConfig:
     """Decay of a moving average of the weights; None: no average."""
     callbacks: tuple[str, ...] = ()
     """``module:Class`` each, made on every rank."""
+    compile: bool | tuple[Kind, ...] = False
+    """Whether ``torch.compile`` compiles layers, or those of which stages."""
+    compile_backend: str = "inductor"
     timeline: tuple[int, int] | None = None
     """Steps in which every action is timed, from the first that this process runs, the last not included."""
 
@@ -466,6 +483,13 @@ class TrainConfig:
         )
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "must lie in 0..2**63-1")
         _require(self.timeout_s > 0, "train.timeout_s", self.timeout_s, "must be above 0 seconds")
+
+    @property
+    def compiling(self) -> Compiling | None:
+        """What is compiled; None: nothing."""
+        if isinstance(self.compile, tuple):
+            return Compiling(self.compile, self.compile_backend) if self.compile else None
+        return Compiling(None, self.compile_backend) if self.compile else None
 
     @property
     def scaling(self) -> LossScale | None:

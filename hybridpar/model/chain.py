@@ -125,6 +125,14 @@ class Layer:
     channels_last: bool = False
     """The output lies in memory as (samples, height, width, channels)."""
 
+    @property
+    def compilable(self) -> bool:
+        """Whether a compiler may see the layer.
+
+        Linear maps gather gradients by themselves, dropout needs keys, synchronised norms communicate.
+        """
+        return self.linear is None and self.random == "none" and not self.norms
+
     @cached_property
     def parameter_count(self) -> int:
         """Number of parameter elements."""
@@ -307,6 +315,20 @@ class Chain:
         if not any(layer.linear for layer in self.layers[start:]):
             return len(self.layers)
         return start
+
+    def compiled(self, first: int, last: int) -> tuple[tuple[int, int], ...]:
+        """Return the runs of layers in a block that a compiler may see, as far as they have parameters.
+
+        Others, as activations between linear maps, are too little to be worth a compiled function.
+        """
+        found, start = [], first
+        for i in range(first, last + 1):
+            if i < last and self.layers[i].compilable:
+                continue
+            if any(layer.parameters for layer in self.layers[start:i]):
+                found.append((start, i))
+            start = i + 1
+        return tuple(found)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from hybridpar.cluster.topology import Cluster
 from hybridpar.model.chain import Chain
+from hybridpar.planning.blocks import blocks, positions
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.explain import reason, verdicts
 from hybridpar.planning.explanation import Explanation
 from hybridpar.planning.parameters import parameter_count
-from hybridpar.planning.plan import Plan, Prediction, Segment, Stage
+from hybridpar.planning.plan import Kind, Plan, Prediction, Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.planning.search import Candidate, Planned
 from hybridpar.planning.zero import is_zero
@@ -48,6 +51,20 @@ def show(
                 console.print(_stages(candidate, chain, cluster))
                 console.print(_prediction(candidate.prediction, candidate.plan, profile))
     show_explanation(explanation, planned, console)
+
+
+def compiled(plan: Plan, chain: Chain, stages: Sequence[Kind] | None, backend: str) -> str:
+    """Say what is compiled of a plan, what is not, and what the figures know of it. ``stages``: None for all."""
+    places = positions(plan)
+    chosen = [b for b in blocks(plan, chain) if stages is None or places[b.position].kind in stages]
+    inside = {i for b in chosen for run in chain.compiled(*b.layers) for i in range(*run)}
+    eager = [chain.layers[i].name for b in chosen for i in range(*b.layers) if i not in inside]
+    kinds = dict.fromkeys(places[b.position].kind for b in chosen)
+    left = f"; left as they are: {', '.join(eager)}" if eager else ""
+    return (
+        f"compiled by {backend}: layers of {', '.join(kinds)}{left}. Times and memory above are of "
+        "layers that are not compiled"
+    )
 
 
 def _head(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster) -> str:

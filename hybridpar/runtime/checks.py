@@ -14,7 +14,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.model.freeze import check_trained
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
-from hybridpar.runtime import zero
+from hybridpar.runtime import compiled, zero
 from hybridpar.runtime.boards import check_loggers
 from hybridpar.runtime.callback import make_callbacks
 from hybridpar.runtime.cross_entropy import make_loss
@@ -42,6 +42,9 @@ def check_config(config: Config, place: Place | None = None) -> None:
     make_loss(config.loss, config.model.classes)
     if config.optimizer.sharding in {"zero1", "zero2"}:
         _check_sharded(config)
+    if config.train.compiling is not None:
+        on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+        compiled.check(config.train.compiling, "cuda" if on_gpu else "cpu")
 
 
 def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) -> None:
@@ -69,6 +72,8 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     early_stop(config.train.early_stop, metrics.metrics)
     if place.rank in plan.everywhere(positions(plan)[0].ranks):
         datasets.check(config.data, chain.classes, chain.label_shape, chain.inputs)
+    if config.train.compiling is not None:
+        compiled.check_stages(config.train.compiling, plan)
     check_fits(config, plan)
 
 

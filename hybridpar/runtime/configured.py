@@ -15,6 +15,7 @@ from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
+from hybridpar.sections import Compiling
 
 
 def make_job(
@@ -28,10 +29,11 @@ def make_job(
     *,
     metrics: Mapping[str, OwnMetric | Function] | None = None,
     decay: float | None = None,
+    compiling: Compiling | None = None,
 ) -> Job:
     """Return this rank's job with the optimizer, the loss and the seed of a configuration.
 
-    ``rate``, ``metrics`` and ``decay`` are those of ``Job``. Raises as ``Job`` does.
+    ``rate``, ``metrics``, ``decay`` and ``compiling`` are those of ``Job``. Raises as ``Job`` does.
     """
     settings, factory = config.optimizer, make_factory(config.optimizer)
     return Job(
@@ -51,4 +53,5 @@ def make_job(
         metrics=metrics,
         decay=decay,
         scaling=config.train.scaling,
+        compiling=compiling,
     )

@@ -30,6 +30,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.planning.zero import is_zero
 from hybridpar.runtime.communicators import Communicators
+from hybridpar.runtime.compiled import compile_blocks
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.executor import Executor, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
@@ -43,7 +44,7 @@ from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.state import State
 from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
-from hybridpar.sections import LossScale, ParameterGroup
+from hybridpar.sections import Compiling, LossScale, ParameterGroup
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -117,6 +118,7 @@ class Job:
         metrics: further figures of evaluations, by name: functions of (logits, labels), or ``OwnMetric``.
         scaling: scales the loss, if ``plan.recipe.scaling`` is set; a step whose gradients are not all finite is
             skipped then.
+        compiling: which stages' layers ``torch.compile`` compiles; None: those of none.
 
     Raises:
         PlanError: the plan is for another model, asks for clipping, scaling or sharding that is not given, or has
@@ -146,6 +148,7 @@ class Job:
         metrics: Mapping[str, OwnMetric | Function] | None = None,
         decay: float | None = None,
         scaling: LossScale | None = None,
+        compiling: Compiling | None = None,
     ) -> None:
         self.plan, self.chain, self.rank, self.seed = plan, traced.chain, rank, seed
         self.replica, self.place = plan.locate(rank)
@@ -167,6 +170,9 @@ class Job:
         dtype = DTYPES[plan.precision]
         self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
         self._updater = self._make_updater(optimizer, max_norm, engines, groups, decay)
+        if compiling is not None:
+            own = [b for p in self._positions if compiling.has(p.kind) for b in self._blocks_of(p)]
+            compile_blocks(own, self.chain, compiling.backend)
         self.state = State(
             traced,
             self._positions,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -19,6 +19,9 @@ from hybridpar.model.order import ordered, turned
 from hybridpar.model.shared_norm import Peers, SharedNorm
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Block, Position, Span
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""Some layers, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class BlockModules(nn.Module):
         self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
         self.norms = norms or []
         """Batch norms that meet other ranks', in the order of their calls."""
+        self._runs: Sequence[Run] | None = None
+
+    def use(self, runs: Sequence[Run]) -> None:
+        """Run these, which do what the layers do, instead of one layer after the other."""
+        self._runs = runs
 
     @property
     def draws(self) -> bool:
@@ -74,8 +82,8 @@ class BlockModules(nn.Module):
         for norm in self.norms:
             norm.peers = peers
         with lowering(x.device.type, self._autocast):
-            for layer in self.layers:
-                x = layer(x)
+            for run in self._runs or self.layers:
+                x = run(x)
         if self._leaving is not None:
             x = x.to(self._leaving)
         if self._last:
@@ -96,10 +104,12 @@ class BlockModules(nn.Module):
         return cast("torch.Tensor", y)
 
     def each(self, x: torch.Tensor, keys: Keys | None, peers: Peers | None = None) -> list[torch.Tensor]:
-        """Run the layers as ``again`` and return the output of every one."""
+        """Run the layers as ``again``, one by one, and return the output of every one."""
         outputs: list[torch.Tensor] = []
+        runs, self._runs = self._runs, None
         hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in self.layers]
         self.again(x, keys, peers)
+        self._runs = runs
         for hook in hooks:
             hook.remove()
         return outputs

@@ -247,6 +247,7 @@ class _Training:
             self.rate,
             metrics=make_metrics(config.metrics),
             decay=config.train.ema,
+            compiling=config.train.compiling,
         )
 
     def _start_timekeeper(
