@@ -12,6 +12,7 @@ import torch
 
 from hybridpar.errors import ProgramError
 from hybridpar.model.shared_norm import SharedNorm
+from hybridpar.model.trace import trace
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
@@ -26,7 +27,7 @@ from tests.support.parity import RULES
 from tests.support.plans import mutate, random_plan, random_replicated, random_samples
 from tests.support.rendezvous import Endpoint, HangError, run_strictly
 from tests.support.threads import run_ranks
-from tests.support.training import Case, make_executor, run_step, train_single
+from tests.support.training import Case, make_executor, run_step, train_rank, train_single
 from tests.support.verifying import make_job, own_batch, verified
 
 LAYERS = {"vgg_bn": 17, "resnet": 14}
@@ -270,6 +271,26 @@ def test_a_value_that_is_not_finite_is_found_without_another_message() -> None:
     named = run_ranks(plan, body)
     assert named[:2] == ["None", "None"]
     assert "whose weights are not finite" in named[2]
+
+
+def test_under_autocast_figures_are_float32_and_a_split_agrees_up_to_roundings() -> None:
+    source = case_of("resnet").source
+    traced = trace(source.module, (2, 6, 6), "resnet", autocast="bfloat16")
+    case = Case(source, traced, 2, (BATCH,) * 2, dtype=torch.float32)
+    losses = []
+    for ranks in ((0,), (0, 1)):
+        stage = Stage("front", BATCH // len(ranks), (Segment((0, LAYERS["resnet"]), ranks),))
+        plan = replace(plan_for(case, stage), precision="float32")
+        sizes = {o.bytes for o in programs(plan, case)[0].operations if o.content == "moments"}
+        assert sizes == (set() if len(ranks) == 1 else {(2 * 4 + 1) * 4, (2 * 6 + 1) * 4})
+
+        def body(rank: int, endpoint: Endpoint, plan: Plan = plan) -> list[float]:
+            return [m.loss for m in train_rank(case, plan, rank, make_executor(case, plan, rank, endpoint))]
+
+        results = run_strictly(plan.world, body)
+        assert all(r == results[0] for r in results)
+        losses.append(results[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # The program
