@@ -37,7 +37,7 @@ def main() -> int:
         arguments.micro_batch or contest.micro_batch,
         arguments.bucket_mib,
         arguments.segments,
-        tuple(arguments.options or OPTIONS) if arguments.contest == OF_OPTIONS else (),
+        tuple(arguments.options or OF_OPTIONS[arguments.contest]) if arguments.contest in OF_OPTIONS else (),
     )
     folder = arguments.out or Path("runs") / f"runtime-{setting.contest}-{setting.model}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def _render(setting: Setting, arguments: argparse.Namespace, world: int, found: 
         time.strftime("%Y-%m-%d", time.gmtime()),
         f"{arguments.rounds} rounds of {arguments.steps} steps",
     )
-    options = setting.contest == OF_OPTIONS
+    options = setting.contest in OF_OPTIONS
     ratio_of = "with it / default" if options else "ours / theirs"
     lines = [
         f"- contest: {setting.contest}, {setting.model}, {ranks}, {sizes}",
@@ -105,7 +105,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, help="default: the contest's")
     parser.add_argument("--bucket-mib", type=int, default=8, help="our gradient buckets; default: %(default)s")
     parser.add_argument("--segments", type=int, default=2, help="of our pipeline, per rank; default: %(default)s")
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, help="in the contest of options; default: all")
+    parser.add_argument(
+        "--options", nargs="+", choices=OPTIONS, help="of a contest of options; default: all it has"
+    )
     parser.add_argument("--cores", type=float, default=0.45, help="of every rank; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=2, help="of a turn; default: %(default)s")

@@ -9,7 +9,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan, Segment, Stage, validate
 from scripts.bench.runtime.models import CHAIN_OF_LINEARS, IMAGE, IN_SHAPE, balanced, build
-from scripts.bench.runtime.options import variants
+from scripts.bench.runtime.options import OF_REPLICAS, OPTIONS, variants
 from scripts.bench.runtime.rivals import SCHEDULES, DataParallel, HandWritten, Loop, Ours, Pipelining, Rival
 
 
@@ -77,12 +77,16 @@ def _pipelines(setting: Setting) -> list[Rival]:
     return [Pipelining(setting.model, schedule, count) for schedule in SCHEDULES]
 
 
-OF_OPTIONS = "options"
-"""The contest in which we have no rival but ourselves."""
+OF_OPTIONS = {
+    "options": tuple(name for name in OPTIONS if name not in OF_REPLICAS),
+    "compression": OF_REPLICAS,
+}
+"""The contests in which we have no rival but ourselves, with the options that take part."""
 CONTESTS = {
     "alone": Contest(1, "resnet18", 32, 32, _alone, _loops),
     "actions": Contest(1, CHAIN_OF_LINEARS, 256, 1, _alone, _loops),
-    OF_OPTIONS: Contest(1, "resnet18", 32, 16, _alone, _nobody),
+    "options": Contest(1, "resnet18", 32, 16, _alone, _nobody),
+    "compression": Contest(4, "vgg11", 64, 16, _front, _nobody),
     "front": Contest(4, "resnet18", 64, 16, _front, lambda setting: [DataParallel(setting.model)]),
     "middle": Contest(4, "vgg11", 64, 8, _middle, _pipelines),
     "front_tail": Contest(4, "vgg11", 64, 16, _front_tail, lambda setting: [HandWritten(setting.model)]),

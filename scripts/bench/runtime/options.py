@@ -11,14 +11,17 @@ import torch
 
 from hybridpar.model.chain import Autocast, MemoryFormat
 from hybridpar.model.trace import trace
+from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Plan, Recipe, validate
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import LossScale
+from hybridpar.sections import Compiling, LossScale
 from scripts.bench.runtime.models import IMAGE, IN_SHAPE, build, optimizer
 from scripts.bench.runtime.rivals import AGREEMENT, Ours, Rival
 
 LOWERED = 2.0**-5
 """Agreement of a lowered dtype: its roundings, of which batch norm makes more where samples are few."""
+LOSSY = 0.5
+"""Agreement of gradients of low rank, which go another way from the first step on."""
 SGD: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 
 
@@ -32,6 +35,8 @@ class Option:
     """In all stages."""
     optimizer: OptimizerFactory = optimizer
     scaling: LossScale | None = None
+    compression: Compression | None = None
+    compiling: Compiling | None = None
     agreement: float = AGREEMENT
     """By what share the losses of the first steps may differ from the default's."""
 
@@ -44,8 +49,13 @@ OPTIONS = {
     "recomputation": Option(recompute=True),
     "foreach optimizer": Option(optimizer=partial(SGD, foreach=True)),
     "optimizer that loops": Option(optimizer=partial(SGD, foreach=False)),
+    "compiled": Option(compiling=Compiling()),
+    "bfloat16 gradients": Option(compression=Compression("bfloat16"), agreement=LOWERED),
+    "PowerSGD": Option(compression=Compression("power_sgd", warmup_steps=0), agreement=LOSSY),
 }
 """By name. The default's optimizer is a fused one."""
+OF_REPLICAS = ("bfloat16 gradients", "PowerSGD")
+"""Those that change nothing on one rank."""
 
 
 def variants(model: str, plan: Plan, chosen: Sequence[str]) -> list[Rival]:
@@ -58,7 +68,8 @@ def _variant(model: str, plan: Plan, name: str, option: Option) -> Rival:
     module = build(model)
     chain = trace(module, IN_SHAPE.get(model, IMAGE), type(module).__name__, **settings).chain
     stages = tuple(replace(stage, recompute=option.recompute) for stage in plan.stages)
-    recipe = Recipe(scaling=option.scaling is not None)
+    recipe = Recipe(scaling=option.scaling is not None, compression=option.compression)
     own = replace(plan, chain=chain.fingerprint, stages=stages, recipe=recipe)
     validate(own, chain)
-    return Ours(model, own, name, option.agreement, optimizer=option.optimizer, scaling=option.scaling, **settings)
+    settings |= {"optimizer": option.optimizer, "scaling": option.scaling, "compiling": option.compiling}
+    return Ours(model, own, name, option.agreement, **settings)
