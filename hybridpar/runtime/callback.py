@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hybridpar.errors import ConfigError
 from hybridpar.references import resolve
-from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.evaluation import Evaluation
+from hybridpar.runtime.job import Job
 from hybridpar.runtime.journal import StepRecord
 from hybridpar.runtime.manifest import Position
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybridpar.runtime.job import Evaluation
+from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.own_metric import OwnMetric
 from hybridpar.sections import EarlyStopConfig

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -16,11 +15,10 @@ from hybridpar.data.loader import StepLoader
 from hybridpar.data.mixing import Mixing
 from hybridpar.data.samples import Form, Samples
 from hybridpar.data.stream import Stream, as_samples, order_of
-from hybridpar.errors import DataError, PlanError
+from hybridpar.errors import DataError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
 from hybridpar.model.freeze import check_trained
-from hybridpar.model.inputs import pack
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Position, blocks, positions
 from hybridpar.planning.check import check
@@ -29,9 +27,12 @@ from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.planning.zero import is_zero
+from hybridpar.runtime.agreement import check_agreement
+from hybridpar.runtime.batch import GivenBatch, Reader, WholeBatch
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.compiled import compile_blocks
 from hybridpar.runtime.cross_entropy import CrossEntropy
+from hybridpar.runtime.evaluation import Evaluation, Totals
 from hybridpar.runtime.executor import Executor, Observer
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
 from hybridpar.runtime.groups import check_groups
@@ -40,35 +41,14 @@ from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.modules import BlockModules, ModuleFactory, Owned, owned_parameters
 from hybridpar.runtime.origin import Origin, Watch
 from hybridpar.runtime.own_metric import Function, OwnMetric, OwnMetrics
+from hybridpar.runtime.running_statistics import RunningStatistics
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.state import State
 from hybridpar.runtime.step import Metrics
-from hybridpar.runtime.update import OptimizerFactory, ShardedEngine, Updater
+from hybridpar.runtime.update import EngineFactory, OptimizerFactory, Updater
 from hybridpar.sections import Compiling, LossScale, ParameterGroup
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-Inputs = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
-"""Of a batch; several tensors, or a mapping by their names, where the model takes several."""
-WholeBatch = StepBatch | tuple[Inputs, torch.Tensor]
-GivenBatch = WholeBatch | None
-EngineFactory = Callable[[Position, Sequence[BlockModules], Sequence[ParameterGroup]], ShardedEngine]
-"""Makes the sharded optimizer of a replicated position from this rank's blocks of it, and groups of parameters."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model does on a data set: means over all its samples whose label counts, each counted once."""
-
-    loss: float
-    """Each sample weighs as in training, by the weight of its class."""
-    top1: float
-    """Share of the samples whose class has the largest logit."""
-    top5: float
-    """Share of the samples whose class is among the five largest logits."""
-    samples: int
-    own: Mapping[str, float] = field(default_factory=dict)
-    """The user's own metrics by their names."""
 
 
 class Best(NamedTuple):
@@ -159,16 +139,22 @@ class Job:
         self.rate = rate
         """Learning rate by step; None leaves it to the optimizer."""
         self._communicators, self._next_sample = communicators, 0
+        self._reader = Reader(rank, self.chain)
         self._uncompressed = replace(plan, recipe=replace(plan.recipe, compression=None))
         self._loss = loss or CrossEntropy()
         self._metrics = OwnMetrics(metrics or {}, self.chain)
         self.scaler = None if scaling is None else Scaler(scaling)
         """Of the loss: its scale, and how many steps were skipped; None: the loss is not scaled."""
-        self._check(max_norm, engines, groups)
+        check_agreement(plan, self.chain, max_norm, scaled=self.scaler is not None, sharding=engines is not None)
+        check_trained(self.chain)
+        self._loss.check_plan(plan, self.chain)
+        self._metrics.check_plan(plan)
+        check_groups(groups, self.chain)
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
         dtype = DTYPES[plan.precision]
         self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
+        self._statistics = RunningStatistics(self.place, self.chain, self._positions, self._blocks, communicators)
         self._updater = self._make_updater(optimizer, max_norm, engines, groups, decay)
         if compiling is not None:
             own = [b for p in self._positions if compiling.has(p.kind) for b in self._blocks_of(p)]
@@ -201,37 +187,6 @@ class Job:
             loss=self._loss,
             own=self._metrics if metrics else None,
         )
-
-    def _check(
-        self, max_norm: float | None, engines: EngineFactory | None, groups: Sequence[ParameterGroup]
-    ) -> None:
-        plan = self.plan
-        if plan.chain != self.chain.fingerprint:
-            raise PlanError(
-                f"plan.chain: the plan is for chain {plan.chain} of model {plan.model}, but {self.chain.model} is "
-                f"{self.chain.fingerprint}; plan again for this model"
-            )
-        if plan.recipe.clipping != (max_norm is not None):
-            raise PlanError(
-                f"plan.recipe.clipping: {plan.recipe.clipping}, but the largest norm is {max_norm}; "
-                "plan again with the optimizer's settings"
-            )
-        if plan.recipe.scaling != (self.scaler is not None):
-            raise PlanError(
-                f"plan.recipe.scaling: {plan.recipe.scaling}, but the loss is "
-                f"{'not scaled' if self.scaler is None else 'scaled'}; plan again with train.loss_scale as it is"
-            )
-        if plan.recipe.sharding != "none" and engines is None:
-            raise PlanError(f"plan.recipe.sharding: {plan.recipe.sharding}, but the job has no such optimizer")
-        if plan.recipe.sharding != "none" and self.chain.memory_format is not None:
-            raise PlanError(
-                f"plan.recipe.sharding: {plan.recipe.sharding} takes parameters apart in their usual order, but "
-                f"the model's memory_format is {self.chain.memory_format}; drop one"
-            )
-        check_trained(self.chain)
-        self._loss.check_plan(plan, self.chain)
-        self._metrics.check_plan(plan)
-        check_groups(groups, self.chain)
 
     def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
         places = positions(self.plan)
@@ -418,7 +373,7 @@ class Job:
         own = self._own(given, "evaluate", samples)
         program = checked_program(self.plan, self.chain, own.samples, "predict", self.replica, k)
         with self.averaged():
-            self._average_statistics()
+            self._statistics.average()
             return Best(*self._executor.predict(program, self.steps, own.first_sample, own.inputs))
 
     def _no_labels(self, samples: int) -> torch.Tensor:
@@ -433,20 +388,15 @@ class Job:
         return contextlib.nullcontext() if average is None else average.in_place()
 
     def _evaluated(self, batches: Iterable[WholeBatch]) -> Evaluation:
-        self._average_statistics()
+        self._statistics.average()
         self._metrics.begin(self.device)
-        sums = [0.0] * 5
+        totals = Totals()
         for batch in batches:
             whole = None if isinstance(batch, StepBatch) else len(batch[1])
-            m = self._run(self._own(batch, "evaluate", whole), "evaluate")
-            sums = [a + b for a, b in zip(sums, (m.loss_sum, m.weight, m.samples, m.top1, m.top5), strict=True)]
-            if not math.isfinite(m.loss_sum):
+            totals.add(self._run(self._own(batch, "evaluate", whole), "evaluate"))
+            if not totals.finite:
                 break  # on all ranks; ``origin`` is that of the last batch
-        loss_sum, weight, counted, top1, top5 = sums
-        if not weight or not counted:
-            raise DataError("there are no samples to evaluate on whose label counts")
-        own = self._own_figures(round(counted))
-        return Evaluation(loss_sum / weight, top1 / counted, top5 / counted, round(counted), own)
+        return totals.means(self._own_figures(totals.samples))
 
     def _own_figures(self, samples: int) -> dict[str, float]:
         """Sum the own metrics over all ranks; after the last program, so it stands in none."""
@@ -468,56 +418,4 @@ class Job:
             return batch
         count = samples or self.plan.global_batch
         reads = self.program(mode, count).reads(self.place)
-        own = sum(stop - start for start, stop in reads)
-        if batch is None:
-            if own:
-                raise DataError(f"rank {self.rank} reads {own} of the step's {count} samples but got None")
-            return StepBatch(None, None, count, self._next_sample)
-        inputs, labels = batch
-        if not isinstance(inputs, torch.Tensor):
-            inputs = pack(self.chain.inputs, inputs, 1, f"the batch of rank {self.rank}")
-        if len(inputs) != len(labels) or len(labels) not in {own, count}:
-            raise DataError(
-                f"rank {self.rank} got {len(inputs)} inputs and {len(labels)} labels; give all {count} of the "
-                f"step, or the {own} that this rank reads (samples= tells the size of a smaller step)"
-            )
-        if labels.shape[1:] != self.chain.label_shape:
-            wanted = (len(labels), *self.chain.label_shape)
-            raise DataError(
-                f"rank {self.rank} got labels of shape {tuple(labels.shape)}; give {wanted}, as the model's "
-                f"output is {self.chain.out_shape} per sample"
-            )
-        if not own:
-            return StepBatch(None, None, count, self._next_sample)
-        if len(labels) != own:
-            rows = torch.cat([torch.arange(start, stop) for start, stop in reads])
-            inputs, labels = inputs[rows.to(inputs.device)], labels[rows.to(labels.device)]
-        return StepBatch(inputs, labels, count, self._next_sample)
-
-    def _average_statistics(self) -> None:
-        for position in self._positions:
-            buffers = self._statistics(position) if position.reduced else []
-            if not buffers:
-                continue
-            flat = torch.cat([b.reshape(-1) for b in buffers])
-            size = flat.numel() * flat.element_size()
-            name, ranks = position.gradients(self.place), position.sharers(self.place)
-            # Between two steps, so it stands in no program and has no number of its own there.
-            across = position.copies > 1
-            operation = Operation(0, "all_reduce", "running_statistics", name, ranks, size, across=across)
-            self._communicators.all_reduce(operation, flat).wait()
-            flat /= len(ranks) * position.copies
-            for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
-                buffer.copy_(mean.view_as(buffer))
-
-    def _statistics(self, position: Position) -> list[torch.Tensor]:
-        """Return the floating buffers of a position's batch norms that may differ between its replicas."""
-        equal = position.synchronised and (position.joint or position.copies == 1)
-        return [
-            buffer
-            for modules in self._blocks_of(position)
-            for index, layer in zip(range(*modules.block.layers), modules.layers, strict=True)
-            if self.chain.layers[index].batch_norm and not (equal and self.chain.layers[index].norms)
-            for buffer in layer.buffers()
-            if buffer.is_floating_point()
-        ]
+        return self._reader.own(batch, reads, count, self._next_sample)

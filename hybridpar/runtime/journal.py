@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hybridpar.config import Config
 from hybridpar.errors import ConfigError
 from hybridpar.runtime.boards import Board
-from hybridpar.runtime.job import Evaluation
+from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.manifest import FOLDER, Position, complete
 from hybridpar.schema import from_data
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridpar.errors import ConfigError
 from hybridpar.names import nearest
-from hybridpar.runtime.job import Evaluation
+from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.own_metric import OwnMetric
 
 

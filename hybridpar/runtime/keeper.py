@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from hybridpar.runtime.early_stop import EarlyStop
-from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.evaluation import Evaluation
+from hybridpar.runtime.job import Job
 from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.saver import Saver

@@ -13,7 +13,7 @@ from hybridpar.monitor import record
 from hybridpar.monitor.sampler import Monitor
 from hybridpar.planning.plan import Plan
 from hybridpar.report.summary import GpuUse, StageSummary, Summary
-from hybridpar.runtime.job import Evaluation
+from hybridpar.runtime.evaluation import Evaluation
 
 WARM_UP_STEPS = 5
 """Left out of the measured step time, or a fifth of the steps where that is less."""

@@ -11,8 +11,9 @@ from dataclasses import replace
 from hybridpar.errors import DivergenceError
 from hybridpar.runtime.callback import Callbacks
 from hybridpar.runtime.early_stop import EarlyStop
+from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.feed import Feed, StepBatch
-from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.job import Job
 from hybridpar.runtime.journal import Journal, StepRecord
 from hybridpar.runtime.keeper import Keeper
 from hybridpar.runtime.log import WARM_UP_STEPS, Log

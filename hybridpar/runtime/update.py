@@ -66,6 +66,10 @@ class ShardedEngine(Protocol):
         ...
 
 
+EngineFactory = Callable[[Position, Sequence[BlockModules], Sequence[ParameterGroup]], ShardedEngine]
+"""Makes the sharded optimizer of a replicated position from this rank's blocks of it, and groups of parameters."""
+
+
 class Updater:
     """Gradients and optimizers of one rank.
 

@@ -24,10 +24,9 @@ from hybridpar.planning.plan import Recipe
 from hybridpar.runtime.elementwise import check_elementwise
 from hybridpar.runtime.fragment import Fragment, cut, join
 from hybridpar.runtime.groups import grouped
-from hybridpar.runtime.job import EngineFactory
 from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.process import Process
-from hybridpar.runtime.update import OptimizerFactory
+from hybridpar.runtime.update import EngineFactory, OptimizerFactory
 from hybridpar.sections import ParameterGroup
 
 _STAGES = {"zero1": 1, "zero2": 2}

@@ -8,7 +8,7 @@ import pytest
 from hybridpar.errors import CheckpointError, ConfigError
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime.early_stop import EarlyStop, Patience
-from hybridpar.runtime.job import Evaluation
+from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.sections import EarlyStopConfig
 from tests.support.runs import run, small, train_here
 

@@ -18,8 +18,9 @@ from hybridpar.planning.program import Operation
 from hybridpar.runtime import lookup
 from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.cross_entropy import CrossEntropy
+from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.executor import ActionError
-from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.job import Job
 from hybridpar.runtime.loss import Logits
 from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.optimizer import make_factory

@@ -17,8 +17,9 @@ from hybridpar.errors import ConfigError, DataError, DivergenceError
 from hybridpar.planner import load_model
 from hybridpar.report.summary import Summary
 from hybridpar.runtime import checks
+from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.feed import Feed
-from hybridpar.runtime.job import Evaluation, Job
+from hybridpar.runtime.job import Job
 from hybridpar.runtime.journal import check_run_dir
 from hybridpar.runtime.process import Place
 from hybridpar.schema import to_data
