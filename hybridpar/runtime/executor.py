@@ -12,16 +12,16 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hybridpar.errors import DataError, HybridparError
 from hybridpar.model.keyed import Keys
 from hybridpar.model.order import in_memory, ordered
-from hybridpar.model.shared_norm import combined
 from hybridpar.planning.compression import SUMS, WORKS
-from hybridpar.planning.layout import Interval, Transfer
 from hybridpar.planning.program import METRICS, Action, Operation, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.cross_entropy import CrossEntropy
+from hybridpar.runtime.exchange import Exchange, lies_last
 from hybridpar.runtime.line import Line
 from hybridpar.runtime.lookup import Key, Lookups
 from hybridpar.runtime.loss import Figures, Logits, Loss, Outcome, best_figures, best_of
-from hybridpar.runtime.modules import BlockModules, crossing_dtype
+from hybridpar.runtime.modules import BlockModules
+from hybridpar.runtime.moments import Moments
 from hybridpar.runtime.origin import Watch
 from hybridpar.runtime.own_metric import OwnMetrics
 from hybridpar.runtime.step import Metrics, Started, StepState
@@ -74,6 +74,8 @@ class Executor:
         self.watch = watch or Watch(rank)
         """Where values left the finite numbers in the last step."""
         self._lookups = Lookups(rank)
+        self._exchange = Exchange(rank, dtype, device)
+        self._moments = Moments(rank, blocks, communicators, dtype, device)
 
     def run(
         self,
@@ -199,7 +201,7 @@ class Executor:
         elif action.kind in WORKS:
             getattr(self.updater, action.kind)(action.block or 0)
         elif action.kind == "copy" and action.transfer is not None:
-            self._copy(state, str(action.content), action.block or 0, action.transfer)
+            self._exchange.copy(state, str(action.content), action.block or 0, action.transfer)
         else:
             key = (action.block or 0, action.micro_batch or 0)
             getattr(self, f"_{action.kind}")(state, key)
@@ -266,7 +268,7 @@ class Executor:
         rows = state.batch[first : first + stop - start]
         if not state.program.blocks[0].spans:
             return rows
-        start, stop = self._features(state, 0, "in")
+        start, stop = self._exchange.features(state, 0, "in")
         return rows.narrow(1 + state.program.chain.axes[0], start, stop - start)
 
     def _score(self, state: StepState, key: Key) -> None:
@@ -302,7 +304,7 @@ class Executor:
         labels, others = state.labels[start:stop], None
         if state.share is not None:
             others = torch.cat([state.labels[start - 1 : start] if start else state.labels[-1:], labels[:-1]])
-        first = self._features(state, key[0], "out")[0]
+        first = self._exchange.features(state, key[0], "out")[0]
         whole = not state.program.positions[-1].sharded
         classes, share = state.program.chain.classes, 1.0 if state.share is None else state.share
         return Logits(values, labels, first, classes, whole, others, share)
@@ -328,81 +330,8 @@ class Executor:
             torch.autograd.backward((edge,), (gradient,))
         if self.blocks[key[0]].block.answers:
             assert x.grad is not None
-            last = self._lies_last(state, key[0] - 1)
+            last = lies_last(state, key[0] - 1)
             state.input_gradients[key] = ordered(x.grad, last=last)
-
-    # Exchange
-
-    def _source(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
-        """Return the part of an output or input gradient that a transfer moves, as it lies in memory."""
-        if content == "activation":
-            key, values = (boundary, transfer.source_micro_batch), state.outputs
-            features = self._features(state, boundary, "out")
-        else:
-            key, values = (boundary + 1, transfer.source_micro_batch), state.input_gradients
-            features = self._features(state, boundary + 1, "in")
-        part = self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
-        return in_memory(part, last=self._lies_last(state, boundary))
-
-    def _target(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
-        """Return the part of an input or output gradient that a transfer fills, as it lies in memory.
-
-        Makes the buffer if need be.
-        """
-        if content == "activation":
-            key, values = (boundary + 1, transfer.target_micro_batch), state.inputs
-            features = self._features(state, boundary + 1, "in")
-        else:
-            key, values = (boundary, transfer.target_micro_batch), state.gradients
-            features = self._features(state, boundary, "out")
-        if key not in values:
-            start, stop = state.program.interval(*key, self.rank)
-            before, chain = state.program.blocks[boundary], state.program.chain
-            shape = [stop - start, *chain.shape(before.point("out"))]
-            shape[self._axis(state, boundary)] = features[1] - features[0]
-            dtype, last = crossing_dtype(before, chain, self.dtype), before.out_last(chain)
-            order = torch.channels_last if last else torch.contiguous_format
-            values[key] = torch.empty(shape, dtype=dtype, device=self.device, memory_format=order)
-        part = self._part(state, values[key], key, (self._axis(state, boundary), features), transfer)
-        return in_memory(part, last=self._lies_last(state, boundary))
-
-    @staticmethod
-    def _lies_last(state: StepState, boundary: int) -> bool:
-        """Whether what crosses behind a block lies in memory with its channels last."""
-        return state.program.blocks[boundary].out_last(state.program.chain)
-
-    @staticmethod
-    def _axis(state: StepState, boundary: int) -> int:
-        """Return the dim of the features in what crosses a boundary."""
-        return 1 + state.program.chain.axes[state.program.blocks[boundary].point("out")]
-
-    def _features(self, state: StepState, block: int, side: str) -> tuple[int, int]:
-        described = state.program.blocks[block]
-        shard = state.program.positions[described.position].ranks.index(self.rank)
-        return described.features(state.program.chain, shard, "in" if side == "in" else "out")
-
-    def _part(
-        self, state: StepState, value: torch.Tensor, key: Key, along: tuple[int, Interval], t: Transfer
-    ) -> torch.Tensor:
-        """Return a transfer's part of a value that has the features of an interval along a dim."""
-        dim, features = along
-        start = state.program.interval(*key, self.rank)[0]
-        rows = value[t.samples[0] - start : t.samples[1] - start]
-        if t.features == features:
-            return rows
-        return rows.narrow(dim, t.features[0] - features[0], t.features[1] - t.features[0])
-
-    def _copy(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> None:
-        if transfer.whole:
-            if content == "activation":
-                source, target = state.outputs, (boundary + 1, transfer.target_micro_batch)
-                state.inputs[target] = source[boundary, transfer.source_micro_batch]
-            else:
-                target = (boundary, transfer.target_micro_batch)
-                state.gradients[target] = state.input_gradients[boundary + 1, transfer.source_micro_batch]
-            return
-        part = self._source(state, content, boundary, transfer)
-        _place(self._target(state, content, boundary, transfer), part, add=transfer.add)
 
     # Operations
 
@@ -410,7 +339,7 @@ class Executor:
         if operation.kind == "send":
             self._start_transfer(state, operation)
         elif operation.content == "moments":
-            self._start_moments(state, operation)
+            state.pending[operation.index] = self._moments.start(state, operation)
         elif operation.kind == "all_gather":
             key = (operation.block or 0, operation.micro_batch or 0)
             own = state.figures[key][0]
@@ -426,46 +355,19 @@ class Executor:
             state.pending[operation.index] = Started(pending, scatter.flat)
         else:
             tensor = self._reduced(state, operation)
-            last = operation.content == "sum" and self._lies_last(state, operation.block or 0)
+            last = operation.content == "sum" and lies_last(state, operation.block or 0)
             pending = self.communicators.all_reduce(operation, in_memory(tensor, last=last))
             state.pending[operation.index] = Started(pending, tensor)
-
-    def _start_moments(self, state: StepState, operation: Operation) -> None:
-        """Start telling other ranks what the batch norm gave that is waiting; without samples that is zeros."""
-        own = state.given
-        if own is None:
-            if state.program.works(operation.block or 0, operation.micro_batch or 0, self.rank):
-                raise RuntimeError(
-                    "its batch norm was not called: the layer runs otherwise than when it was traced"
-                )
-            count = operation.bytes // self.dtype.itemsize
-            own = torch.zeros(count, dtype=self.dtype, device=self.device)
-        if operation.kind == "all_gather":
-            state.gathered = [torch.empty_like(own) for _ in range(state.program.participants(operation))]
-            pending = self.communicators.all_gather(operation, state.gathered, own)
-        else:
-            pending = self.communicators.all_reduce(operation, own)
-        state.pending[operation.index] = Started(pending, own)
-
-    def _end_moments(self, state: StepState, operation: Operation, own: torch.Tensor) -> None:
-        """Give the batch norm what it waits for; one without samples takes it into its running statistics."""
-        if operation.kind == "all_gather":
-            own = combined(torch.stack(state.gathered))
-            state.gathered = []
-        if state.given is not None:
-            state.given = own
-        elif not operation.backward:
-            self.blocks[operation.block or 0].norms[operation.norm or 0].learn(own)
 
     def _start_transfer(self, state: StepState, operation: Operation) -> None:
         transfer, block = operation.transfer, operation.block or 0
         assert transfer is not None
         in_place = True
         if operation.ranks[0] == self.rank:
-            tensor = self._source(state, operation.content, block, transfer).contiguous()
+            tensor = self._exchange.source(state, operation.content, block, transfer).contiguous()
             pending = self.communicators.send(operation, tensor)
         else:
-            tensor = self._target(state, operation.content, block, transfer)
+            tensor = self._exchange.target(state, operation.content, block, transfer)
             in_place = tensor.is_contiguous() and not transfer.add
             if not in_place:
                 tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -497,7 +399,7 @@ class Executor:
         pending.wait()
         block, micro_batch = operation.block or 0, operation.micro_batch or 0
         if operation.content == "moments":
-            self._end_moments(state, operation, tensor)
+            self._moments.end(state, operation, tensor)
         elif operation.kind == "reduce_scatter":
             state.scatters.pop(operation.index).add()
         elif operation.content == "sum" and operation.backward:
@@ -505,16 +407,8 @@ class Executor:
         elif operation.content == "sum":
             state.inputs[block + 1, micro_batch] = tensor
         elif operation.transfer is not None and not in_place:
-            target = self._target(state, operation.content, block, operation.transfer)
-            _place(target, tensor, add=operation.transfer.add)
+            self._exchange.place(state, operation.content, block, operation.transfer, tensor)
 
     def _free(self, state: StepState, number: int) -> None:
         for kind, key in state.lookup.last_uses.get(number, ()):
             (state.outputs if kind == "activation" else state.input_gradients).pop(key, None)
-
-
-def _place(target: torch.Tensor, part: torch.Tensor, *, add: bool) -> None:
-    if add:
-        target += part
-    else:
-        target.copy_(part)
