@@ -6,7 +6,7 @@ Nothing here uses pyplot: no window, no global state, no display.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from io import StringIO
 from pathlib import Path as FilePath
@@ -146,6 +146,23 @@ def save(figure: Figure, path: FilePath) -> None:
     Raises OSError where the file cannot be written.
     """
     _save(figure, path, path.suffix[1:])
+
+
+def write_files(folder: FilePath, contents: Mapping[str, Figure | str]) -> tuple[FilePath, ...]:
+    """Write figures and texts by their file names into a prepared folder, and return the paths.
+
+    Raises ConfigError where one cannot be written.
+    """
+    paths = tuple(folder / name for name in contents)
+    for path, content in zip(paths, contents.values(), strict=True):
+        try:
+            if isinstance(content, str):
+                path.write_text(content)
+            else:
+                save(content, path)
+        except OSError as e:
+            raise ConfigError(f"pictures: cannot write {path}: {e.strerror}; make room or remove it") from e
+    return paths
 
 
 def svg_text(figure: Figure) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridpar.errors import ConfigError
 from hybridpar.planning.timeline import Span, Timeline
 from hybridpar.report.chart import timelines_figure
 from hybridpar.report.comparison import Comparison
 from hybridpar.report.course import Course
-from hybridpar.report.figure import prepare_folder, save
+from hybridpar.report.figure import prepare_folder, write_files
 from hybridpar.report.map import placement_figure
 from hybridpar.report.placement import placement_board
 from hybridpar.report.timeline import timeline_scene, title
@@ -63,17 +61,5 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Path, ...]:
     """
     prepare_folder(folder)
     chart, board = timelines(comparison), placement(comparison)
-    writers: tuple[Callable[[Path], object], ...] = (
-        lambda path: save(chart, path),
-        lambda path: save(chart, path),
-        lambda path: save(board, path),
-        lambda path: save(board, path),
-        lambda path: path.write_text(as_json(both_traces(comparison))),
-    )
-    paths = tuple(folder / name for name in FILES)
-    for path, write in zip(paths, writers, strict=True):
-        try:
-            write(path)
-        except OSError as e:
-            raise ConfigError(f"pictures: cannot write {path}: {e.strerror}; make room or remove it") from e
-    return paths
+    trace = as_json(both_traces(comparison))
+    return write_files(folder, dict(zip(FILES, (chart, chart, board, board, trace), strict=True)))

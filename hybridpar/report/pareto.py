@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hybridpar.errors import ConfigError
 from hybridpar.planning.pareto import Front, Point
-from hybridpar.report.figure import DOTS_PER_INCH, FONT, prepare_folder, save
+from hybridpar.report.figure import DOTS_PER_INCH, FONT, prepare_folder, write_files
 from hybridpar.report.palette import GRID, INK, LINE
 from hybridpar.report.text import in_bytes, in_time, plural, titled
 from hybridpar.schema import to_data
@@ -91,14 +90,7 @@ def draw(found: Front, folder: Path) -> tuple[Path, ...]:
     Raises ConfigError where the folder cannot be written or matplotlib is missing.
     """
     prepare_folder(folder)
-    figure = front_figure(found)
-    paths = tuple(folder / name for name in FILES)
-    for path in paths:
-        try:
-            save(figure, path)
-        except OSError as e:
-            raise ConfigError(f"pictures: cannot write {path}: {e.strerror}; make room or remove it") from e
-    return paths
+    return write_files(folder, dict.fromkeys(FILES, front_figure(found)))
 
 
 def front_figure(found: Front) -> Figure:

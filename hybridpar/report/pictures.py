@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from hybridpar.cluster.topology import Cluster
-from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
@@ -14,7 +12,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.simulate import simulate
 from hybridpar.profiling.record import Profile
 from hybridpar.report.chart import timeline_figure
-from hybridpar.report.figure import prepare_folder, save
+from hybridpar.report.figure import prepare_folder, write_files
 from hybridpar.report.map import placement_figure
 from hybridpar.report.placement import placement_board
 from hybridpar.report.timeline import timeline_scene
@@ -33,17 +31,5 @@ def draw(plan: Plan, chain: Chain, profile: Profile, cluster: Cluster, folder: P
     timeline = simulate(program, Costs(profile, cluster))
     chart = timeline_figure(timeline_scene(program, timeline, cluster))
     board = placement_figure(placement_board(program, cluster))
-    writers: tuple[Callable[[Path], object], ...] = (
-        lambda path: save(chart, path),
-        lambda path: save(chart, path),
-        lambda path: save(board, path),
-        lambda path: save(board, path),
-        lambda path: path.write_text(trace_json(program, timeline, cluster)),
-    )
-    paths = tuple(folder / name for name in FILES)
-    for path, write in zip(paths, writers, strict=True):
-        try:
-            write(path)
-        except OSError as e:
-            raise ConfigError(f"pictures: cannot write {path}: {e.strerror}; make room or remove it") from e
-    return paths
+    trace = trace_json(program, timeline, cluster)
+    return write_files(folder, dict(zip(FILES, (chart, chart, board, board, trace), strict=True)))
