@@ -168,8 +168,9 @@ def wrap(
         seed: of dropout.
         max_norm: clips the gradients by their global norm; the plan's recipe must say so.
         rate: learning rate by step; default: the optimizer's own.
-        loss: ``CrossEntropy(label_smoothing=..., class_weights=..., ignore_index=..., margin=...)``, which works
-            on sharded classes too, or ``OwnLoss(function)``; default: the former, without arguments.
+        loss: ``CrossEntropy(label_smoothing=..., class_weights=..., ignore_index=..., margin=..., sampled=...)``,
+            which works on sharded classes too, or ``OwnLoss(function)``; default: the former, without arguments.
+            For ``sampled`` the plan's recipe must have the same share: ``Recipe(sampling=0.1)``.
         groups: ``[ParameterGroup("features.*", {"lr": 0.01, "weight_decay": 0})]``: parameters, by patterns of
             their names, for which the optimizer is to have other options. The first group that matches has them.
         metrics: ``{"name": function}`` of (logits, labels), or ``OwnMetric``: further figures of ``job.evaluate``.

@@ -195,7 +195,16 @@ class Config:
         asked, average, scaling = self.optimizer, self.train.ema is not None, self.train.scaling is not None
         clipping = asked.clip is not None
         compression, offload = asked.compressed, asked.offload
-        return Recipe(clipping, self._sharding, states, average, scaling, compression, offload=offload)
+        return Recipe(
+            clipping,
+            self._sharding,
+            states,
+            average,
+            scaling,
+            compression,
+            offload=offload,
+            sampling=self.loss.sampled,
+        )
 
 
 def conf_dir() -> Path:

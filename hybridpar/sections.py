@@ -345,8 +345,12 @@ class LossConfig:
     """Label of samples that do not count."""
     margin: MarginConfig = field(default_factory=MarginConfig)
     """Of a model that ends in cosines."""
+    sampled: float | None = None
+    """Share of classes, besides those of labels, that take part in a training step; None: all do."""
 
     def __post_init__(self) -> None:
+        fits = self.sampled is None or 0 < self.sampled <= 1
+        _require(fits, "loss.sampled", self.sampled, "must be above 0 and at most 1, or null")
         _require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         if isinstance(self.class_weights, tuple):
             fits = all(0 <= w < math.inf for w in self.class_weights)

@@ -86,6 +86,8 @@ class _Most:
         entering = described.bytes(0, itemsize)
         leaving = length(block.features(chain, shard, "out")) * trailing * block.out_itemsize(chain, itemsize)
         states = 2 + program.plan.recipe.optimizer_states + program.plan.recipe.average
+        if block.sampled is not None:  # copies of rows, their gradients, and their states in an update
+            states += 2 + program.plan.recipe.optimizer_states
         held = bucket_elements(chain, position, block, position.ranks[shard])
         if is_zero(program.plan, position):  # its part, of parameters and gradients too, and what rounds need
             states += 2 * rounds(program.plan, position, program.samples)

@@ -130,6 +130,13 @@ class Block:
     """Whether a backward runs: this block, or one before it, has parameters to train."""
     answers: bool = True
     """Whether its backward gives the gradient of its input: a block before it has parameters to train."""
+    sampled: float | None = None
+    """Of a block that ends in a head whose classes are sampled: the share of them that is expected in a step."""
+
+    def computed(self, chain: Chain, shard: int, layer: int) -> float:
+        """Share of a layer's work that a shard does in a step: of a sampled head, with the expected classes."""
+        is_head = self.sampled is not None and layer == self.layers[1] - 1
+        return self.fraction(chain, shard, layer) * (self.sampled if self.sampled is not None and is_head else 1.0)
 
     def fraction(self, chain: Chain, shard: int, layer: int) -> float:
         """Share of a layer's work that a shard does."""
@@ -225,20 +232,7 @@ def blocks(plan: Plan, chain: Chain) -> tuple[Block, ...]:
     result: list[Block] = []
     for position in positions(plan):
         for b in blocks_of(position, plan, chain):
-            index = len(result)
-            result.append(
-                Block(
-                    index,
-                    position.index,
-                    b.layers,
-                    b.enters,
-                    b.leaves,
-                    b.spans,
-                    b.recompute,
-                    b.backward,
-                    b.answers,
-                )
-            )
+            result.append(replace(b, index=len(result), position=position.index))
     return tuple(result)
 
 
@@ -247,8 +241,22 @@ def blocks_of(position: Position, plan: Plan, chain: Chain) -> tuple[Block, ...]
     stage = plan.stages[position.stage]
     least = Bucket(plan.bucket_bytes, plan.itemsize) if position.reduced else None
     if position.sharded:
-        return _sharded_cut(stage.sharding, position.layers, position.weights, chain, least, position.recompute)
-    return _whole_cut(position.layers, chain, least, position.recompute)
+        weights, recompute = position.weights, position.recompute
+        cut = _sharded_cut(stage.sharding, position.layers, weights, chain, least, recompute)
+    else:
+        cut = _whole_cut(position.layers, chain, least, position.recompute)
+    if plan.recipe.sampling is None or position.layers[1] < len(chain.layers):
+        return cut
+    return *cut[:-1], replace(cut[-1], sampled=expected_share(plan.recipe.sampling, plan.global_batch, chain))
+
+
+def expected_share(share: float, samples: int, chain: Chain) -> float:
+    """Return the share of the classes that is expected in a step of so many samples, if every label is another.
+
+    All C classes but p of labels are drawn with probability q: ``(p + q (C - p)) / C``.
+    """
+    positive = min(1.0, samples * chain.labels / chain.classes)
+    return positive + share * (1 - positive)
 
 
 @lru_cache(maxsize=4096)

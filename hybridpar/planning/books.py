@@ -71,6 +71,8 @@ class Books:
                 self._copy(action, source)
             elif kind == "norm":
                 self.now_moving += FIGURE_BYTES
+            elif kind == "update":
+                within = self._collected(action.block or 0)
             else:
                 key = (action.block or 0, action.micro_batch or 0)
                 if kind == "forward":
@@ -195,6 +197,11 @@ class Books:
             return 0
         samples = own.samples[key[1]]
         return own.inside(samples)[0] + own.out_bytes * samples * (not own.kept.output_is_input)
+
+    def _collected(self, position: int) -> int:
+        """Return the bytes of the optimizer's state of sampled classes, collected for an update."""
+        heads = sum(own.head for own in self.own.values() if own.block.position == position)
+        return heads * self.program.plan.recipe.optimizer_states * self.itemsize
 
     # Exchange
 
@@ -328,6 +335,13 @@ class Own:
         trailing = block.trailing(chain, "out")
         self.out_bytes = self.out_features * trailing * block.out_itemsize(chain, self.itemsize)
         """Per sample of the output, and of the input below."""
+        self.gathered, self.head = self.kept.gathered, 0
+        """Elements of each tensor for gradients that gather in place; and of the expected classes of a sampled
+        head, which has its copy of them, and their gradient."""
+        if block.sampled is not None:
+            self.out_bytes = round(self.out_bytes * block.sampled)
+            self.head = round(self.gathered[-1] * block.sampled)
+            self.gathered = (*self.gathered[:-1], self.head, self.head)
         self.in_bytes = self.kept.bytes(0, self.itemsize)
         self.makes_gradients = program.mode == "train" and not position.reduced
         self.gradient_bytes = 0

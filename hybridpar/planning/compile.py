@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import lru_cache
 
 from hybridpar.model.chain import Chain
@@ -51,6 +52,8 @@ class _Compiler:
         self.first, stop = plan.replica_samples(samples)[replica]
         samples = self.samples = stop - self.first
         self.positions, self.blocks = positions(plan), blocks(plan, chain)
+        if mode != "train":
+            self.blocks = tuple(replace(b, sampled=None) for b in self.blocks)
         self.chunks = [p.micro_batches(samples) for p in self.positions]
         self.train = mode == "train"
         self.world = tuple(range(plan.replica_world))
@@ -181,6 +184,8 @@ class _Compiler:
         working = self._working(task)
         for rank in working:
             self.script.require(rank, "activation", task.block - 1, task.micro_batch)
+            if self.blocks[task.block].sampled is not None:  # the labels say which classes it has
+                self.script.wait_once(rank, self.script.shared["label"].index)
             self.script.act(rank, Action("forward", task.block, task.micro_batch))
         if self.train:
             self._meet(self.blocks[task.block], task.micro_batch, backward=False)

@@ -25,6 +25,9 @@ FACTOR_SHARE = 2 / 5
 """Likewise: gradients are read and written once more to clip them, to undo the scale of the loss, or both."""
 AVERAGE_SHARE = 3 / 5
 """Likewise: a moving average reads parameters and averages, and writes averages."""
+ROWS_SHARE = 8 / 5
+"""Likewise: parameters and momenta of sampled classes are read and written to collect them, and to put them
+back."""
 HOST_BYTES_PER_S = 12e9
 """Of a copy between a device and its host, each way: PCIe 3.0 with 16 lanes has 15.75 GB/s, of which large pinned
 copies reach about 12 (assumed, not measured)."""
@@ -55,9 +58,9 @@ class Costs:
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
         self.profile, self.cluster = profile, cluster
         self.workspaces = Workspaces(profile, host=cluster.device.kind == "cpu")
-        self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool], float] = {}
-        self._saved: dict[tuple[Interval, tuple[Span, ...], bool], float] = {}
-        self._held: dict[tuple[Interval, tuple[Span, ...]], float] = {}
+        self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool, float | None], float] = {}
+        self._saved: dict[tuple[Interval, tuple[Span, ...], bool, float | None], float] = {}
+        self._held: dict[tuple[Interval, tuple[Span, ...], float | None], float] = {}
         self._operations: dict[tuple[str, tuple[int, ...], int], float] = {}
         self._contentions: dict[tuple[str, tuple[int, ...], int], float] = {}
         fitted = (link for level in cluster.collectives.values() for link in level.values())
@@ -117,14 +120,14 @@ class Costs:
         It finds no gradients to add to. Those that are reduced it copies to their place in the bucket, apart from
         weights whose gradients gather in place.
         """
-        key = (block.layers, block.spans[index] if block.spans else (), position.reduced)
+        key = (block.layers, block.spans[index] if block.spans else (), position.reduced, block.sampled)
         if key not in self._saved:
             copy_s = position.reduced * plan.itemsize * self.profile.copy_s_per_byte
             self._saved[key] = sum(
                 self.profile.accumulate_time(i, fraction)
                 - (chain.trained[i] - chain.gathered[i]) * fraction * copy_s
                 for i in range(*block.layers)
-                if chain.trained[i] and (fraction := block.fraction(chain, index, i))
+                if chain.trained[i] and (fraction := block.computed(chain, index, i))
             )
         return self._saved[key]
 
@@ -227,11 +230,12 @@ class Costs:
 
     def passes(self, chain: Chain, block: Block, shard: int, samples: int, kind: str) -> float:
         """Return the seconds of a block's ``forward`` or ``backward`` for a micro-batch on one of its ranks."""
-        key = (block.layers, block.spans[shard] if block.spans else (), samples, kind, block.recompute)
+        spans = block.spans[shard] if block.spans else ()
+        key = (block.layers, spans, samples, kind, block.recompute, block.sampled)
         if key not in self._passes:
             time = self.profile.forward_time if kind == "forward" else self.profile.backward_time
             seconds = sum(
-                time(i, samples, block.fraction(chain, shard, i), rows=block.by_rows(shard, i))
+                time(i, samples, block.computed(chain, shard, i), rows=block.by_rows(shard, i))
                 for i in range(*block.layers)
             )
             if kind == "backward" and block.recompute:
@@ -267,13 +271,18 @@ class Costs:
         return found
 
     def _elements(self, chain: Chain, block: Block, index: int) -> float:
-        """Return the trained elements of a block on its rank number ``index``."""
-        if not block.spans:
+        """Return the trained elements of a block on its rank number ``index``: of a sampled head, in a step.
+
+        Those have to be collected and put back besides.
+        """
+        if not block.spans and block.sampled is None:
             return parameter_count(chain, block.layers, trained=True)
-        key = (block.layers, block.spans[index])
+        key = (block.layers, block.spans[index] if block.spans else (), block.sampled)
         if key not in self._held:
             layers = range(*block.layers)
-            self._held[key] = sum(chain.trained[i] * block.fraction(chain, index, i) for i in layers)
+            elements = [chain.trained[i] * block.computed(chain, index, i) for i in layers]
+            collected = elements[-1] * ROWS_SHARE if block.sampled is not None else 0.0
+            self._held[key] = sum(elements) + collected
         return self._held[key]
 
     def _loss_time(self, program: Program, rank: int, action: Action) -> float:
@@ -282,7 +291,8 @@ class Costs:
         shard = program.positions[-1].ranks.index(rank) if block.spans else 0
         logits = length(block.features(program.chain, shard, "out")) * block.trailing(program.chain, "out")
         samples = length(program.interval(block.index, action.micro_batch or 0, rank))
-        return self.profile.loss_s_per_element * samples * logits / 2
+        taken = 1.0 if block.sampled is None else block.sampled
+        return self.profile.loss_s_per_element * samples * logits * taken / 2
 
     def _update_time(self, program: Program, rank: int, position: int) -> float:
         own = [b for b in program.blocks if b.position == position]

@@ -169,13 +169,14 @@ class Drafting:
         if not self._sharded(draft.placement):
             return []
         start = draft.stage_bounds(len(self.chain.layers))[-1][0]
-        return ways(self.chain, start, self.request.space.sharding)
+        return ways(self.chain, start, self.request.space.sharding, sampled=self.request.sampled)
 
     def sharded(self, start: int, shards: int) -> Sharded:
         """Return the sharding of a tail from a layer on that moves fewest bytes."""
         key = (start, shards)
         if key not in self._shardings:
-            self._shardings[key] = best_sharding(self.chain, start, shards, self.request.space.sharding)
+            allowed, sampled = self.request.space.sharding, self.request.sampled
+            self._shardings[key] = best_sharding(self.chain, start, shards, allowed, sampled=sampled)
         return self._shardings[key]
 
     @staticmethod

@@ -88,7 +88,7 @@ def memory_of(books: Books) -> Memory:
             if program.mode == "train":
                 own = bucket_elements(chain, position, block, rank) * plan.itemsize
                 if not position.reduced:
-                    gradients += sum(books.own[block.index].kept.gathered) * plan.itemsize
+                    gradients += sum(books.own[block.index].gathered) * plan.itemsize
                 elif not keeps_no_bucket(plan, position):
                     gradients += own
                 compression += sum(reduction_of(plan, chain, position, block, rank).held(plan.itemsize))

@@ -45,6 +45,11 @@ class Placement:
         pairs = zip(self.kinds, self.groups, strict=True)
         return self.replicas > 1 or any(len(r) > 1 for kind, groups in pairs if kind != "tail" for r in groups)
 
+    @property
+    def shares_head(self) -> bool:
+        """Whether several ranks hold the last layer's parameters."""
+        return self.replicas > 1 or (self.kinds[-1] != "tail" and len(self.groups[-1][-1]) > 1)
+
 
 def placements(kinds: tuple[Kind, ...], cluster: Cluster, request: Request) -> Iterator[Placement]:
     """Yield the placements of a shape on a cluster that respect the pins.

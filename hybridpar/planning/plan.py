@@ -99,6 +99,8 @@ class Recipe:
     """Batch norms take their statistics over all replicas of a segment; the chain says which ones."""
     offload: bool = False
     """Sharded state lies in the host's memory, and is updated there."""
+    sampling: float | None = None
+    """Share of the head's classes, besides those of labels, that take part in a training step; None: all do."""
 
     @property
     def normed(self) -> bool:
@@ -254,6 +256,7 @@ def validate(plan: Plan, chain: Chain) -> None:
         f"but the model's batch norms are {'' if chain.synchronised else 'not '}synchronised; plan again",
     )
     _validate_replicas(plan)
+    _validate_sampling(plan, chain)
     _require(bool(plan.stages), "stages", plan.stages, "must not be empty")
     kinds = [s.kind for s in plan.stages]
     _require(kinds == sorted(set(kinds), key=KINDS.index), "stages", kinds, "must be front, middle, tail in order")
@@ -293,6 +296,8 @@ def validate_recipe(recipe: Recipe, precision: Precision) -> None:
     """Raise PlanError, naming the field, for demands on a step that are impossible or exclude each other."""
     if recipe.compression is not None:
         _validate_compression(recipe.compression, recipe)
+    fits = recipe.sampling is None or 0 < recipe.sampling <= 1
+    _require(fits, "recipe.sampling", recipe.sampling, "must be above 0 and at most 1; set loss.sampled so")
     if recipe.sharding == "none":
         _require(
             not recipe.offload,
@@ -449,6 +454,30 @@ def _validate_tail(stage: Stage, chain: Chain) -> None:
             f"{shards} shards",
             f"leave shard {empty[:1]} none of the {width} features {what}; use fewer ranks or more even shares",
         )
+
+
+def _validate_sampling(plan: Plan, chain: Chain) -> None:
+    """Sampled classes are rows of a linear layer at the end, each held by one rank."""
+    share, head = plan.recipe.sampling, chain.layers[-1]
+    if share is None:
+        return
+    where, remedy = "recipe.sampling", "set loss.sampled=null"
+    _require(
+        chain.gathered[-1] > 0,
+        where,
+        share,
+        f"takes classes of a linear layer at the end that is trained and not tied, but {chain.model} ends in "
+        f"{head.name} ({head.kind}); {remedy}",
+    )
+    last = plan.stages[-1]
+    _require(
+        plan.replicas == 1 and (last.kind == "tail" or len(last.segments[-1].ranks) == 1),
+        where,
+        share,
+        f"does not work with a head that several ranks hold; have a tail, in one plan replica, or {remedy}",
+    )
+    by_rows = last.sharding[-1:] == ("row",)
+    _require(not by_rows, where, share, f"needs column, not row, for {head.name}; or {remedy}")
 
 
 def _validate_ties(plan: Plan, chain: Chain) -> None:

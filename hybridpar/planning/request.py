@@ -116,6 +116,11 @@ class Request:
         return self.pins.get(kind, Pin())
 
     @property
+    def sampled(self) -> bool:
+        """Whether the head's classes are sampled: one rank holds each of them, as a row."""
+        return self.recipe.sampling is not None
+
+    @property
     def orders(self) -> tuple[OrderRule, ...]:
         """The order rules to choose from."""
         return self.space.orders if self.order is None else (self.order,)

@@ -130,7 +130,7 @@ class _Rank:
             large += of_block.large
             if program.mode == "train":
                 bucket = bucket_elements(self.chain, position, own.block, self.rank) * self.itemsize
-                gathered = [] if position.reduced else [count * self.itemsize for count in own.kept.gathered]
+                gathered = [] if position.reduced else [count * self.itemsize for count in own.gathered]
                 stays = position.reduced and not keeps_no_bucket(plan, position)
                 large += split(bucket * stays, *gathered).large
                 large += split(*self._reduction(own).held(self.itemsize)).large
@@ -154,6 +154,11 @@ class _Rank:
         if kind == "norm":
             largest = max((size for _, size in self.parameters.values()), default=0)
             return self.workspaces.split(*[largest / self.itemsize * 8] * (NORM_ITEMSIZE // 8))
+        if kind == "update":
+            heads = [
+                own.head * self.itemsize for own in self.books.own.values() if own.block.position == action.block
+            ]
+            return self.workspaces.split(*heads * self.program.plan.recipe.optimizer_states)
         if kind not in {"forward", "backward", "score", "loss", *WORKS}:
             return NOTHING
         own: Own = self.books.own[action.block or 0]

@@ -186,7 +186,11 @@ def _placements(shape: Shape, drafting: Drafting, request: Request) -> list[Plac
     if "tail" in kinds and drafting.chain.tail_start == len(drafting.chain.layers):
         raise PlanError("the model does not end in linear layers, so no tail can be tensor-parallel")
     check_layers(request, drafting.chain, kinds)
-    return list(placements(kinds, drafting.cluster, request))
+    found = list(placements(kinds, drafting.cluster, request))
+    fit = [p for p in found if not (request.sampled and p.shares_head)]
+    if found and not fit:
+        raise PlanError("several ranks would hold the head, whose classes are sampled (loss.sampled)")
+    return fit
 
 
 def _refuse(request: Request, candidates: tuple[Candidate, ...], scorer: Scorer) -> NoReturn:

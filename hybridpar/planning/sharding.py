@@ -37,20 +37,24 @@ class Sharded:
     """Communications inside, per micro-batch and direction."""
 
 
-def ways(chain: Chain, start: int, allowed: Sequence[Mode]) -> list[tuple[Mode, ...]]:
+def ways(chain: Chain, start: int, allowed: Sequence[Mode], *, sampled: bool = False) -> list[tuple[Mode, ...]]:
     """Return, for every linear of a tail that starts at a layer, the modes that it can have of those allowed.
 
-    One that is normalised has columns, whatever is allowed: it needs all features of its input.
+    One that is normalised has columns, whatever is allowed: it needs all features of its input. So does a head
+    whose classes are sampled.
     """
     linears = [layer.linear for layer in chain.layers[start:] if layer.linear]
-    return [("column",) if linear.normalized else tuple(allowed) for linear in linears]
+    found = [("column",) if linear.normalized else tuple(allowed) for linear in linears]
+    return [*found[:-1], ("column",)] if sampled else found
 
 
-def best_sharding(chain: Chain, start: int, shards: int, allowed: Sequence[Mode]) -> Sharded:
+def best_sharding(
+    chain: Chain, start: int, shards: int, allowed: Sequence[Mode], *, sampled: bool = False
+) -> Sharded:
     """Return the sequence for a tail that starts at a layer, by bytes and then by the number of communications."""
     widths = [layer.out_elements for layer in chain.layers[start:] if layer.linear]
     entering = chain.layers[start].in_elements
-    free = ways(chain, start, allowed)
+    free = ways(chain, start, allowed, sampled=sampled)
     if len(widths) <= MOST_FREE:
         sequences = list(product(*free))
     else:

@@ -45,7 +45,7 @@ class Workspaces:
         self.heap: Heap | None = None
         """Of a host; :mod:`hybridpar.planning.resident` makes it once."""
         self.mapped_bytes = float(MAPPED_BYTES) if host else float("inf")
-        self._passes: dict[tuple[Interval, tuple[Span, ...], int, str, bool, bool, bool], Bytes] = {}
+        self._passes: dict[tuple[object, ...], Bytes] = {}
         self._parameters: dict[tuple[Interval, tuple[Span, ...], int], tuple[Bytes, int]] = {}
 
     def split(self, *sizes: float) -> Bytes:
@@ -82,7 +82,8 @@ class Workspaces:
         ``fresh``: the backward finds no gradients of its parameters and leaves them.
         """
         spans = block.spans[shard] if block.spans else ()
-        key = (block.layers, spans, samples * itemsize, kind, fresh, block.recompute, block.answers)
+        flags = block.recompute, block.answers, block.sampled
+        key = (block.layers, spans, samples * itemsize, kind, fresh, flags)
         if key not in self._passes:
             walk = _Passes(self, chain, block, shard, samples, itemsize)
             if kind == "backward":
@@ -105,6 +106,8 @@ class _Passes:
         self.samples, self.itemsize = samples, itemsize
         self.kept = kept(block, shard, chain)
         self.sizes = [self.kept.bytes(s, itemsize) * samples for s in range(len(self.kept.sizes))]
+        if block.sampled is not None:
+            self.sizes[self.kept.output] = round(self.sizes[self.kept.output] * block.sampled)
         self.now, self.peak = [0.0, 0.0], [0.0, 0.0]
 
     def forward(self, *, graph: bool) -> None:
@@ -173,7 +176,7 @@ class _Passes:
         copies = (math.prod(described.in_shape) + math.prod(described.out_shape)) * self.itemsize
         most = whole[-1] + max(0, self.samples - sizes[-1]) * copies
         of_samples = min(interpolate(sizes, whole, self.samples), most)
-        return of_samples * self.block.fraction(self.chain, self.shard, layer)
+        return of_samples * self.block.computed(self.chain, self.shard, layer)
 
     def _add(self, size: float, sign: int = 1) -> None:
         self.now[size >= self.workspaces.mapped_bytes] += sign * size

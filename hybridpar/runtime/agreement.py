@@ -5,6 +5,9 @@ from __future__ import annotations
 from hybridpar.errors import PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.plan import Plan
+from hybridpar.runtime.elementwise import check_rowwise
+from hybridpar.runtime.loss import Loss
+from hybridpar.runtime.update import OptimizerFactory
 
 
 def check_agreement(plan: Plan, chain: Chain, max_norm: float | None, *, scaled: bool, sharding: bool) -> None:
@@ -37,3 +40,14 @@ def check_agreement(plan: Plan, chain: Chain, max_norm: float | None, *, scaled:
             f"plan.recipe.sharding: {plan.recipe.sharding} takes parameters apart in their usual order, but "
             f"the model's memory_format is {chain.memory_format}; drop one"
         )
+
+
+def check_sampling(plan: Plan, loss: Loss, optimizer: OptimizerFactory) -> None:
+    """Raise PlanError where plan and loss sample the head's classes otherwise, ConfigError for the optimizer."""
+    if plan.recipe.sampling != loss.sampled:
+        raise PlanError(
+            f"plan.recipe.sampling: {plan.recipe.sampling}, but the loss has sampled={loss.sampled}; "
+            "give both the same share, and plan again"
+        )
+    if loss.sampled is not None:
+        check_rowwise(optimizer)

@@ -19,7 +19,7 @@ from hybridpar.runtime.boards import check_loggers
 from hybridpar.runtime.callback import make_callbacks
 from hybridpar.runtime.cross_entropy import make_loss
 from hybridpar.runtime.early_stop import early_stop
-from hybridpar.runtime.elementwise import check_elementwise
+from hybridpar.runtime.elementwise import check_elementwise, check_rowwise
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
 from hybridpar.runtime.judge import Judge
@@ -81,9 +81,11 @@ def check_fits(config: Config, plan: Plan) -> None:
     """Raise ConfigError unless a plan, maybe from a file, fits the configuration."""
     if plan.recipe.sharding != "none":
         _check_sharded(config)
+    if plan.recipe.sampling is not None:
+        check_rowwise(make_factory(config.optimizer))
     ema, decay = config.train.ema, "a decay" if plan.recipe.average else "null"
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
-    scaling = plan.recipe.scaling
+    scaling, sampled = plan.recipe.scaling, plan.recipe.sampling
     compressed, planned_compressed = (
         str(c or "none") for c in (config.optimizer.compressed, plan.recipe.compression)
     )
@@ -95,6 +97,7 @@ def check_fits(config: Config, plan: Plan) -> None:
         ("optimizer.offload", config.optimizer.offload, plan.recipe.offload, str(plan.recipe.offload).lower()),
         ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
         ("optimizer.compression", compressed, planned_compressed, planned_compressed),
+        ("loss.sampled", config.loss.sampled, sampled, "null" if sampled is None else sampled),
         ("train.ema", ema is not None, plan.recipe.average, decay),
         ("train.loss_scale.enabled", config.train.scaling is not None, scaling, str(scaling).lower()),
     ):

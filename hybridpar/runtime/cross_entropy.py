@@ -39,6 +39,8 @@ class CrossEntropy:
         margin: ``ArcFace(scale, margin)`` or ``CosFace(scale, margin)``, for logits that are cosines (of a
             ``CosineLinear``): what is said below is then of the changed and scaled cosines. Accuracies are of the
             plain ones. Evaluations have the margin too.
+        sampled: a share in (0, 1]: in training the sums over classes are over some only, those of the step's
+            labels and so many of the others (``runtime.sampling``); the plan's recipe must say so. None: over all.
 
     With L the logarithm of the sum of exponentials of a sample's logits l, and y its label, its loss is::
 
@@ -63,10 +65,19 @@ class CrossEntropy:
         class_weights: Sequence[float] | torch.Tensor | None = None,
         ignore_index: int = IGNORED,
         margin: Margin | None = None,
+        sampled: float | None = None,
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"loss.label_smoothing: {label_smoothing} must lie in [0, 1)")
+        if sampled is not None and not 0 < sampled <= 1:
+            raise ConfigError(f"loss.sampled: {sampled} must be above 0 and at most 1, or null")
+        if sampled is not None and label_smoothing:
+            raise ConfigError(
+                f"loss.label_smoothing: {label_smoothing} is spread over all classes, of which "
+                f"loss.sampled={sampled} leaves some out; set one of the two only"
+            )
         self.smoothing = label_smoothing
+        self.sampled = sampled
         self.ignored = ignore_index
         self.margin = margin
         self.class_weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64)
@@ -82,8 +93,8 @@ class CrossEntropy:
 
     @property
     def mixes(self) -> bool:
-        """Whether samples may have two labels: a margin belongs to one."""
-        return self.margin is None
+        """Whether samples may have two labels: margins and sampled classes go by one."""
+        return self.margin is None and self.sampled is None
 
     def check_plan(self, plan: Plan, chain: Chain) -> None:
         """Raise ConfigError where there is not one weight per class, or a margin without cosines."""
@@ -121,6 +132,8 @@ class CrossEntropy:
         logits = logits.rows
         if logits.whole:
             return logits.values.new_empty((len(logits.values), 0))
+        if logits.empty:
+            return logits.values.new_tensor([float("-inf"), 0.0, 0.0]).expand(len(logits.values), 3).contiguous()
         taken = self._taken(logits)
         target = self._target(taken.values, taken)
         largest = taken.values.max(dim=1).values
@@ -130,16 +143,15 @@ class CrossEntropy:
 
     def _taken(self, logits: Logits) -> Logits:
         """Return what the softmax takes."""
-        return logits if self.margin is None else entering(self.margin, logits)
+        return logits if self.margin is None or logits.empty else entering(self.margin, logits)
 
     def combine(self, logits: Logits, figures: Figures, weight: torch.Tensor, *, train: bool) -> Outcome:
         """Combine the figures of all shards into the loss; ``weight`` divides the gradient."""
         logits = logits.rows
         values, labels = logits.values, logits.labels
         taken = self._taken(logits)
-        shares = [(self._weights(y, values.dtype) * share, y, share) for y, share in logits.targets]
-        weights = _sum(w for w, _, _ in shares)
-        counted = _sum((y != self.ignored).to(values.dtype) * share for _, y, share in shares)
+        weights = _sum(self._weights(y, values.dtype) * share for y, share in logits.targets)
+        counted = _sum((y != self.ignored).to(values.dtype) * share for y, share in logits.targets)
         factors = weights * (1 - self.smoothing)
         if self.smoothing:
             factors += counted * (self.smoothing * self._mean)
@@ -155,18 +167,30 @@ class CrossEntropy:
         if not train:
             hits = count_found(best_classes(logits, figures), labels, self.ignored)
             return Outcome(loss_sum, own_weight, samples, *hits, None)
-        per_weight = share_of(weight).to(values.dtype)
+        gradient = logits.values
+        if not logits.empty:
+            gradient = self._gradient(logits, logarithms, (factors, counted), share_of(weight).to(values.dtype))
+        zero = torch.zeros_like(loss_sum)
+        return Outcome(loss_sum, own_weight, samples, zero, zero, gradient)
+
+    def _gradient(
+        self,
+        logits: Logits,
+        logarithms: torch.Tensor,
+        figures: tuple[torch.Tensor, torch.Tensor],
+        per_weight: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the gradient of the logits, given l - L, which is overwritten, and every sample's a and count."""
+        factors, counted = figures
         gradient = logarithms.exp_().mul_((factors * per_weight)[:, None])
-        for own_weights, y, _ in shares:
+        for y, share in logits.targets:
             own, index = own_columns(logits, y)
-            on_target = own * own_weights * (per_weight * (self.smoothing - 1))
+            weights = self._weights(y, logarithms.dtype) * share
+            on_target = own * weights * (per_weight * (self.smoothing - 1))
             gradient.scatter_add_(1, index[:, None], on_target[:, None])
         if self.smoothing:
             gradient.addr_(counted * per_weight, self._spread(logits), alpha=-1)
-        if self.margin is not None:
-            gradient = leaving(self.margin, logits, gradient)
-        zero = torch.zeros_like(loss_sum)
-        return Outcome(loss_sum, own_weight, samples, zero, zero, gradient)
+        return gradient if self.margin is None else leaving(self.margin, logits, gradient)
 
     def _target(self, values: torch.Tensor, logits: Logits) -> torch.Tensor:
         """Return this shard's part of ``(1 - e) w_y v_y + e / C  sum_c w_c v_c``, (samples,); 0 where ignored.
@@ -178,7 +202,9 @@ class CrossEntropy:
         return _sum(self._target_of(values, logits, y) * share for y, share in logits.targets)
 
     def _target_of(self, values: torch.Tensor, logits: Logits, labels: torch.Tensor) -> torch.Tensor:
-        if logits.whole:
+        if logits.empty:
+            return values.new_zeros(len(labels))
+        if logits.whole and logits.sampled is None:
             weights = None if self.class_weights is None else self.class_weights.to(values)
             target = F.nll_loss(values, labels, weights, ignore_index=self.ignored, reduction="none")
             target *= self.smoothing - 1
@@ -234,7 +260,8 @@ def make_loss(config: LossConfig, classes: int) -> CrossEntropy:
     weights = config.class_weights
     if isinstance(weights, str):
         weights = _read_weights(Path(weights))
-    loss = CrossEntropy(config.label_smoothing, weights, config.ignore_index, make_margin(config.margin))
+    margin = make_margin(config.margin)
+    loss = CrossEntropy(config.label_smoothing, weights, config.ignore_index, margin, config.sampled)
     loss.check_classes(classes)
     return loss
 

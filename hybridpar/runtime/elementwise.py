@@ -35,6 +35,28 @@ def check_elementwise(optimizer: OptimizerFactory) -> None:
         )
 
 
+def check_rowwise(optimizer: OptimizerFactory) -> None:
+    """Raise ConfigError for an optimizer that cannot update some rows of a parameter and leave others alone."""
+    if not (is_elementwise(optimizer) and _begins_with_zeros(optimizer)):
+        name = type(optimizer([nn.Parameter(torch.zeros(_SIDE, _SIDE))])).__name__
+        raise ConfigError(
+            f"loss.sampled: {name} updates a parameter by more than its elements, or has state that does not "
+            "begin with zeros, so rows cannot be updated alone; set loss.sampled=null, or take another optimizer"
+        )
+
+
+def _begins_with_zeros(optimizer: OptimizerFactory) -> bool:
+    """Whether state of a parameter's size that a step makes is zero where values and gradients are."""
+    parameter = nn.Parameter(torch.zeros(_SIDE, _SIDE))
+    parameter.grad = torch.zeros(_SIDE, _SIDE)
+    made = optimizer([parameter])
+    before = set(made.state.get(parameter, ()))
+    made.step()
+    later = (v for k, v in made.state[parameter].items() if k not in before)
+    large = (v for v in later if isinstance(v, torch.Tensor) and v.shape == parameter.shape)
+    return all(bool((v.abs() < _LOOSE).all()) for v in large)
+
+
 def _updated(optimizer: OptimizerFactory, start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
     parameter = nn.Parameter(start.clone())
     made = optimizer([parameter])

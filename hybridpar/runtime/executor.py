@@ -24,6 +24,7 @@ from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.moments import Moments
 from hybridpar.runtime.origin import Watch
 from hybridpar.runtime.own_metric import OwnMetrics
+from hybridpar.runtime.sampling import SampledHead
 from hybridpar.runtime.step import Metrics, Started, StepState
 from hybridpar.runtime.update import Updater
 
@@ -216,6 +217,8 @@ class Executor:
         described = modules.block
         if train and described.answers:
             x = x.detach().requires_grad_()
+        if train and modules.head is not None and modules.head.standing is None:
+            self._draw(state, modules.head)
         with torch.set_grad_enabled(graph := train and described.backward and not described.recompute):
             line = self._line(state, modules)
             y = modules(x, keys := self._keys(state, key) if train and modules.draws else None, line)
@@ -226,6 +229,12 @@ class Executor:
         if train and described.backward:
             state.saved[key] = x, get_gradient_edge(y) if graph and y.requires_grad else None
         state.outputs[key] = y.detach()
+
+    def _draw(self, state: StepState, head: SampledHead) -> None:
+        """Choose the classes of a step's head; all labels of the step are known."""
+        share, labels = state.program.plan.recipe.sampling, state.labels
+        assert share is not None
+        head.draw(self.seed, state.number, share, labels[labels != self.loss.ignored])
 
     def _recompute(self, state: StepState, key: Key, x: torch.Tensor) -> GradientEdge | None:
         """Run a forward again, now for its graph."""
@@ -307,7 +316,9 @@ class Executor:
         first = self._exchange.features(state, key[0], "out")[0]
         whole = not state.program.positions[-1].sharded
         classes, share = state.program.chain.classes, 1.0 if state.share is None else state.share
-        return Logits(values, labels, first, classes, whole, others, share)
+        head = self.blocks[key[0]].head if state.program.mode == "train" else None
+        sampled = None if head is None else head.classes
+        return Logits(values, labels, first, classes, whole, others, share, sampled=sampled)
 
     def _report(self, state: StepState, outcome: Outcome) -> None:
         """Add to the metrics, once per sample."""

@@ -27,7 +27,7 @@ from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.planning.zero import is_zero
-from hybridpar.runtime.agreement import check_agreement
+from hybridpar.runtime.agreement import check_agreement, check_sampling
 from hybridpar.runtime.batch import GivenBatch, Reader, WholeBatch
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.compiled import compile_blocks
@@ -146,6 +146,7 @@ class Job:
         self.scaler = None if scaling is None else Scaler(scaling)
         """Of the loss: its scale, and how many steps were skipped; None: the loss is not scaled."""
         check_agreement(plan, self.chain, max_norm, scaled=self.scaler is not None, sharding=engines is not None)
+        check_sampling(plan, self._loss, optimizer)
         check_trained(self.chain)
         self._loss.check_plan(plan, self.chain)
         self._metrics.check_plan(plan)

@@ -58,6 +58,8 @@ class Logits(NamedTuple):
     """Of the loss of ``labels`` in a mixed sample's; that of ``others`` has the rest."""
     spare: bool = False
     """Whether ``values`` are nobody else's and may be overwritten."""
+    sampled: torch.Tensor | None = None
+    """(width,) int64, ascending: which classes the values are of; None: all from ``first`` on."""
 
     @property
     def rows(self) -> Logits:
@@ -66,6 +68,11 @@ class Logits(NamedTuple):
             return self
         others = None if self.others is None else self.others.flatten()
         return self._replace(values=self.values.flatten(0, 1), labels=self.labels.flatten(), others=others)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no class of the shard takes part."""
+        return not self.values.shape[-1]
 
     @property
     def targets(self) -> tuple[tuple[torch.Tensor, float], ...]:
@@ -77,6 +84,11 @@ class Logits(NamedTuple):
 
 class Loss(Protocol):
     """A loss as the executor calls it: per micro-batch ``score``, then ``combine``."""
+
+    @property
+    def sampled(self) -> float | None:
+        """The share of classes besides those of labels that it is to have in training; None: all."""
+        ...
 
     ignored: int
     """Label of samples that do not count."""
@@ -114,8 +126,8 @@ def check_mixes(loss: Loss) -> None:
     """Raise ConfigError for a loss that mixed samples do not have."""
     if not loss.mixes:
         raise ConfigError(
-            "data.mixup and data.cutmix give samples two labels, but the margin of a loss belongs to one; drop "
-            "them, or set loss.margin.name=none"
+            "data.mixup and data.cutmix give samples two labels, but a margin and sampled classes go by one; drop "
+            "them, or set loss.margin.name=none and loss.sampled=null"
         )
 
 
@@ -135,6 +147,9 @@ def as_figures(classes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def own_columns(logits: Logits, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return whether each target lies in this shard, and its column (0 where it does not)."""
+    if logits.sampled is not None:
+        index = torch.searchsorted(logits.sampled, labels).clamp_(max=len(logits.sampled) - 1)
+        return logits.sampled[index] == labels, index
     index = labels - logits.first
     own = (index >= 0) & (index < logits.values.shape[1])
     return own, torch.where(own, index, 0)

@@ -19,6 +19,7 @@ from hybridpar.model.order import ordered, turned
 from hybridpar.model.shared_norm import Peers, SharedNorm
 from hybridpar.model.trace import Traced
 from hybridpar.planning.blocks import Block, Position, Span
+from hybridpar.runtime.sampling import SampledHead
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """Some layers, one after the other."""
@@ -64,6 +65,8 @@ class BlockModules(nn.Module):
         self._dropouts = [m for m in self.modules() if isinstance(m, KeyedDropout)]
         self.norms = norms or []
         """Batch norms that meet other ranks', in the order of their calls."""
+        self.head = next((layer for layer in layers if isinstance(layer, SampledHead)), None)
+        """The last layer, if its classes are sampled."""
         self._runs: Sequence[Run] | None = None
 
     def use(self, runs: Sequence[Run]) -> None:
@@ -138,6 +141,11 @@ class ModuleFactory:
                 self._place_dropouts(layer, index, span)
             layers.append(layer)
             owned += parameters
+        if block.sampled is not None:
+            first = block.spans[shard][-1].outputs[0] if block.spans else 0
+            layers[-1] = SampledHead(cast("GatheringLinear", layers[-1]), first)
+            own = set(layers[-1].parameters())
+            owned = [replace(o, layer=None) if o.tensor in own else o for o in owned]
         chain, lowered, leaving = self._traced.chain, None, None
         norms = [
             cast("SharedNorm", layer.get_submodule(norm.module))

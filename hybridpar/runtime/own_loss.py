@@ -32,6 +32,7 @@ class OwnLoss:
     """
 
     mixes = True
+    sampled = None
 
     def __init__(
         self,

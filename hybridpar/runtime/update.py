@@ -122,6 +122,8 @@ class Updater:
                     if o.layer is not None:
                         o.layer.home = torch.empty_like(o.tensor, requires_grad=False)
         self._parameters = {index: [o.tensor for o in own] for index, own in owned.items()}
+        self._heads = {m.block.position: m.head for m in blocks.values() if m.head is not None}
+        """Those whose classes are sampled, by position."""
         self.average = None if decay is None else Average(decay, self._parameters)
         """Of the weights, if there is a ``decay``."""
         self.optimizers = {
@@ -155,6 +157,8 @@ class Updater:
         for parameters in self._parameters.values():
             for parameter in parameters:
                 parameter.grad = None
+        for head in self._heads.values():
+            head.standing = None
         self._scattered.clear()
 
     def set_rate(self, rate: float) -> None:
@@ -235,7 +239,13 @@ class Updater:
             return self.engines[position.index].parts
         if self._replica or (position.replicated and position.ranks[0] != self._rank):
             return ()
-        return [p.grad for p in self._parameters[position.index] if p.grad is not None]
+        return self._gradients(position.index)
+
+    def _gradients(self, position: int) -> list[torch.Tensor]:
+        """Return the gradients of a position; of a sampled head those of the classes that take part."""
+        head = self._heads.get(position)
+        rows = () if head is None or head.standing is None else head.standing.parameters()
+        return [p.grad for p in (*self._parameters[position], *rows) if p.grad is not None]
 
     def update(self, position: int, squared_norm: torch.Tensor | None) -> None:
         """Step the optimizer of a position, with gradients that are unscaled and clipped by the global norm.
@@ -246,8 +256,12 @@ class Updater:
         if optimizer is None:
             return
         if self.scaler is None or _finite(squared_norm):
-            self._make_true((p.grad for p in self._parameters[position] if p.grad is not None), squared_norm)
-            optimizer.step()
+            self._make_true(self._gradients(position), squared_norm)
+            head = self._heads.get(position)
+            if head is None:
+                optimizer.step()
+            else:
+                head.step(optimizer)
         if self.average is not None:
             self.average.update(position)
 

@@ -58,6 +58,11 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
     """Raise HybridparError for what makes a verification impossible, as far as a glance tells."""
     make_factory(config.optimizer)
     check_groups(config.optimizer.parameter_groups, traced.chain)
+    if config.loss.sampled is not None:
+        raise ConfigError(
+            f"loss.sampled: {config.loss.sampled}, but the single process of a verification takes all classes; "
+            "plan and verify with loss.sampled=null"
+        )
     loss = make_loss(config.loss, traced.chain.classes)
     loss.check_plan(plan, traced.chain)
     if config.data.mixup is not None or config.data.cutmix is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,13 @@ from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.modules import ModuleFactory, Owned
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.step import Metrics
-from hybridpar.runtime.update import Updater
+from hybridpar.runtime.update import OptimizerFactory, Updater
 from hybridpar.sections import LossScale
 from tests.support.rendezvous import Endpoint
 
 SEED = 7
 RATE, MOMENTUM = 0.05, 0.9
+MOMENTUM_SGD = partial(torch.optim.SGD, lr=RATE, momentum=MOMENTUM)
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Case:
     """What torch has for ``loss``."""
     scaling: LossScale | None = None
     """How the loss is scaled."""
+    optimizer: OptimizerFactory = MOMENTUM_SGD
 
     def __post_init__(self) -> None:
         if self.data:  # given, or of the case that this one differs from
@@ -120,7 +123,7 @@ def train_single(case: Case) -> Trained:
     """Plain PyTorch: one forward and backward over the whole batch."""
     model = whole_model(case)
     dropouts = [m for m in model.modules() if isinstance(m, KeyedDropout)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    optimizer = case.optimizer(model.parameters())
     losses, first = [], 0
     for step, (x, y) in enumerate(case.data):
         for d in dropouts:
@@ -163,7 +166,7 @@ def make_executor(
         rank,
         mine,
         own,
-        lambda params: torch.optim.SGD(params, lr=RATE, momentum=MOMENTUM),
+        case.optimizer,
         case.max_norm,
         replica=replica,
         decay=decay,
