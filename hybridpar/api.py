@@ -27,6 +27,7 @@ from hybridpar.model.inputs import Kinds, Shapes, all_shapes
 from hybridpar.model.linear import CosineLinear
 from hybridpar.model.named import Naming
 from hybridpar.model.trace import Traced, trace
+from hybridpar.optimizer_section import ParameterGroup
 from hybridpar.planning.plan import Kind, Plan, Precision, Recipe, validate_recipe
 from hybridpar.planning.request import Effort, Pin, Request, Shape
 from hybridpar.planning.search import search
@@ -42,7 +43,7 @@ from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import Compiling, LossScale, ParameterGroup
+from hybridpar.train_section import Compiling, LossScale
 
 __all__ = [
     "ArcFace",

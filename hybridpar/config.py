@@ -1,7 +1,7 @@
 """The configuration of a job: Hydra at the edge, plain frozen objects inside.
 
 This is the only module that knows Hydra. ``compose`` reads the groups below ``conf/``, applies overrides, and
-converts the result once into the sections of ``hybridpar.sections``.
+converts the result once into the sections of ``hybridpar.sections`` and its neighbours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from hybridpar.data.spec import DataSpec
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.names import nearest
+from hybridpar.optimizer_section import OptimizerConfig, ScheduleConfig
 from hybridpar.planning.plan import SHARDINGS, OptimizerSharding, Recipe, validate_recipe
 from hybridpar.planning.request import Request, Space
 from hybridpar.schema import from_data
@@ -24,15 +25,13 @@ from hybridpar.sections import (
     LossConfig,
     ModelConfig,
     MonitorConfig,
-    OptimizerConfig,
     PlanConfig,
     ProbeConfig,
     ProfileConfig,
     RunConfig,
-    ScheduleConfig,
-    TrainConfig,
     VerifyConfig,
 )
+from hybridpar.train_section import TrainConfig
 
 __all__ = [
     "CheckpointConfig",

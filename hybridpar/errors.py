@@ -80,3 +80,9 @@ class StuckError(HybridparError):
 
 class LaunchError(HybridparError):
     """The job was started in a way that cannot work."""
+
+
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Raise ConfigError, which names a field, its value and what to give instead, unless a condition holds."""
+    if not condition:
+        raise ConfigError(f"{name}: {value} {remedy}")

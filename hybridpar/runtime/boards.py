@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import yaml
 
 from hybridpar.errors import ConfigError
-from hybridpar.sections import Logger
+from hybridpar.train_section import Logger
 
 _PROJECT = "hybridpar"
 _BATCH, _BATCH_S = 300, 5.0

@@ -15,7 +15,7 @@ from hybridpar.errors import ConfigError, PlanError
 from hybridpar.model.chain import Chain
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime.modules import BlockModules, Run
-from hybridpar.sections import Compiling
+from hybridpar.train_section import Compiling
 
 _COMPILER = "g++"
 

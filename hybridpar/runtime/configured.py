@@ -15,7 +15,7 @@ from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
-from hybridpar.sections import Compiling
+from hybridpar.train_section import Compiling
 
 
 def make_job(

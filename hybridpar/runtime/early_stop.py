@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.own_metric import OwnMetric
-from hybridpar.sections import EarlyStopConfig
+from hybridpar.train_section import EarlyStopConfig
 
 
 @dataclass(frozen=True)

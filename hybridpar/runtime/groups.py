@@ -11,7 +11,7 @@ from torch import nn
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.names import nearest
-from hybridpar.sections import ParameterGroup
+from hybridpar.optimizer_section import ParameterGroup
 
 
 def check_groups(groups: Sequence[ParameterGroup], chain: Chain) -> None:

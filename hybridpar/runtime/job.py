@@ -20,6 +20,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
 from hybridpar.model.freeze import check_trained
 from hybridpar.model.trace import Traced
+from hybridpar.optimizer_section import ParameterGroup
 from hybridpar.planning.blocks import Position, blocks, positions
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
@@ -46,7 +47,7 @@ from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.state import State
 from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import EngineFactory, OptimizerFactory, Updater
-from hybridpar.sections import Compiling, LossScale, ParameterGroup
+from hybridpar.train_section import Compiling, LossScale
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

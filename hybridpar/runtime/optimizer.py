@@ -13,8 +13,8 @@ from torch import nn
 
 from hybridpar.errors import ConfigError
 from hybridpar.names import nearest
+from hybridpar.optimizer_section import OptimizerConfig, ScheduleConfig, check_options
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import OptimizerConfig, ScheduleConfig, check_options
 
 Rate = Callable[[int], float]
 """Learning rate of a step, counted from 0."""

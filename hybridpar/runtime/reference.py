@@ -11,10 +11,10 @@ from torch import nn
 from hybridpar.model.deferred import Source
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.trace import Traced
+from hybridpar.optimizer_section import ParameterGroup
 from hybridpar.planning.program import Program
 from hybridpar.runtime.groups import grouped, relative_rates
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import ParameterGroup
 
 
 class Reference:

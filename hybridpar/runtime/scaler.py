@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hybridpar.sections import LossScale
+from hybridpar.train_section import LossScale
 
 _LARGEST = torch.finfo(torch.float32).max
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hybridpar.optimizer_section import ParameterGroup
 from hybridpar.planning.blocks import Position
 from hybridpar.planning.compression import Compression, Sum
 from hybridpar.runtime.average import Average
@@ -23,7 +24,6 @@ from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.scatter import Routes, Scatter
-from hybridpar.sections import ParameterGroup
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter] | Iterable[dict[str, Any]]], torch.optim.Optimizer]
 """Makes an optimizer for parameters, or for groups of them as torch's optimizers take them."""

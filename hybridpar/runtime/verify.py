@@ -17,6 +17,7 @@ from hybridpar.data.stream import order_of
 from hybridpar.errors import ConfigError, ModelError
 from hybridpar.model.deferred import Source
 from hybridpar.model.trace import Traced
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Program
@@ -33,7 +34,6 @@ from hybridpar.runtime.process import Process
 from hybridpar.runtime.reference import Reference
 from hybridpar.runtime.verifier import Verifier
 from hybridpar.schema import from_data, to_data
-from hybridpar.sections import OptimizerConfig
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
 """Sums in another order differ by the unit roundoff (1e-16, 6e-8) times what layers add to it: up to some hundreds

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hybridpar.errors import ConfigError
+from hybridpar.optimizer_section import ParameterGroup
 from hybridpar.planning.blocks import Position
 from hybridpar.planning.plan import Recipe
 from hybridpar.runtime.elementwise import check_elementwise
@@ -27,7 +28,6 @@ from hybridpar.runtime.groups import grouped
 from hybridpar.runtime.modules import BlockModules
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import EngineFactory, OptimizerFactory
-from hybridpar.sections import ParameterGroup
 
 _STAGES = {"zero1": 1, "zero2": 2}
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from hybridpar.host import keep_freed_memory
 from hybridpar.model.linear import GatheringLinear
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.runtime.optimizer import make_factory
-from hybridpar.sections import OptimizerConfig
 
 ROUNDS = 7
 FEATURES = 25_088, 4_096

@@ -9,7 +9,7 @@ from hybridpar.errors import CheckpointError, ConfigError
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime.early_stop import EarlyStop, Patience
 from hybridpar.runtime.evaluation import Evaluation
-from hybridpar.sections import EarlyStopConfig
+from hybridpar.train_section import EarlyStopConfig
 from tests.support.runs import run, small, train_here
 
 CONSTANT = (

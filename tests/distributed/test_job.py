@@ -13,6 +13,7 @@ from torch import nn
 from hybridpar.errors import DataError, PlanError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Operation
 from hybridpar.runtime import lookup
@@ -24,7 +25,6 @@ from hybridpar.runtime.job import Job
 from hybridpar.runtime.loss import Logits
 from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.optimizer import make_factory
-from hybridpar.sections import OptimizerConfig
 from tests.support.threads import run_ranks
 from tests.support.training import assemble, make_case, train_single, whole_model
 

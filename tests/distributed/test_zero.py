@@ -14,13 +14,13 @@ from torch import nn
 
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.optimizer_section import OptimizerConfig, ScheduleConfig
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.runtime import zero
 from hybridpar.runtime.groups import grouped, relative_rates
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Process
-from hybridpar.sections import OptimizerConfig, ScheduleConfig
 from tests.support.processes import spawn
 from tests.support.training import SEED, Case, make_case, whole_model
 

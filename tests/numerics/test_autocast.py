@@ -16,7 +16,7 @@ from hybridpar.model.trace import trace
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
-from hybridpar.sections import LossScale
+from hybridpar.train_section import LossScale
 from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
 from tests.support.parity import PLACEMENTS, shape
 from tests.support.rendezvous import run_strictly

@@ -16,7 +16,7 @@ from hybridpar.planning.plan import Recipe
 from hybridpar.runtime.export import export
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.pieces import Stored, write
-from hybridpar.sections import TrainConfig
+from hybridpar.train_section import TrainConfig
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_frozen import case as frozen_case
 from tests.numerics.test_frozen import plan_of

@@ -15,6 +15,7 @@ from hybridpar.errors import ConfigError, PlanError, ProfileError
 from hybridpar.model.deferred import defer
 from hybridpar.model.order import channels_last, turn
 from hybridpar.model.trace import trace
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planner import prepare
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
@@ -24,7 +25,6 @@ from hybridpar.profiling import strands
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.bench import Bench
 from hybridpar.runtime.pieces import Stored, write
-from hybridpar.sections import OptimizerConfig
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_memory import Unseen, lasting
 from tests.support.checkpoints import make_job

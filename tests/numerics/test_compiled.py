@@ -16,7 +16,7 @@ from hybridpar.planning.plan import Segment, Stage
 from hybridpar.report.dry_run import compiled as told
 from hybridpar.runtime import compiled
 from hybridpar.runtime.job import Job
-from hybridpar.sections import Compiling
+from hybridpar.train_section import Compiling
 from tests.support.parity import PLACEMENTS, case_of, near, own_ranks, plan_of, shape
 from tests.support.plans import make_plan
 from tests.support.threads import run_ranks

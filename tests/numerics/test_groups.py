@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from hybridpar.errors import ConfigError
+from hybridpar.optimizer_section import OptimizerConfig, ParameterGroup, ScheduleConfig
 from hybridpar.planning.plan import Recipe
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory, make_rate
-from hybridpar.sections import OptimizerConfig, ParameterGroup, ScheduleConfig
 from tests.support.parity import near, overlapping_ranks, own_ranks, plan_of, shape, shared_ranks
 from tests.support.threads import run_ranks
 from tests.support.training import SEED, assemble, make_case, whole_model

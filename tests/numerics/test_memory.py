@@ -18,7 +18,7 @@ from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.executor import Executor
-from hybridpar.sections import LossScale
+from hybridpar.train_section import LossScale
 from scripts.bench.accuracy.live import LiveBytes
 from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
 from tests.support.parity import COMBINED, PLACEMENTS, case_of, plan_of, shape

@@ -17,6 +17,7 @@ from hybridpar.model.deferred import defer
 from hybridpar.model.keyed import KeyedDropout, Keys, keep_mask
 from hybridpar.model.linear import CosineLinear, GatheringCosine, GatheringLinear
 from hybridpar.model.trace import trace
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planning.blocks import expected_share
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
@@ -29,7 +30,7 @@ from hybridpar.runtime.loss import check_mixes
 from hybridpar.runtime.margin import ArcFace, CosFace
 from hybridpar.runtime.pieces import Stored, write
 from hybridpar.runtime.sampling import SampledHead
-from hybridpar.sections import LossConfig, OptimizerConfig
+from hybridpar.sections import LossConfig
 from tests.numerics.test_margin import plain
 from tests.support.checkpoints import OPTIMIZERS, make_job
 from tests.support.parity import RELATIVE, near, overlapping_ranks, own_ranks, shape, shared_ranks

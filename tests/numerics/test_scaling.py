@@ -14,7 +14,7 @@ from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.planning.plan import Plan, Recipe, Stage
 from hybridpar.runtime.average import Average
 from hybridpar.runtime.job import Job
-from hybridpar.sections import LossScale
+from hybridpar.train_section import LossScale
 from tests.support.checkpoints import make_job
 from tests.support.checkpoints import plan_of as plan_of_job
 from tests.support.parity import BATCH, MAX_NORM, PLACEMENTS, RELATIVE, near, own_ranks, plan_of, shape

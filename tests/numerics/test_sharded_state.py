@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Recipe, Segment, Stage
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory, make_rate
-from hybridpar.sections import OptimizerConfig
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_groups import KINDS, STEPS, case, config_of, job_of, reference
 from tests.numerics.test_memory import Unseen, lasting

@@ -9,10 +9,10 @@ from torch import nn
 from hybridpar.errors import DivergenceError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planning.plan import Recipe, Segment, Stage
 from hybridpar.runtime.ledger import Ledger
 from hybridpar.runtime.verify import slack_of
-from hybridpar.sections import OptimizerConfig
 from tests.support.plans import make_plan
 from tests.support.training import Case, make_case
 from tests.support.verifying import TOLERANCE, verified

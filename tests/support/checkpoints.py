@@ -8,11 +8,11 @@ from torch import nn
 
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
+from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planning.plan import Plan, Segment, Stage, validate
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory
-from hybridpar.sections import OptimizerConfig
 from tests.support.training import Case
 
 OPTIMIZERS = {

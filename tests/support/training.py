@@ -26,7 +26,7 @@ from hybridpar.runtime.modules import ModuleFactory, Owned
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.step import Metrics
 from hybridpar.runtime.update import OptimizerFactory, Updater
-from hybridpar.sections import LossScale
+from hybridpar.train_section import LossScale
 from tests.support.rendezvous import Endpoint
 
 SEED = 7

@@ -14,12 +14,13 @@ import yaml
 
 from hybridpar.config import compose, conf_dir
 from hybridpar.errors import ConfigError, HybridparError, PlanError
+from hybridpar.optimizer_section import OPTIMIZER_OPTIONS, OptimizerConfig, ParameterGroup, ScheduleConfig
 from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin
 from hybridpar.runtime.checks import check_config
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
-from hybridpar.sections import OPTIMIZER_OPTIONS, LossConfig, OptimizerConfig, ParameterGroup, ScheduleConfig
+from hybridpar.sections import LossConfig
 
 
 def test_the_defaults_are_plain_frozen_objects() -> None:

@@ -11,7 +11,7 @@ import torch
 from hybridpar.config import compose
 from hybridpar.errors import ConfigError, DivergenceError
 from hybridpar.runtime.scaler import Scaler
-from hybridpar.sections import LossScale
+from hybridpar.train_section import LossScale
 from tests.support.runs import train_here
 
 

@@ -14,7 +14,7 @@ from hybridpar.model.trace import trace
 from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Plan, Recipe, validate
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.sections import Compiling, LossScale
+from hybridpar.train_section import Compiling, LossScale
 from scripts.bench.runtime.models import IMAGE, IN_SHAPE, build, optimizer
 from scripts.bench.runtime.rivals import AGREEMENT, Ours, Rival
 
