@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
@@ -248,7 +249,11 @@ class Costs:
 
         With what follows from the norm, and the average.
         """
-        return self._step(plan, chain, blocks, index) * (_passes_of(plan) + AVERAGE_SHARE * plan.recipe.average)
+        stepped_s = self._step(plan, chain, blocks, index) * _passes_of(plan)
+        if not plan.recipe.average:
+            return stepped_s
+        whole = [replace(block, sampled=None) for block in blocks]  # the average takes in all classes
+        return stepped_s + self._step(plan, chain, whole, index) * AVERAGE_SHARE
 
     def _step(self, plan: Plan, chain: Chain, blocks: list[Block], index: int) -> float:
         total = sum(self._elements(chain, block, index) for block in blocks)

@@ -1,7 +1,8 @@
 """A head of very many classes: sharded over the ranks, beside DistributedDataParallel with the whole head on each.
 
-One command runs both, each rank with the same memory to live in. What does not fit is a result. In both cases an
-embedding of two layers stands before the head, the loss is ArcFace, and the optimizer SGD with momentum.
+And sharded with sampled classes. One command runs all three, each rank with the same memory to live in. What does
+not fit is a result. In all cases an embedding of two layers stands before the head, the loss is ArcFace, and the
+optimizer SGD with momentum.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from torch.nn.parallel import DistributedDataParallel
 import hybridpar
 from hybridpar.cluster.limits import usable_memory_bytes
 from hybridpar.model.deferred import defer
+from hybridpar.planning.plan import Recipe
 from hybridpar.planning.request import Pin
 from hybridpar.runtime.margin import ArcFace, MarginCriterion
 from hybridpar.runtime.memory import MemoryMeter
 from scripts.bench.about import machine, software
 
-WAYS = ("sharded", "replicated")
+WAYS = ("sharded", "sampled", "replicated")
 TIMEOUT_S = 3600.0
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 def main() -> int:
-    """Run both ways and print a table; 0 when done, 2 where a way failed for another reason than memory."""
+    """Run all ways and print a table; 0 when done, 2 where a way failed for another reason than memory."""
     arguments = _arguments()
     if arguments.way:
         return _work(arguments)
@@ -53,6 +55,7 @@ def main() -> int:
     lines = [
         f"- head: {arguments.classes:,} classes x {arguments.features} features, {head:,.0f} MiB of float32",
         f"- job: {arguments.ranks} ranks with {limit:.1f} GiB each, {arguments.batch} samples per step",
+        f"- share of sampled classes: {arguments.share}",
         f"- taken: {time.strftime('%Y-%m-%d', time.gmtime())}, {arguments.steps} steps, {machine()}; {software()}",
         "",
         "| way | peak memory of a rank, MiB | median s per step |",
@@ -91,7 +94,7 @@ def _work(arguments: argparse.Namespace) -> int:
     seconds: list[float] = []
     phase, lacking = "making the weights", ""
     try:
-        step = (_sharded if arguments.way == "sharded" else _replicated)(arguments)
+        step = (_replicated if arguments.way == "replicated" else _sharded)(arguments)
         phase = "training"
         for number in range(arguments.steps + 1):
             inputs, labels = _batch(arguments, number)
@@ -131,15 +134,18 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def _sharded(arguments: argparse.Namespace) -> Step:
-    """Front and tail on all ranks: the embedding replicated, the head in shards."""
+    """Front and tail on all ranks: the embedding replicated, the head in shards, with all classes or some."""
+    share = arguments.share if arguments.way == "sampled" else None
     source = defer(lambda: _model(arguments))
     ranks = tuple(range(arguments.ranks))
     pins = {"front": Pin(layers=(0, 3), ranks=ranks), "tail": Pin(ranks=ranks, micro_batch=arguments.batch)}
     shape = (arguments.features,)
-    plan = hybridpar.plan(source.module, shape, arguments.batch, shape="front_tail", pins=pins, replicas=1)
-    job = hybridpar.wrap(
-        source.module, plan, _sgd, source=source, loss=hybridpar.CrossEntropy(margin=hybridpar.ArcFace())
+    recipe = Recipe(sampling=share)
+    plan = hybridpar.plan(
+        source.module, shape, arguments.batch, shape="front_tail", pins=pins, replicas=1, recipe=recipe
     )
+    loss = hybridpar.CrossEntropy(margin=hybridpar.ArcFace(), sampled=share)
+    job = hybridpar.wrap(source.module, plan, _sgd, source=source, loss=loss)
     return lambda inputs, labels: job.step((inputs, labels))
 
 
@@ -165,6 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--features", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="samples per step; default: %(default)s")
+    parser.add_argument("--share", type=float, default=0.1, help="of sampled classes; default: %(default)s")
     parser.add_argument("--steps", type=int, default=5, help="after one that is not timed; default: %(default)s")
     parser.add_argument(
         "--memory-gib", type=float, default=0.0, help="of every rank; default: its share of what this machine has"
