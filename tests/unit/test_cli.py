@@ -190,7 +190,10 @@ def test_pins_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 REFUSED: list[tuple[list[str], str]] = [
     (["paln"], "unknown command paln; did you mean plan?"),
-    (["zebra"], "unknown command zebra; there are plan, train, verify, profile, probe, export, doctor, config"),
+    (
+        ["zebra"],
+        "unknown command zebra; there are plan, train, verify, profile, probe, export, report, doctor, config",
+    ),
     (["plan", "train.global_bach=64"], "unknown override train.global_bach; did you mean train.global_batch?"),
     (["train", "train.epoch=1"], "did you mean train.epochs?"),
     (["plan", "model=vg16"], "unknown model=vg16; did you mean vgg16?"),

@@ -54,11 +54,12 @@ def test_vgg_starts_like_torchvision():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configured_model_is_a_chain(name):
     conf = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    assert set(conf) == {"name", "builder", "in_shape", "classes", "options"}
+    assert set(conf) - {"input_dtype"} == {"name", "builder", "in_shape", "classes", "options"}
     assert conf["name"] == name
     builder = build(conf["builder"], conf["options"], classes=conf["classes"], in_shape=conf["in_shape"])
-    chain = trace(defer(builder).module, conf["in_shape"], name).chain
-    assert chain.out_shape == (conf["classes"],)
+    chain = trace(defer(builder).module, conf["in_shape"], name, conf.get("input_dtype", "float")).chain
+    assert (*chain.label_shape, chain.classes) == chain.out_shape
+    assert chain.classes == conf["classes"]
     assert chain.tail_start < len(chain.layers)
 
 

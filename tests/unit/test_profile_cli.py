@@ -140,7 +140,7 @@ def _short_row(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "override", "message"),
     [
-        (lambda data: data.update(schema=1), "", "schema: 1 is not 2; measure the profile again"),
+        (lambda data: data.update(schema=1), "", "schema: 1 is not 3; measure the profile again"),
         (lambda data: data.update(dtype="float64"), "", "taken in float64, but train.precision=float32"),
         (str, "train.precision=float64", "taken in float32, but train.precision=float64"),
         (lambda data: data.pop("device"), "", "profile.json.device: missing"),
