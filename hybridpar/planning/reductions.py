@@ -49,12 +49,17 @@ class Reductions:
         self._expected[block, rank] += 1
 
     def join(self, blocks: Sequence[Block]) -> None:
-        """Start the reductions of replicas without samples, which would otherwise keep the others waiting."""
-        for block in reversed(blocks):
-            for rank in self._positions[block.position].ranks:
-                if not self._expected[block.index, rank]:
-                    for number in range(self.rounds[block.position]):
-                        self._reduce(rank, block, number)
+        """Start the reductions of replicas without samples, which would otherwise keep the others waiting.
+
+        In the order of those that have some: round by round, and in each from the last block to the first.
+        """
+        for position in reversed(self._positions):
+            own = [b for b in reversed(blocks) if b.position == position.index]
+            for number in range(self.rounds[position.index]):
+                for block in own:
+                    for rank in position.ranks:
+                        if not self._expected[block.index, rank]:
+                            self._reduce(rank, block, number)
 
     def follow(self, rank: int, block: Block) -> None:
         """Start what a backward makes complete."""

@@ -30,6 +30,14 @@ REPLICATED_MIDDLE = (
 SHAPES = {
     "front": (shape(3, 0, 0, own_ranks), 1),
     "uneven front": (shape(3, 0, 0, own_ranks, uneven=True), 1),
+    "idle rank": ((Stage("front", 2, (Segment((0, 16), (0, 1), (30.0, 1.0)),)),), 1),
+    "idle rank in front": (
+        (
+            Stage("front", 2, (Segment((0, 7), (0, 1), (1.0, 30.0)),)),
+            Stage("middle", 3, (Segment((7, 16), (0,)),)),
+        ),
+        1,
+    ),
     "front and tail": (shape(2, 0, 2, shared_ranks), 1),
     "overlapping": (shape(2, 1, 3, overlapping_ranks), 1),
     "replicated middle": (REPLICATED_MIDDLE, 1),
