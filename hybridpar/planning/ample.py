@@ -93,7 +93,8 @@ class _Most:
             states += 2 * rounds(program.plan, position, program.samples)
             held += ALIGNMENT
         own = max(held, sum(described.parameters)) * itemsize
-        total = float(states * own + sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)]))
+        buffers = sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
+        total = float(states * own + buffers * (1 + program.plan.recipe.scaling))
         small = large = 0.0
         for samples, count in sizes:
             inside = sum(described.inside(samples, itemsize))

@@ -21,7 +21,7 @@ class Memory:
     """
 
     parameters: int
-    """And buffers."""
+    """And buffers; those of batch norms twice where a step may be skipped, which takes them back."""
     gradients: int
     """In buckets, those that gather in place, and the own part of those that are sharded; they stay from step to
     step."""
@@ -85,6 +85,8 @@ def memory_of(books: Books) -> Memory:
         if rank in position.ranks:
             parameters += held_elements(chain, position, block, rank) * plan.itemsize
             parameters += sum(layer.buffer_bytes for layer in chain.layers[slice(*block.layers)])
+            if program.mode == "train" and plan.recipe.scaling:
+                parameters += sum(n.buffer_bytes for n in chain.layers[slice(*block.layers)] if n.batch_norm)
             if program.mode == "train":
                 own = bucket_elements(chain, position, block, rank) * plan.itemsize
                 if not position.reduced:

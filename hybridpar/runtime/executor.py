@@ -146,7 +146,7 @@ class Executor:
             self.loss.check(labels, program.chain.classes)
         self.watch.begin()
         if program.mode == "train":
-            self.updater.zero()
+            self.updater.begin()
         metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=self.device)
         # From pinned memory the copy runs beside the CPU; from other memory torch waits for it.
         batch = None if inputs is None else inputs.to(self.device, non_blocking=True)

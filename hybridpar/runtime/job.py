@@ -46,6 +46,7 @@ from hybridpar.runtime.running_statistics import RunningStatistics
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.state import State
 from hybridpar.runtime.step import Metrics
+from hybridpar.runtime.undo import Undo
 from hybridpar.runtime.update import EngineFactory, OptimizerFactory, Updater
 from hybridpar.train_section import Compiling, LossScale
 
@@ -225,6 +226,7 @@ class Job:
             self.plan.recipe.compression,
             self.seed,
             lasting=self.plan.recipe.sharding != "zero2",
+            undo=None if self.scaler is None else Undo(self._blocks.values(), self.chain),
         )
 
     def _blocks_of(self, position: Position) -> list[BlockModules]:

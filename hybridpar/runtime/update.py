@@ -24,6 +24,7 @@ from hybridpar.runtime.groups import check_options_of, grouped, relative_rates
 from hybridpar.runtime.modules import BlockModules, Owned
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.scatter import Routes, Scatter
+from hybridpar.runtime.undo import Undo
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter] | Iterable[dict[str, Any]]], torch.optim.Optimizer]
 """Makes an optimizer for parameters, or for groups of them as torch's optimizers take them."""
@@ -77,7 +78,7 @@ class Updater:
     their gradients in one flat bucket per block, others where autograd or the layers put them. A position has an
     optimizer of its own, or one of ``engines``, whose buckets may be ``lasting`` or not. ``max_norm`` clips by the
     global norm as ``torch.nn.utils.clip_grad_norm_`` does. With a ``scaler`` gradients are those of a scaled loss
-    until the update. ``compression`` is that of the sums of buckets; all ranks begin it alike, with ``seed``.
+    until the update, and a step that is skipped is taken back by ``undo``. ``compression`` is that of the sums of buckets; all ranks begin it alike, with ``seed``.
     """
 
     def __init__(
@@ -96,11 +97,14 @@ class Updater:
         seed: int = 0,
         *,
         lasting: bool = True,
+        undo: Undo | None = None,
     ) -> None:
         self._rank, self._positions, self._max_norm, self._replica = rank, positions, max_norm, replica
         self.engines = engines or {}
         self.scaler = scaler
         """Of the loss, if it is scaled."""
+        self.undo = undo
+        """Of skipped steps, if the loss is scaled."""
         self._buckets: dict[int, Bucket] = {}
         self.compressors: dict[int, Compressor] = {}
         """Of blocks whose gradients are compressed before they are summed."""
@@ -152,8 +156,10 @@ class Updater:
         self._buckets[block] = Bucket(ordered, lasting=lasting)
         self._routes[block] = Routes(places, engine.parts, engine.sharers, engine.index)
 
-    def zero(self) -> None:
-        """Forget all gradients."""
+    def begin(self) -> None:
+        """Begin a step: forget all gradients, and note what is taken back if it is skipped."""
+        if self.undo is not None:
+            self.undo.keep()
         for parameters in self._parameters.values():
             for parameter in parameters:
                 parameter.grad = None
@@ -288,9 +294,13 @@ class Updater:
             gradient.mul_(factor.to(gradient.dtype))
 
     def finish(self, squared_norm: torch.Tensor | None) -> None:
-        """End a step: choose the scale of the next one."""
-        if self.scaler is not None:
-            self.scaler.update(finite=_finite(squared_norm))
+        """End a step: choose the scale of the next one, and take back what one that was skipped has left."""
+        if self.scaler is None:
+            return
+        finite = _finite(squared_norm)
+        self.scaler.update(finite=finite)
+        if self.undo is not None and not finite:
+            self.undo.restore()
 
 
 def _finite(squared_norm: torch.Tensor | None) -> bool:

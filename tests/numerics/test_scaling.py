@@ -11,11 +11,12 @@ from torch import nn
 
 from hybridpar.errors import PlanError
 from hybridpar.model.keyed import KeyedDropout, Keys
+from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Recipe, Stage
 from hybridpar.runtime.average import Average
 from hybridpar.runtime.job import Job
 from hybridpar.train_section import LossScale
-from tests.support.checkpoints import make_job
+from tests.support.checkpoints import make_job, normed_case
 from tests.support.checkpoints import plan_of as plan_of_job
 from tests.support.parity import BATCH, MAX_NORM, PLACEMENTS, RELATIVE, near, own_ranks, plan_of, shape
 from tests.support.parts import Board, plain_engines
@@ -226,3 +227,33 @@ def test_a_job_needs_what_its_plan_says() -> None:
     scaled = replace(plan, recipe=Recipe(scaling=True))
     with pytest.raises(PlanError, match=r"plan\.recipe\.scaling: True, but the loss is not scaled"):
         run_ranks(scaled, lambda rank, groups: make_job(case, scaled, rank, groups))
+
+
+@pytest.mark.parametrize("kind", ["data_parallel", "front_tail", "replicas"])
+def test_a_skipped_step_leaves_no_trace_in_running_statistics(kind: str) -> None:
+    """A sample with an inf made them NaN for good, on one replica and by the next evaluation's mean on all."""
+    case = normed_case()
+    plan = replace(plan_of_job(case, kind), recipe=Recipe(scaling=True), precision="float32")
+    bad = case.data[1][0].clone()
+    bad[2, 0, 0, 0] = float("inf")
+
+    def body(rank, groups):
+        job = make_job(case, plan, rank, groups, scaling=SCALING)
+        buffers = [b for modules in job.blocks.values() for b in modules.buffers()]
+        job.step(case.data[0])
+        before = [b.clone() for b in buffers]
+        job.step((bad, case.data[1][1]))
+        assert job.scaler.skipped == 1
+        assert all(torch.equal(b, was) for b, was in zip(buffers, before, strict=True))
+        job.step(case.data[2])
+        assert not any(torch.equal(b, was) for b, was in zip(buffers, before, strict=True)), "steps taken count"
+        program = job.program()
+        unscaled = replace(program, plan=replace(plan, recipe=Recipe()))
+        copies = sum(c.nbytes for c in job._updater.undo.copies)
+        counted = memory(program, job.place).parameters - memory(unscaled, job.place).parameters
+        return job.evaluate([case.data[3]]).loss, copies - counted, len(buffers)
+
+    results = run_ranks(plan, body)
+    assert all(loss == pytest.approx(results[0][0]) for loss, *_ in results), "and so it is finite"
+    assert {wrong for _, wrong, _ in results} == {0}, "the books have the copies"
+    assert sum(bool(own) for *_, own in results) >= 2, "front replicas"

@@ -25,6 +25,7 @@ from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.modules import ModuleFactory, Owned
 from hybridpar.runtime.scaler import Scaler
 from hybridpar.runtime.step import Metrics
+from hybridpar.runtime.undo import Undo
 from hybridpar.runtime.update import OptimizerFactory, Updater
 from hybridpar.train_section import LossScale
 from tests.support.rendezvous import Endpoint
@@ -173,6 +174,7 @@ def make_executor(
         scaler=Scaler(case.scaling) if case.scaling else None,
         compression=plan.recipe.compression,
         seed=SEED,
+        undo=Undo(own.values(), chain) if case.scaling else None,
     )
     device = torch.device("cpu")
     return Executor(rank, own, groups, updater, seed=SEED, dtype=case.dtype, device=device, loss=case.loss)

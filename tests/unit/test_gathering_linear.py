@@ -114,7 +114,7 @@ def test_a_rank_without_samples_adds_nothing_to_the_sum() -> None:
     modules = factory.make(block, position, 0)
     updater = Updater(0, (position,), {0: modules}, lambda p: torch.optim.SGD(p, lr=0.1), None)
     for samples in (1, 0):
-        updater.zero()
+        updater.begin()
         if samples:
             modules(torch.rand(samples, 3, dtype=torch.float64), None).sum().backward()
         assert bool(updater.bucket(0).any()) == bool(samples)
