@@ -41,9 +41,7 @@ class Reader:
             if own:
                 raise DataError(f"rank {self._rank} reads {own} of the step's {samples} samples but got None")
             return StepBatch(None, None, samples, first_sample)
-        inputs, labels = batch
-        if not isinstance(inputs, torch.Tensor):
-            inputs = pack(self._chain.inputs, inputs, 1, f"the batch of rank {self._rank}")
+        inputs, labels = self._packed(batch[0]), batch[1]
         self._check(inputs, labels, own, samples)
         if not own:
             return StepBatch(None, None, samples, first_sample)
@@ -51,6 +49,16 @@ class Reader:
             rows = torch.cat([torch.arange(start, stop) for start, stop in reads])
             inputs, labels = inputs[rows.to(inputs.device)], labels[rows.to(labels.device)]
         return StepBatch(inputs, labels, samples, first_sample)
+
+    def unlabelled(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the inputs of a batch without labels, with some. Raises DataError for other inputs."""
+        packed = self._packed(inputs)
+        return packed, torch.zeros(len(packed), *self._chain.label_shape, dtype=torch.int64)
+
+    def _packed(self, inputs: Inputs) -> torch.Tensor:
+        if isinstance(inputs, torch.Tensor):
+            return inputs
+        return pack(self._chain.inputs, inputs, 1, f"the batch of rank {self._rank}")
 
     def _check(self, inputs: torch.Tensor, labels: torch.Tensor, own: int, samples: int) -> None:
         if len(inputs) != len(labels) or len(labels) not in {own, samples}:

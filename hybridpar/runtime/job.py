@@ -29,7 +29,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode, Operation, Program
 from hybridpar.planning.zero import is_zero
 from hybridpar.runtime.agreement import check_agreement, check_sampling
-from hybridpar.runtime.batch import GivenBatch, Reader, WholeBatch
+from hybridpar.runtime.batch import GivenBatch, Inputs, Reader, WholeBatch
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.compiled import compile_blocks
 from hybridpar.runtime.cross_entropy import CrossEntropy
@@ -362,26 +362,29 @@ class Job:
         with self.averaged():
             return self._evaluated(batches)
 
-    def predict(self, batch: StepBatch | torch.Tensor | None, k: int = 5, *, samples: int | None = None) -> Best:
+    def predict(self, batch: StepBatch | Inputs | None, k: int = 5, *, samples: int | None = None) -> Best:
         """Return the k largest logits of every sample and their classes, on every rank, the largest first.
 
         ``batch`` is of ``loader(..., train=False)``, or the inputs of the whole batch or of this rank's own
         samples, or None on a rank that reads nothing; ``samples`` tells of a batch that is smaller than the global
         one. Every rank calls it. Shards exchange k logits with their classes per sample, never all of them; so a
         head may be larger than any device. With the average of the weights, if there is one, and the mean of
-        running statistics, as ``evaluate``. Raises DataError where the batch or k does not fit.
+        running statistics, as ``evaluate``. Raises DataError where the batch or k does not fit, or the model does
+        not give a row of logits per label.
         """
+        if self.chain.out_shape != (*self.chain.label_shape, self.chain.classes):
+            raise DataError(
+                f"the model's output is {self.chain.out_shape} per sample, but a prediction takes the best of one "
+                "row of logits, (classes,), or of one per token, (tokens, classes); run the exported model instead"
+            )
         if not 1 <= k <= self.chain.classes:
             raise DataError(f"k: {k} of {self.chain.classes} classes; give a number from 1 to that of the classes")
-        given = batch if batch is None or isinstance(batch, StepBatch) else (batch, self._no_labels(len(batch)))
+        given = batch if batch is None or isinstance(batch, StepBatch) else self._reader.unlabelled(batch)
         own = self._own(given, "evaluate", samples)
         program = checked_program(self.plan, self.chain, own.samples, "predict", self.replica, k)
         with self.averaged():
             self._statistics.average()
             return Best(*self._executor.predict(program, self.steps, own.first_sample, own.inputs))
-
-    def _no_labels(self, samples: int) -> torch.Tensor:
-        return torch.zeros(samples, *self.chain.label_shape, dtype=torch.int64)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Let the model have the average of its weights, if there is one, within a ``with`` block.

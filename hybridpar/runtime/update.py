@@ -78,7 +78,8 @@ class Updater:
     their gradients in one flat bucket per block, others where autograd or the layers put them. A position has an
     optimizer of its own, or one of ``engines``, whose buckets may be ``lasting`` or not. ``max_norm`` clips by the
     global norm as ``torch.nn.utils.clip_grad_norm_`` does. With a ``scaler`` gradients are those of a scaled loss
-    until the update, and a step that is skipped is taken back by ``undo``. ``compression`` is that of the sums of buckets; all ranks begin it alike, with ``seed``.
+    until the update, and ``undo`` takes back a step that is skipped. ``compression`` is that of the sums of
+    buckets; all ranks begin it alike, with ``seed``.
     """
 
     def __init__(

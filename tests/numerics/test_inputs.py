@@ -182,6 +182,28 @@ def test_a_plan_trains_as_one_process_does(late, number, whole):
         assert (found[name] - expected).abs().max() <= 1e-10 * expected.abs().max(), name
 
 
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("named", [False, True])
+def test_predictions_take_several_tensors_too(number, named):
+    """As a sequence or by their names; they were taken for one tensor."""
+    model, traced = case()
+    chain, source = traced.chain, ready(model)
+    world, stages, fields = next(itertools.islice(plans(chain), number, None))
+    plan = Plan(chain.model, chain.fingerprint, world, BATCH, "float64", stages, **fields)
+    inputs, _ = batch(range(9))
+    with torch.no_grad():
+        expected = make().double()(*inputs).topk(3, dim=1)
+
+    def body(rank, groups):
+        job = Job(plan, traced, source, functools.partial(torch.optim.SGD, lr=0.05), groups, rank=rank, seed=SEED)
+        given = dict(zip(("image", "ids", "mask", "age"), inputs, strict=True)) if named else tuple(inputs)
+        return job.predict(given if job.reads or named else None, 3, samples=9)
+
+    for values, classes in run_ranks(plan, body):
+        assert torch.equal(classes, expected.indices)
+        assert (values - expected.values).abs().max() <= 1e-10 * expected.values.abs().max()
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_bytes_that_are_kept_are_counted(number):
     """After every action of a step, on every rank: what the first layer makes of the row is in the books."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,9 +16,10 @@ from hybridpar.model.trace import trace
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
-from hybridpar.planning.plan import Plan
+from hybridpar.planning.plan import Plan, Segment, Stage
 from hybridpar.planning.program import Action
 from hybridpar.runtime.job import Best, Job
+from hybridpar.runtime.own_loss import OwnLoss
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_memory import Unseen, lasting
 from tests.support.counting import Counting, CountingExecutor
@@ -165,5 +166,20 @@ def test_a_number_of_classes_that_there_is_not_is_refused(k: int) -> None:
     def body(rank: int, groups: Any) -> None:
         with pytest.raises(DataError, match=rf"k: {k} of {CLASSES} classes"):
             job_of(plan, rank, groups).predict(case().data[0][0], k)
+
+    run_ranks(plan, body)
+
+
+def test_an_output_that_is_no_row_of_logits_is_refused() -> None:
+    """Of (classes, height, width); it failed in the middle of the program, with an error that named an action."""
+    source = defer(lambda: nn.Conv2d(2, CLASSES, 3))
+    traced = trace(source.module, (2, 6, 6), "dense")
+    plan = make_plan(traced.chain, Stage("front", 4, (Segment((0, 1), (0,)),)), world=1, global_batch=BATCH)
+
+    def body(rank: int, groups: Any) -> None:
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        job = Job(plan, traced, source, sgd, groups, rank=rank, loss=OwnLoss(lambda logits, _: logits.sum()))
+        with pytest.raises(DataError, match=r"the model's output is \(23, 4, 4\) per sample"):
+            job.predict(case().data[0][0], 2)
 
     run_ranks(plan, body)
