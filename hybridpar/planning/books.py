@@ -174,7 +174,8 @@ class Books:
         if own.block.answers:
             self._put("input gradient", key, Storage(own.in_bytes * own.samples[key[1]]))
         self._drop("gradient", key)
-        self._gather_bucket(own)
+        for index in own.filled:
+            self._gather_bucket(self.own[index])
         shared, inside, large = self.held.pop(key)
         for storage in shared:
             self._keep_no_more(storage)
@@ -353,6 +354,8 @@ class Own:
         if block.recompute:
             met = calls(position, block, chain, backward=False)
             self.met_bytes = sum(call.norm.figures for call in met) * self.itemsize
+        self.filled = _filled(program, block)
+        """Blocks into whose buckets its backward puts gradients."""
         self.bucket_bytes: int | None = None
         """Of a bucket that goes when it is reduced; None: there is none, or it stays."""
         self.piece_bytes = 0
@@ -368,6 +371,15 @@ class Own:
             sizes = self.kept.inside(samples, self.itemsize)
             self._inside[samples] = sum(sizes), sum(s for s in sizes if s >= MAPPED_BYTES)
         return self._inside[samples]
+
+
+def _filled(program: Program, block: Block) -> tuple[int, ...]:
+    """Return a block, and those to which trained parameters belong that it shares with earlier layers."""
+    chain, (start, stop) = program.chain, block.layers
+    shared = {name: layers for name, layers in chain.tied if name not in chain.frozen}
+    homes = [layers[0] for layers in shared.values() if any(start <= i < stop for i in layers)]
+    others = (b.index for b in program.blocks for i in homes if b.layers[0] <= i < b.layers[1])
+    return tuple(dict.fromkeys((block.index, *others)))
 
 
 def _rows(chain: Chain, point: int) -> int:

@@ -15,7 +15,8 @@ class Bucket:
 
     What autograd makes is copied there at the first backward, and later ones add to it. Gradients that a layer
     gathers by itself have their place from the start. A ``lasting`` bucket stays from step to step; another one
-    lives from ``open`` until it is taken.
+    lives from ``open``, or from the first gradient if that is earlier, until it is taken. It is earlier of a
+    parameter that a layer of a later block uses too.
 
     Args:
         owned: trained parameters, in the order in which their gradients are to lie.
@@ -70,6 +71,7 @@ class Bucket:
 
     def _move(self, parameter: nn.Parameter) -> None:
         """Move the gradient that autograd made of a parameter to its place, unless it lies there already."""
+        self.open()
         place = self._places[parameter]
         if parameter.grad is not place:
             assert parameter.grad is not None

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
+import torch.nn.functional as F
 
+from hybridpar.model.deferred import defer
+from hybridpar.model.trace import trace
+from hybridpar.models.gpt import gpt
 from hybridpar.optimizer_section import OptimizerConfig
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
@@ -15,12 +20,14 @@ from hybridpar.runtime.optimizer import make_factory, make_rate
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_groups import KINDS, STEPS, case, config_of, job_of, reference
 from tests.numerics.test_memory import Unseen, lasting
+from tests.numerics.test_parity import Tied, case_with
 from tests.support.counting import Counting, expected_log, run_once
 from tests.support.parity import MAX_NORM, near, overlapping_ranks, own_ranks, plan_of, shape, shared_ranks
 from tests.support.parts import Board, plain_engines
+from tests.support.plans import make_plan
 from tests.support.rendezvous import run_strictly
 from tests.support.threads import run_ranks
-from tests.support.training import assemble
+from tests.support.training import SEED, Case, assemble, per_token, train_single
 
 REPLICATED_MIDDLE = (
     Stage("front", 2, (Segment((0, 3), (0, 1), (2.0, 1.0)),)),
@@ -84,37 +91,92 @@ def test_parity_with_groups_and_schedule(name, sharding, clipping):
 @pytest.mark.parametrize("name", SHAPES)
 def test_live_bytes_are_exact(name, sharding, clipping):
     """Of a second step: buckets under stage 2 come and go with every round, parts stay."""
-    plan = sharded(name, sharding, clipping=clipping)
-    board = Board(plan)
-    programs = [compile_program(plan, case().traced.chain, 13, "train", k) for k in range(plan.replicas)]
+    assert_live_bytes(sharded(name, sharding, clipping=clipping), case())
+
+
+def assert_live_bytes(plan, case):
+    board, samples = Board(plan), case.samples[0]
+    programs = [compile_program(plan, case.traced.chain, samples, "train", k) for k in range(plan.replicas)]
 
     def body(rank, endpoint):
         replica, place = plan.locate(rank)
         factory = make_factory(OptimizerConfig("SGD", 0.05, {"momentum": 0.9}))
         job = Job(
             plan,
-            case().traced,
-            case().source,
+            case.traced,
+            case.source,
             factory,
             Unseen(endpoint),
             rank=rank,
-            max_norm=MAX_NORM if clipping else None,
+            max_norm=MAX_NORM if plan.recipe.clipping else None,
             engines=plain_engines(factory, plan, board, rank),
         )
-        job.step(case().data[0])
+        job.step(case.data[0])
         alive = []
         job.observe(lambda *_: alive.append(live.bytes()))
         endpoint.step = 1
         executor = job._executor
         engines = [tensor for engine in executor.updater.engines.values() for tensor in engine.tensors()]
         with LiveBytes(set(), [*lasting(executor), *engines]) as live:
-            run_once(executor, case(), programs[replica], place)
+            run_once(executor, case, programs[replica], place)
         return alive
 
     for rank, alive in enumerate(run_strictly(plan.world, body, plan.replica_world)):
         assert not isinstance(alive, BaseException), alive
         replica, place = plan.locate(rank)
         assert alive == list(memory(programs[replica], place).alive)
+
+
+def tied_gpt():
+    """Its embedding is its head, and lies first; the blocks between have buckets of their own."""
+    return gpt(classes=11, in_shape=(5,), width=8, blocks=2, heads=2, dropout=0.3, tied=True)
+
+
+@cache
+def tied_case(name):
+    if name == "three layers":
+        return case_with(Tied)
+    source = defer(tied_gpt)
+    criterion = partial(per_token, F.cross_entropy)
+    return Case(source, trace(source.module, (5,), "gpt", "int"), 2, (13, 13), criterion=criterion)
+
+
+def tied_plan(case, sharding, replicas):
+    segment = Segment((0, len(case.traced.chain.layers)), (0, 1), (2.0, 1.0))
+    plan = make_plan(case.traced.chain, Stage("front", 2, (segment,)), world=2, bucket_bytes=1)
+    recipe = Recipe(optimizer_states=1, sharding=sharding)
+    return replace(plan, recipe=recipe, replicas=replicas, world=2 * replicas, global_batch=case.samples[0])
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+@pytest.mark.parametrize("name", ["three layers", "gpt"])
+def test_tied_weights_in_several_buckets(name, sharding, replicas):
+    """A later block's backward is the first to have a gradient for the bucket of the first one."""
+    case = tied_case(name)
+    plan, single = tied_plan(case, sharding, replicas), train_single(case)
+    board = Board(plan)
+
+    def body(rank, communicators):
+        engines = plain_engines(case.optimizer, plan, board, rank)
+        options = {"rank": rank, "seed": SEED, "engines": engines}
+        job = Job(plan, case.traced, case.source, case.optimizer, communicators, **options)
+        return [job.step(batch) for batch in case.data], list(job.parameters.values())
+
+    results = run_ranks(plan, body)
+    for own, owned in results:
+        assert own == pytest.approx(single.losses, rel=1e-10)
+        trained = assemble([owned])
+        assert trained.keys() == single.parameters.keys()
+        for parameter, expected in single.parameters.items():
+            assert near(trained[parameter], expected), parameter
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("name", ["three layers", "gpt"])
+def test_live_bytes_with_tied_weights_are_exact(name, replicas):
+    case = tied_case(name)
+    assert_live_bytes(tied_plan(case, "zero2", replicas), case)
 
 
 @pytest.mark.parametrize("name", SHAPES)
