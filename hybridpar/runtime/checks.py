@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -12,7 +14,9 @@ from hybridpar.data.mixing import Mixing
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.freeze import check_trained
+from hybridpar.optimizer_section import PowerSgdConfig
 from hybridpar.planning.blocks import positions
+from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import compiled, zero
 from hybridpar.runtime.boards import check_loggers
@@ -86,9 +90,6 @@ def check_fits(config: Config, plan: Plan) -> None:
     ema, decay = config.train.ema, "a decay" if plan.recipe.average else "null"
     clip, wanted = config.optimizer.clip, "a largest norm" if plan.recipe.clipping else "null"
     scaling, sampled = plan.recipe.scaling, plan.recipe.sampling
-    compressed, planned_compressed = (
-        str(c or "none") for c in (config.optimizer.compressed, plan.recipe.compression)
-    )
     sharding = plan.recipe.sharding if config.optimizer.sharding == "auto" else config.optimizer.sharding
     for name, given, planned, remedy in (
         ("train.global_batch", config.train.global_batch, plan.global_batch, plan.global_batch),
@@ -96,7 +97,7 @@ def check_fits(config: Config, plan: Plan) -> None:
         ("optimizer.sharding", sharding, plan.recipe.sharding, plan.recipe.sharding),
         ("optimizer.offload", config.optimizer.offload, plan.recipe.offload, str(plan.recipe.offload).lower()),
         ("optimizer.clip", clip is not None, plan.recipe.clipping, wanted),
-        ("optimizer.compression", compressed, planned_compressed, planned_compressed),
+        *_compressions(config.optimizer.compressed, plan.recipe.compression),
         ("loss.sampled", config.loss.sampled, sampled, "null" if sampled is None else sampled),
         ("train.ema", ema is not None, plan.recipe.average, decay),
         ("train.loss_scale.enabled", config.train.scaling is not None, scaling, str(scaling).lower()),
@@ -105,6 +106,17 @@ def check_fits(config: Config, plan: Plan) -> None:
             raise ConfigError(
                 f"{name}: {given}, but the plan is for {planned}; set {name} to {remedy}, or plan again"
             )
+
+
+def _compressions(given: Compression | None, planned: Compression | None) -> list[tuple[str, Any, Any, str]]:
+    """Return every setting of the compression: its name, its value, that of the plan, and as one writes that."""
+    method, wanted = ("none" if c is None else c.method for c in (given, planned))
+    rows: list[tuple[str, Any, Any, str]] = [("optimizer.compression", method, wanted, wanted)]
+    if given is not None and planned is not None and method == wanted == "power_sgd":
+        for name in (f.name for f in fields(PowerSgdConfig)):
+            own, other = getattr(given, name), getattr(planned, name)
+            rows.append((f"optimizer.power_sgd.{name}", own, other, str(other).lower()))
+    return rows
 
 
 def _check_sharded(config: Config) -> None:

@@ -16,9 +16,9 @@ from hybridpar.config import compose, conf_dir
 from hybridpar.errors import ConfigError, HybridparError, PlanError
 from hybridpar.optimizer_section import OPTIMIZER_OPTIONS, OptimizerConfig, ParameterGroup, ScheduleConfig
 from hybridpar.planning.compression import Compression
-from hybridpar.planning.plan import Recipe
+from hybridpar.planning.plan import Plan, Recipe, Segment, Stage
 from hybridpar.planning.request import Pin
-from hybridpar.runtime.checks import check_config
+from hybridpar.runtime.checks import check_config, check_fits
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
 from hybridpar.sections import LossConfig
 
@@ -152,6 +152,44 @@ def test_compression_becomes_part_of_the_recipe() -> None:
     ):
         with pytest.raises(ConfigError, match=rf"optimizer\.power_sgd\.{message}"):
             compose([f"optimizer.power_sgd.{override}"])
+
+
+POWER = "optimizer.compression=power_sgd"
+
+
+@pytest.mark.parametrize(
+    ("planned", "given", "message"),
+    [
+        (
+            (POWER, "optimizer.power_sgd.min_rate=1.5"),
+            (POWER,),
+            "power_sgd.min_rate: 2.0, but the plan is for 1.5",
+        ),
+        ((POWER, "optimizer.power_sgd.rank=2"), (POWER,), "power_sgd.rank: 4, but the plan is for 2"),
+        (
+            (POWER, "optimizer.power_sgd.error_feedback=false"),
+            (POWER,),
+            "power_sgd.error_feedback: True, but the plan is for False",
+        ),
+        ((POWER,), (), "compression: none, but the plan is for power_sgd"),
+        ((), (POWER,), "compression: power_sgd, but the plan is for none"),
+        (("optimizer.compression=bfloat16",), (POWER,), "compression: power_sgd, but the plan is for bfloat16"),
+    ],
+    ids=str,
+)
+def test_a_plan_of_another_compression_is_refused_by_the_setting_that_differs(
+    planned: tuple[str, ...], given: tuple[str, ...], message: str
+) -> None:
+    """The remedy is an override: with it, and with no other one, the plan fits."""
+    made = compose(planned)
+    segment = Segment((0, 1), (0, 1))
+    stages, batch = (Stage("front", 1, (segment,)),), made.train.global_batch
+    plan = Plan("small", "", 2, batch, made.train.precision, stages, recipe=made.recipe())
+    check_fits(made, plan)
+    with pytest.raises(ConfigError, match=rf"optimizer\.{message}; set .*, or plan again") as error:
+        check_fits(compose(given), plan)
+    name, value = re.findall(r"set (\S+) to (\S+),", str(error.value))[0]
+    check_fits(compose([*given, f"{name}={value}"]), plan)
 
 
 def test_parameter_groups_from_overrides() -> None:
