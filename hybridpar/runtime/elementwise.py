@@ -8,21 +8,25 @@ from torch import nn
 from hybridpar.errors import ConfigError
 from hybridpar.runtime.update import OptimizerFactory
 
-_SIDE, _STEPS = 8, 2
+_SIDE, _STEPS, _CUT = 8, 2, 20
+_RATE = 0.1
+"""Learning rate of the steps that are compared: with the job's own, which may be 0, they might not differ."""
 _LOOSE = 1e-5
-"""Relative; the same updates round alike, others differ in the first digits."""
+"""Of the largest update; the same updates round alike, others differ in the first digits."""
 
 
 def is_elementwise(optimizer: OptimizerFactory) -> bool:
-    """Whether a matrix and the vector of its elements are updated alike, found by some steps on small ones."""
+    """Whether runs of elements with optimizers of their own are updated as a matrix of them is, by some steps."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(_SIDE, _SIDE, generator=generator)
-    gradients = [torch.randn(_SIDE, _SIDE, generator=generator) for _ in range(_STEPS)]
+    # Doubles, as updates may be small beside the values.
+    start, *gradients = torch.randn(1 + _STEPS, _SIDE, _SIDE, generator=generator, dtype=torch.float64)
+    runs = zip(*(t.flatten().split(_CUT) for t in (start, *gradients)), strict=True)
     try:
-        matrix, vector = (_updated(optimizer, start.view(s), gradients) for s in ((_SIDE, _SIDE), (-1,)))
-    except (TypeError, ValueError, RuntimeError):  # it takes no vectors
+        whole = _update(optimizer, start, gradients).flatten()
+        parts = torch.cat([_update(optimizer, run, own) for run, *own in runs])
+    except (ConfigError, TypeError, ValueError, RuntimeError):  # it takes no vectors
         return False
-    return torch.allclose(matrix.flatten(), vector, rtol=_LOOSE, atol=_LOOSE)
+    return torch.allclose(whole, parts, rtol=0.0, atol=_LOOSE * float(whole.abs().max()))
 
 
 def check_elementwise(optimizer: OptimizerFactory) -> None:
@@ -57,10 +61,13 @@ def _begins_with_zeros(optimizer: OptimizerFactory) -> bool:
     return all(bool((v.abs() < _LOOSE).all()) for v in large)
 
 
-def _updated(optimizer: OptimizerFactory, start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+def _update(optimizer: OptimizerFactory, start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return by how much some steps change a parameter."""
     parameter = nn.Parameter(start.clone())
     made = optimizer([parameter])
+    for group in made.param_groups:
+        group["lr"] = _RATE
     for gradient in gradients:
-        parameter.grad = gradient.view(start.shape).clone()
+        parameter.grad = gradient.clone()
         made.step()
-    return parameter.detach()
+    return parameter.detach() - start
