@@ -19,7 +19,7 @@ from hybridpar.data.keys import Keys
 from hybridpar.data.mixing import Mix, Mixing
 from hybridpar.data.sampler import Order
 from hybridpar.data.samples import Batch, Samples, size_of
-from hybridpar.data.stream import StreamSamples
+from hybridpar.data.stream import StreamSamples, check_workers
 from hybridpar.errors import DataError
 
 Intervals = Callable[[int], tuple[tuple[int, int], ...]]
@@ -142,8 +142,7 @@ class StepLoader:
                 f"the order is for {order.size} samples, but the data set has {size}; give the order the size of "
                 "the data set"
             )
-        if workers > 1 and isinstance(dataset, StreamSamples):
-            raise DataError(f"data.workers: {workers}, but a stream is read in order, by one process; set it to 1")
+        check_workers(dataset, workers)
         self._samples = dataset.seeded(order.seed) if isinstance(dataset, StreamSamples) else dataset
         self._requests = _Requests(order, intervals, mixing)
         self._workers = workers

@@ -88,6 +88,12 @@ def require_end(samples: Samples) -> None:
         )
 
 
+def check_workers(samples: Samples, workers: int) -> None:
+    """Raise DataError for more processes than may read the samples."""
+    if workers > 1 and isinstance(samples, StreamSamples):
+        raise DataError(f"data.workers: {workers}, but a stream is read in order, by one process; set it to 1")
+
+
 @dataclass(frozen=True)
 class StreamOrder(Order):
     """Which sample of a stream stands where in an epoch.

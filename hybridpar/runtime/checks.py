@@ -11,6 +11,7 @@ import torch
 from hybridpar.config import Config
 from hybridpar.data import datasets
 from hybridpar.data.mixing import Mixing
+from hybridpar.data.sampler import Order
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.freeze import check_trained
@@ -27,7 +28,7 @@ from hybridpar.runtime.elementwise import check_elementwise, check_rowwise
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.journal import check_run_dir
 from hybridpar.runtime.judge import Judge
-from hybridpar.runtime.loss import check_mixes
+from hybridpar.runtime.loss import Loss, check_mixes
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.own_metric import OwnMetrics, make_metrics
 from hybridpar.runtime.process import Place
@@ -63,11 +64,7 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     check_trained(chain)
     loss = make_loss(config.loss, chain.classes)
     loss.check_plan(plan, chain)
-    if config.data.mixup is not None or config.data.cutmix is not None:
-        if not chain.mixable:
-            raise ConfigError("data.mixup and data.cutmix cannot mix the integers that the model takes; drop them")
-        check_mixes(loss)
-        Mixing(config.train.seed, chain.in_shape, config.data.mixup, config.data.cutmix)
+    check_mixing(config, chain, loss)
     check_groups(config.optimizer.parameter_groups, chain)
     metrics = OwnMetrics(make_metrics(config.metrics), chain)
     metrics.check_plan(plan)
@@ -79,6 +76,29 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     if config.train.compiling is not None:
         compiled.check_stages(config.train.compiling, plan)
     check_fits(config, plan)
+
+
+def check_mixing(config: Config, chain: Chain, loss: Loss) -> None:
+    """Raise HybridparError where inputs are to be mixed that cannot be, or for a loss that does not mix."""
+    if config.data.mixup is None and config.data.cutmix is None:
+        return
+    if not chain.mixable:
+        raise ConfigError("data.mixup and data.cutmix cannot mix the integers that the model takes; drop them")
+    check_mixes(loss)
+    Mixing(config.train.seed, chain.in_shape, config.data.mixup, config.data.cutmix)
+
+
+def check_evaluations(config: Config, order: Order) -> None:
+    """Raise ConfigError where something goes by evaluations, but none comes before the training's end."""
+    if order.size is not None or config.train.eval_every_steps is not None:
+        return
+    early = ("train.early_stop.metric", config.train.early_stop.metric)
+    for name, metric in (early, ("checkpoint.best", config.checkpoint.best)):
+        if metric is not None:
+            raise ConfigError(
+                f"{name}: {metric}, but the training data has no length and so no epochs after which to evaluate; "
+                "set train.eval_every_steps"
+            )
 
 
 def check_fits(config: Config, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from hybridpar.config import Config
 from hybridpar.data import datasets
 from hybridpar.data.sampler import Order
 from hybridpar.data.samples import Samples, size_of
-from hybridpar.data.stream import order_of
+from hybridpar.data.stream import check_workers, order_of
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
@@ -29,7 +29,7 @@ from hybridpar.runtime import manifest as folders
 from hybridpar.runtime import resume
 from hybridpar.runtime.boards import open_boards
 from hybridpar.runtime.callback import Callback, Callbacks, make_callbacks
-from hybridpar.runtime.checks import check
+from hybridpar.runtime.checks import check, check_evaluations
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.configured import make_job
 from hybridpar.runtime.early_stop import early_stop
@@ -101,6 +101,7 @@ class _Training:
         settings = config.train
         order = order_of(self.data[0], plan.global_batch, drop_last=settings.drop_last)
         self.steps = order.total(settings.steps, settings.epochs)
+        check_evaluations(config, order)
         self.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, self.steps)
         restarted = process.place.restarts > 0
         self.resumed = self._resumed(order, restarted=restarted)
@@ -124,6 +125,8 @@ class _Training:
                     self.config.data, chain.in_shape, chain.classes, ignored, chain.label_shape, chain.inputs
                 )
             )
+            for samples in (splits[0].train, splits[0].test):
+                check_workers(samples, self.config.data.workers)
             return [size_of(splits[0].train), size_of(splits[0].test)]
 
         train_size, test_size = self.process.share(load, readers[0])

@@ -22,13 +22,12 @@ from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Program
 from hybridpar.report.verification import Verification
-from hybridpar.runtime.checks import check_fits
+from hybridpar.runtime.checks import check_fits, check_mixing
 from hybridpar.runtime.configured import make_job
 from hybridpar.runtime.cross_entropy import make_loss, torch_loss
 from hybridpar.runtime.feed import Elsewhere, Feed
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.job import DTYPES, checked_program
-from hybridpar.runtime.loss import check_mixes
 from hybridpar.runtime.optimizer import make_factory, make_rate
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.reference import Reference
@@ -65,8 +64,7 @@ def check(config: Config, plan: Plan, traced: Traced) -> None:
         )
     loss = make_loss(config.loss, traced.chain.classes)
     loss.check_plan(plan, traced.chain)
-    if config.data.mixup is not None or config.data.cutmix is not None:
-        check_mixes(loss)
+    check_mixing(config, traced.chain, loss)
     datasets.check(config.data, traced.chain.classes, traced.chain.label_shape, traced.chain.inputs)
     check_fits(config, plan)
     _in_precision(config, plan, traced)

@@ -17,6 +17,7 @@ from hybridpar.model.trace import trace
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Segment, Stage, validate
+from hybridpar.runtime import verify
 from hybridpar.runtime.job import Job
 from tests.support.counting import CountingExecutor, run_once
 from tests.support.runs import small, train_here
@@ -308,3 +309,12 @@ def test_other_data_sets_have_one_tensor(tmp_path):
 def test_tensors_that_do_not_fit_are_refused(given, said):
     with pytest.raises(DataError, match=said):
         pack((Input("ids", (2,), "int"), Input("mask", (3,), "bool")), given, 0, "x")
+
+
+def test_a_verification_refuses_to_mix_integers_too():
+    """It did so only when all ranks were connected."""
+    config = small(*CUSTOM, "data.mixup=0.2")
+    _, traced = case()
+    plan = Plan("product", traced.chain.fingerprint, 1, 8, "float32", next(plans(traced.chain))[1])
+    with pytest.raises(ConfigError, match="cannot mix the integers that the model takes"):
+        verify.check(config, plan, traced)

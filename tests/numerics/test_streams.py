@@ -225,3 +225,23 @@ def test_what_is_no_stream_is_refused(tmp_path):
         steps(Stream(lambda: iter(range(9))), 1)
     with pytest.raises(ConfigError, match=r"train.steps: missing, but the training data has no length"):
         train_here(tmp_path, *CUSTOM, STREAMS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "said"),
+    [
+        (
+            ("train.early_stop.metric=loss",),
+            ConfigError,
+            "early_stop.metric: loss, but .* set train.eval_every_steps",
+        ),
+        (("checkpoint.best=accuracy",), ConfigError, "checkpoint.best: accuracy, but the training data"),
+        (("data.workers=2",), DataError, "data.workers: 2, but a stream is read in order, by one process"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_said_before_anything_is_written(tmp_path, overrides, error, said):
+    """Without epochs nothing was ever evaluated, so that nothing stopped; workers were refused amid the start."""
+    given = [o for o in CUSTOM if not o.startswith("train.eval_every_steps")]
+    with pytest.raises(error, match=said):
+        train_here(tmp_path, *given, STREAMS, "train.steps=3", *overrides)
+    assert list(tmp_path.iterdir()) == []
