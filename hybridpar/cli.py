@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from hybridpar.report.run import Run
 
 MULTIRUN = {"-m", "--multirun"}
+TELLING_S = 5.0
+"""So long the first rank of a node has to tell a mistake that all make."""
 TERMINATED = 128 + 15
 """Exit code of a process that SIGTERM ends."""
 
@@ -44,15 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(command: str, overrides: Sequence[str]) -> int:
-    """Run a command and return its exit code; a mistake that all ranks of a node make is told once."""
+    """Run a command and return its exit code."""
     try:
         function = _command(command)
         if MULTIRUN & set(overrides):
             _check_sweep(command)
         return function(overrides) or 0
     except HybridparError as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"hybridpar: {e}\n")
+        _tell(e)
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("hybridpar: interrupted\n")
@@ -61,6 +63,19 @@ def _run(command: str, overrides: Sequence[str]) -> int:
         # Whoever read has left: nothing is flushed to them at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _tell(error: HybridparError) -> None:
+    """Say what is wrong; a mistake that all ranks of a node make is told once, by the first of them.
+
+    The others wait, as a launcher ends all ranks when one has exited, maybe before the first one has told. Who is
+    not ended meanwhile has made a mistake of its own, and tells it.
+    """
+    rank = ""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(TELLING_S)
+        rank = f"rank {os.environ.get('RANK', os.environ['LOCAL_RANK'])}: "
+    sys.stderr.write(f"hybridpar: {rank}{error}\n")
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int | None]:

@@ -310,8 +310,24 @@ def test_a_model_that_cannot_be_traced_is_refused(
 def test_ranks_of_a_node_tell_a_mistake_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The launcher ends the second rank while it waits; if it exited at once, the first might be ended untold."""
+
+    def ended(seconds: float) -> NoReturn:
+        assert seconds > 1
+        raise SystemExit(-15)
+
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run(capsys, "plan", "zebra=1", code=2) == ("", "")
+    monkeypatch.setattr("time.sleep", ended)
+    assert run(capsys, "plan", "zebra=1", code=-15) == ("", "")
+
+
+def test_a_rank_tells_a_mistake_that_it_makes_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setattr(cli, "TELLING_S", 0.0)
+    assert refused(capsys, "plan", "zebra=1").startswith("hybridpar: rank 5: ")
 
 
 # What it does not hide
