@@ -21,6 +21,7 @@ from torch import nn
 
 from hybridpar.cluster.describe import local
 from hybridpar.cluster.topology import Cluster
+from hybridpar.errors import PlanError
 from hybridpar.model.chain import Autocast, MemoryFormat
 from hybridpar.model.deferred import Source, ready
 from hybridpar.model.inputs import Kinds, Shapes, all_shapes
@@ -183,7 +184,8 @@ def wrap(
             some stages.
 
     A rank's number in its plan replica is ``job.place``; ``job.program().reads(job.place)`` are its samples.
-    Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model.
+    Raises LaunchError where the plan is for another number of ranks, PlanError where it is for another model, or
+    the model for another plan: with other parameters frozen than when it was planned.
     """
     place = process()
     traced = _traced(model, in_shape, input_dtype, layers, autocast, memory_format)
@@ -221,15 +223,42 @@ def _traced(
 ) -> Traced:
     """Trace a model once; later calls for it may leave out the shape and what else they know of it."""
     if id(model) in _known:
-        chain = _known[id(model)][1].chain
-        wanted = in_shape and all_shapes(in_shape), autocast, memory_format
-        if in_shape is None or wanted == (chain.in_shapes, chain.autocast, chain.memory_format):
-            return _known[id(model)][1]
+        known = _known[id(model)][1]
+        chain, wanted = known.chain, (autocast, memory_format, known.frozen)
+        if in_shape is None:
+            _check_unchanged(known, autocast, memory_format)
+            return known
+        if (all_shapes(in_shape), *wanted) == (
+            chain.in_shapes,
+            chain.autocast,
+            chain.memory_format,
+            chain.frozen,
+        ):
+            return known
     if in_shape is None:
         raise TypeError("wrap() needs in_shape for a model that was not planned in this process")
     traced = trace(model, in_shape, type(model).__name__, input_dtype, layers, autocast, memory_format)
     _known[id(model)] = model, traced
     return traced
+
+
+def _check_unchanged(known: Traced, autocast: Autocast | None, memory_format: MemoryFormat | None) -> None:
+    """Raise PlanError for a model that is no longer the one that was planned for."""
+    chain = known.chain
+    for name, given, planned in (
+        ("autocast", autocast, chain.autocast),
+        ("memory_format", memory_format, chain.memory_format),
+    ):
+        if given not in {None, planned}:
+            raise PlanError(
+                f"{name}: {given}, but the model was planned with {planned}; give it to hybridpar.plan, too"
+            )
+    changed = sorted(set(known.frozen) ^ set(chain.frozen))
+    if changed:
+        raise PlanError(
+            f"requires_grad of {len(changed)} parameters, as {changed[0]}, has changed since the model was "
+            "planned; plan again"
+        )
 
 
 def _profile(

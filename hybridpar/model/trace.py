@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, cast
 
@@ -43,6 +44,11 @@ class Traced:
     names: tuple[dict[str, str], ...]
     """For each layer: local name of a parameter or buffer -> its full name in the model. A tied parameter goes by
     its first name everywhere. Buffers that a state dict leaves out are named too."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parameters that are not to be trained, as the modules are now; ``chain`` has those of the tracing."""
+        return _frozen(self.modules, self.names)
 
 
 def trace(
@@ -346,7 +352,7 @@ def _is_flattening(nodes: list[fx.Node]) -> bool:
     return to_rows and all(_function_name(n) in _SHAPE_READS for n in reads)
 
 
-def _frozen(parts: list[nn.Module], names: list[dict[str, str]]) -> tuple[str, ...]:
+def _frozen(parts: Sequence[nn.Module], names: Sequence[dict[str, str]]) -> tuple[str, ...]:
     """Return the parameters that are not to be trained, in the order of the layers."""
     found = {
         full[local]: None

@@ -53,6 +53,12 @@ def check_stages(compiling: Compiling, plan: Plan) -> None:
         )
 
 
+def check_for(compiling: Compiling, plan: Plan, device_type: str) -> None:
+    """Raise ConfigError or PlanError for layers that cannot be compiled under a plan on a kind of device."""
+    check_stages(compiling, plan)
+    check(compiling, device_type)
+
+
 def compile_blocks(blocks: Iterable[BlockModules], chain: Chain, backend: str) -> None:
     """Have the runs of layers of some blocks compiled, each when it runs first, and again for other sizes."""
     # Of torch's own looking at what enters a run behind a linear layer.

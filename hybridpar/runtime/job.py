@@ -31,7 +31,7 @@ from hybridpar.planning.zero import is_zero
 from hybridpar.runtime.agreement import check_agreement, check_sampling
 from hybridpar.runtime.batch import GivenBatch, Inputs, Reader, WholeBatch
 from hybridpar.runtime.communicators import Communicators
-from hybridpar.runtime.compiled import compile_blocks
+from hybridpar.runtime.compiled import check_for, compile_blocks
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.evaluation import Evaluation, Totals
 from hybridpar.runtime.executor import Executor, Observer
@@ -106,8 +106,8 @@ class Job:
         PlanError: the plan is for another model, asks for clipping, scaling or sharding that is not given, or has
             the logits where an own loss cannot use them.
         ModelError: all parameters of the model are frozen.
-        ConfigError: the optimizer refuses the parameters, a group has none, or the loss has another number of
-            classes.
+        ConfigError: the optimizer refuses the parameters, a group has none, the loss has another number of
+            classes, or there is no such compiler.
 
     """
 
@@ -153,6 +153,8 @@ class Job:
         self._loss.check_plan(plan, self.chain)
         self._metrics.check_plan(plan)
         check_groups(groups, self.chain)
+        if compiling is not None:
+            check_for(compiling, plan, self.device.type)
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
         dtype = DTYPES[plan.precision]

@@ -139,6 +139,24 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
         compose(["train.compile=[head]"])
 
 
+@pytest.mark.parametrize(
+    ("compiling", "error", "said"),
+    [
+        (Compiling(backend="inductr"), ConfigError, "torch has no 'inductr'"),
+        (Compiling(("tail",), "aot_eager"), PlanError, "the plan has no tail"),
+    ],
+)
+def test_a_job_refuses_it_too(compiling, error, said):
+    """From Python a stage that there is not was ignored, and a backend failed in the first step."""
+    case, plan = case_of(0.0, RAGGED), plan_of(*shape(1, 0, 0, own_ranks))
+
+    def body(rank, groups):
+        with pytest.raises(error, match=said):
+            Job(plan, case.traced, case.source, sgd, groups, rank=rank, compiling=compiling)
+
+    run_ranks(plan, body)
+
+
 def test_the_configuration_says_what_is_compiled():
     assert compose().train.compiling is None
     assert compose(["train.compile=true"]).train.compiling == Compiling()
