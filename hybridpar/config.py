@@ -180,8 +180,11 @@ class Config:
         if self.optimizer.elementwise is None:
             from hybridpar.runtime.elementwise import is_elementwise  # noqa: PLC0415 - torch takes seconds to import
             from hybridpar.runtime.optimizer import make_factory  # noqa: PLC0415
+            from hybridpar.runtime.zero import keeps_groups  # noqa: PLC0415
 
-            return SHARDINGS if is_elementwise(make_factory(self.optimizer)) else ("none",)
+            factory = make_factory(self.optimizer)
+            fits = is_elementwise(factory) and keeps_groups(factory, self.optimizer.parameter_groups)
+            return SHARDINGS if fits else ("none",)
         return SHARDINGS
 
     def recipe(self) -> Recipe:

@@ -142,6 +142,8 @@ def _compressions(given: Compression | None, planned: Compression | None) -> lis
 def _check_sharded(config: Config) -> None:
     """Raise ConfigError where DeepSpeed is missing, and for an optimizer whose state cannot be sharded."""
     zero.require_deepspeed()
-    check_elementwise(make_factory(config.optimizer))
+    factory = make_factory(config.optimizer)
+    check_elementwise(factory)
+    zero.check_grouped(factory, config.optimizer.parameter_groups)
     if config.optimizer.offload and not (config.train.device != "cpu" and torch.cuda.is_available()):
         zero.check_offload("cpu")

@@ -46,7 +46,7 @@ def make_engines(process: Process, optimizer: OptimizerFactory, recipe: Recipe) 
 
     None where the recipe shards nothing. ``process`` is connected. Raises ConfigError where DeepSpeed is not
     installed, for an optimizer that does not update every element by itself, and for state that is to be offloaded
-    from a CPU.
+    from a CPU; what it returns does for an optimizer that would lose its groups.
     """
     if recipe.sharding == "none":
         return None
@@ -59,6 +59,7 @@ def make_engines(process: Process, optimizer: OptimizerFactory, recipe: Recipe) 
     _import_deepspeed()  # before the job begins to measure its memory
 
     def make(position: Position, blocks: Sequence[BlockModules], groups: Sequence[ParameterGroup]) -> ZeroEngine:
+        check_grouped(optimizer, groups)
         module, group = nn.ModuleList(blocks), process.groups[position.gradients(process.rank)]
         named = [(o.name, o.tensor) for b in blocks for o in b.owned if o.tensor.requires_grad]
         return ZeroEngine(module, optimizer(grouped(named, groups)), group, settings(recipe))
@@ -72,6 +73,20 @@ def check_offload(device: str) -> None:
         raise ConfigError(
             "optimizer.offload=true: moves optimizer state from a GPU's memory to its host's, but the ranks are "
             "on CPUs, where both are one; set optimizer.offload=false"
+        )
+
+
+def keeps_groups(optimizer: OptimizerFactory, groups: Sequence[ParameterGroup]) -> bool:
+    """Whether DeepSpeed leaves an optimizer its groups: Adagrad it makes anew, with one set of options."""
+    return not (groups and isinstance(optimizer([nn.Parameter(torch.zeros(1, 1))]), torch.optim.Adagrad))
+
+
+def check_grouped(optimizer: OptimizerFactory, groups: Sequence[ParameterGroup]) -> None:
+    """Raise ConfigError for an optimizer that would lose its groups."""
+    if not keeps_groups(optimizer, groups):
+        raise ConfigError(
+            f"optimizer.groups: {', '.join(g.match for g in groups)}, but DeepSpeed makes Adagrad anew with one "
+            "set of options for all parameters; drop the groups, or set optimizer.sharding=none"
         )
 
 
@@ -115,11 +130,6 @@ class ZeroEngine:
         config: Mapping[str, Any],
     ) -> None:
         parameters = [list(g["params"]) for g in optimizer.param_groups]
-        if len(parameters) > 1 and isinstance(optimizer, torch.optim.Adagrad):
-            raise ConfigError(
-                "optimizer.groups: DeepSpeed makes Adagrad anew with one set of options for all parameters; drop "
-                "the groups, or set optimizer.sharding=none"
-            )
         self._places = {
             parameter: (number, begin)
             for number, own in enumerate(parameters)

@@ -16,7 +16,7 @@ from hybridpar.config import compose, conf_dir
 from hybridpar.errors import ConfigError, HybridparError, PlanError
 from hybridpar.optimizer_section import OPTIMIZER_OPTIONS, OptimizerConfig, ParameterGroup, ScheduleConfig
 from hybridpar.planning.compression import Compression
-from hybridpar.planning.plan import Plan, Recipe, Segment, Stage
+from hybridpar.planning.plan import SHARDINGS, Plan, Recipe, Segment, Stage
 from hybridpar.planning.request import Pin
 from hybridpar.runtime.checks import check_config, check_fits
 from hybridpar.runtime.optimizer import make_factory, make_rate, state_count
@@ -99,6 +99,19 @@ def test_state_that_is_not_of_elements_is_sharded_by_no_plan() -> None:
             ConfigError, match=r"optimizer\.sharding: Adafactor updates .* set optimizer\.sharding=none"
         ):
             check_config(compose([*custom, f"optimizer.sharding={sharding}"]))
+
+
+def test_adagrad_with_groups_is_sharded_by_no_plan() -> None:
+    """DeepSpeed would make it anew without them: refused before ranks connect, and no choice of the planner."""
+    adagrad = ["optimizer=custom", "optimizer.name=Adagrad", "optimizer.lr=0.1"]
+    groups = 'optimizer.groups=[{match: "*.bias", weight_decay: 0}]'
+    assert compose([*adagrad, "optimizer.sharding=auto"]).request().optimizer_shardings == SHARDINGS
+    assert compose([*adagrad, groups, "optimizer.sharding=auto"]).request().optimizer_shardings == ("none",)
+    check_config(compose([*adagrad, groups]))
+    for sharding in ("zero1", "zero2"):
+        check_config(compose([*adagrad, f"optimizer.sharding={sharding}"]))
+        with pytest.raises(ConfigError, match=r"optimizer\.groups: \*\.bias, but .* set optimizer\.sharding=none"):
+            check_config(compose([*adagrad, groups, f"optimizer.sharding={sharding}"]))
 
 
 def test_offloaded_state_is_sharded_and_has_a_host() -> None:

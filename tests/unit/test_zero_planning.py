@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -13,11 +14,13 @@ from hybridpar.planning.blocks import blocks, positions
 from hybridpar.planning.check import check
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import wire_bytes
-from hybridpar.planning.plan import Plan
+from hybridpar.planning.layout import length
+from hybridpar.planning.plan import Plan, Segment
 from hybridpar.planning.program import Program
 from hybridpar.planning.zero import part_elements, piece_elements, rounds
 from tests.numerics.test_groups import case
 from tests.numerics.test_sharded_state import SHAPES, sharded
+from tests.support.plans import random_plan, random_samples
 
 
 def program(plan: Plan) -> Program:
@@ -63,6 +66,32 @@ def test_no_program_hangs(name: str, sharding: str, clipping: bool, samples: int
     plan = sharded(name, sharding, clipping=clipping)
     for replica in range(plan.replicas):
         check(compile_program(plan, case().traced.chain, samples, "train", replica))
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+def test_no_program_of_a_random_plan_hangs(sharding: str) -> None:
+    """Shares may be so uneven that some ranks have no samples while others have several micro-batches."""
+    dice, chain, idle = random.Random(4), case().traced.chain, 0  # noqa: S311 - not for secrets
+
+    def skewed(segment: Segment) -> Segment:
+        return replace(segment, shares=tuple(dice.choice((1.0, 2.0, 30.0)) for _ in segment.ranks))
+
+    for _ in range(60):
+        plan = random_plan(chain, dice)
+        stages = [
+            replace(s, segments=tuple(map(skewed, s.segments))) if s.kind != "tail" else s for s in plan.stages
+        ]
+        recipe = replace(plan.recipe, sharding=sharding)  # type: ignore[arg-type]
+        plan = replace(plan, stages=tuple(replace(s, in_flight=None) for s in stages), recipe=recipe)
+        samples = random_samples(plan, dice)
+        program = compile_program(plan, chain, samples, "train")
+        check(program)
+        for position in program.positions:
+            calls = [
+                sum(length(c[i]) > 0 for c in position.micro_batches(samples)) for i in range(len(position.ranks))
+            ]
+            idle += position.replicated and 0 in calls and rounds(plan, position, samples) > 1
+    assert (idle > 0) == (sharding == "zero2")
 
 
 @pytest.mark.parametrize("name", ["front", "front and tail", "replicas"])
