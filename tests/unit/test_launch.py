@@ -44,4 +44,4 @@ def test_kubernetes_starts_as_many_pods_as_the_launcher_expects() -> None:
     assert f"--rdzv-endpoint={job['metadata']['name']}-0.{pod['subdomain']}:29400" in command
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     subprocess.run(["bash", "-n", "-c", command], check=True)
-    assert compose(overrides(command)).run.dir == "/work/runs/vgg16"
+    assert compose(overrides(command)).run.dir == "/data/runs/vgg16"
