@@ -13,13 +13,12 @@ from hybridpar.model.deferred import defer
 from hybridpar.model.footprint import lowering
 from hybridpar.model.keyed import KeyedDropout, Keys
 from hybridpar.model.trace import trace
-from hybridpar.planning.compile import compile as compile_program
-from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
 from hybridpar.train_section import LossScale
-from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.counting import (
+    assert_execution_is_the_program,
+)
 from tests.support.parity import PLACEMENTS, shape
-from tests.support.rendezvous import run_strictly
 from tests.support.threads import run_ranks
 from tests.support.training import (
     MOMENTUM,
@@ -96,23 +95,7 @@ def test_execution_is_the_program(build, stages, recompute, autocast, bucket):
     if recompute:
         stages = [replace(s, recompute=True) for s in stages]
     plan = plan_of(case, *stages, bucket_bytes=bucket)
-    program = compile_program(plan, case.traced.chain, SAMPLES, "train")
-
-    def body(rank, endpoint):
-        communicators = Counting(endpoint)
-        executor = make_executor(case, plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        executor.start_counting()
-        run_once(executor, case, program, rank)
-        counted = replace(memory(program, rank), saved=tuple(executor.alive), transient=tuple(executor.within))
-        return executor.actions, communicators.log, counted
-
-    for rank, result in enumerate(run_strictly(plan.world, body)):
-        assert not isinstance(result, BaseException), result
-        actions, messages, counted = result
-        assert actions == list(program.actions[rank])
-        assert messages == expected_log(program, rank)
-        assert counted == memory(program, rank)
+    assert_execution_is_the_program(case, plan, SAMPLES)
 
 
 def trained(case, plan):

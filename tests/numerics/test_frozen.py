@@ -25,7 +25,10 @@ from hybridpar.runtime.export import export
 from hybridpar.runtime.job import Job
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_memory import Unseen, lasting
-from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.counting import (
+    assert_execution_is_the_program,
+    run_once,
+)
 from tests.support.parity import MAX_NORM, near, overlapping_ranks, own_ranks, shape, shared_ranks
 from tests.support.plans import make_plan
 from tests.support.rendezvous import run_strictly
@@ -158,20 +161,7 @@ def test_execution_is_the_program_and_its_memory(which, degrees, recompute):
     """Actions in order, messages, saved bytes after every action, and what lives within each."""
     stages = [replace(s, recompute=recompute) for s in shape(*degrees, own_ranks)]
     plan = plan_of(which, *stages, bucket_bytes=1)
-    program = compile_program(plan, case(which).traced.chain, BATCH, "train")
-
-    def body(rank, endpoint):
-        communicators = Counting(endpoint)
-        executor = make_executor(case(which), plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        executor.start_counting()
-        run_once(executor, case(which), program, rank)
-        counted = replace(memory(program, rank), saved=tuple(executor.alive), transient=tuple(executor.within))
-        return executor.actions, communicators.log, counted
-
-    for rank, result in enumerate(run_strictly(plan.world, body)):
-        assert not isinstance(result, BaseException), result
-        assert result == (list(program.actions[rank]), expected_log(program, rank), memory(program, rank))
+    assert_execution_is_the_program(case(which), plan, BATCH)
 
 
 @pytest.mark.parametrize("which", FROZEN)

@@ -13,14 +13,18 @@ from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.blocks import Modes
 from hybridpar.planning.compile import compile as compile_program
-from hybridpar.planning.memory import Memory, memory
+from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage, validate
-from hybridpar.planning.program import Action, Program
+from hybridpar.planning.program import Program
 from hybridpar.runtime.communicators import Pending, ProcessGroups
 from hybridpar.runtime.executor import Executor
 from hybridpar.train_section import LossScale
 from scripts.bench.accuracy.live import LiveBytes
-from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.counting import (
+    CountingExecutor,
+    assert_execution_is_the_program,
+    run_once,
+)
 from tests.support.parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
 from tests.support.plans import make_plan
 from tests.support.rendezvous import Endpoint, run_strictly
@@ -96,24 +100,7 @@ def test_execution_is_the_program_with_recomputation(
 def _assert_execution_is_the_program(number: int, stages: list[Stage]) -> None:
     case = case_of(0.4 * (number % 2), (13,))
     plan = plan_of(*stages, bucket_bytes=(1, 2000)[number % 2])
-    program = compile_program(plan, case.traced.chain, 13, "train")
-
-    def body(rank: int, endpoint: Endpoint) -> tuple[list[Action], list[object], Memory]:
-        communicators = Counting(endpoint)
-        executor = make_executor(case, plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        assert isinstance(executor, CountingExecutor)
-        executor.start_counting()
-        run_once(executor, case, program, rank)
-        counted = replace(memory(program, rank), saved=tuple(executor.alive), transient=tuple(executor.within))
-        return executor.actions, communicators.log, counted
-
-    for rank, result in enumerate(run_strictly(plan.world, body)):
-        assert not isinstance(result, BaseException), result
-        actions, messages, counted = result
-        assert actions == list(program.actions[rank])
-        assert messages == expected_log(program, rank)
-        assert counted == memory(program, rank)
+    assert_execution_is_the_program(case, plan, 13)
 
 
 @pytest.mark.parametrize("norm", [None, 0.1])

@@ -19,16 +19,16 @@ from hybridpar.model.linear import CosineLinear
 from hybridpar.model.trace import trace
 from hybridpar.models.gpt import Block
 from hybridpar.planning.compile import compile as compile_program
-from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Recipe, Segment, Stage
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.margin import CosFace
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import OwnMetric, OwnMetrics
-from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.counting import (
+    assert_execution_is_the_program,
+)
 from tests.support.parity import assert_same
 from tests.support.plans import make_plan
-from tests.support.rendezvous import run_strictly
 from tests.support.threads import run_ranks
 from tests.support.training import (
     Case,
@@ -117,31 +117,13 @@ def test_loss_per_token_is_torchs(stages):
     assert_same(plan_of(*stages, bucket_bytes=1), *cross_entropy(0.2, WEIGHTS))
 
 
-def assert_execution_is_the_program(stages, case):
-    plan = plan_of(*stages, chain=case.traced.chain, bucket_bytes=1)
-    program = compile_program(plan, case.traced.chain, BATCH, "train")
-
-    def body(rank, endpoint):
-        communicators = Counting(endpoint)
-        executor = make_executor(case, plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        executor.start_counting()
-        run_once(executor, case, program, rank)
-        return executor, communicators.log
-
-    for rank, result in enumerate(run_strictly(plan.world, body)):
-        assert not isinstance(result, BaseException), result
-        executor, log = result
-        assert executor.actions == list(program.actions[rank])
-        assert log == expected_log(program, rank)
-        expected = memory(program, rank)
-        assert executor.alive == list(expected.saved)
-        assert executor.within == list(expected.transient)
+def assert_runs(stages, case):
+    assert_execution_is_the_program(case, plan_of(*stages, chain=case.traced.chain, bucket_bytes=1), BATCH)
 
 
 @pytest.mark.parametrize("stages", PLANS.values(), ids=PLANS.keys())
 def test_execution_is_the_program(stages):
-    assert_execution_is_the_program(stages, cross_entropy()[0])
+    assert_runs(stages, cross_entropy()[0])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -194,7 +176,7 @@ def test_every_sharding_of_linears_over_tokens(ways):
     first = case.traced.chain.tail_start
     stages = sharded_linears(first + (ways[0] == ways[1]), ways, (1.0, 2.0, 1.0)[: 2 + (ways[2] == "row")])
     assert_same(plan_of(*stages, chain=case.traced.chain), case, single, gloo=ways[1] == "row")
-    assert_execution_is_the_program(stages, case)
+    assert_runs(stages, case)
 
 
 def test_a_model_that_is_all_tail_reads_features_of_tokens():
@@ -223,7 +205,7 @@ def test_a_margin_on_cosines_of_every_token():
     assert start == len(made.chain.layers) - 1
     stages = front(start, (1, 0)), Stage("tail", 4, (Segment((start, start + 1), (0, 1, 2)),), ("column",))
     assert_same(plan_of(*stages, chain=made.chain), case, train_single(case))
-    assert_execution_is_the_program(stages, case)
+    assert_runs(stages, case)
 
 
 def test_features_lie_where_layers_have_them():

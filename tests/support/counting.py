@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from hybridpar.model.copies import tensors
+from hybridpar.planning.compile import compile as compile_program
+from hybridpar.planning.memory import Memory, memory
+from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.executor import Executor
 from hybridpar.runtime.lookup import Key
 from hybridpar.runtime.step import StepState
-from tests.support.training import Case
+from tests.support.rendezvous import Endpoint, run_strictly
+from tests.support.training import Case, make_executor
 
 Storages = dict[int, int]
 
@@ -135,3 +140,25 @@ def run_once(executor: Executor, case: Case, program: Program, rank: int) -> Non
     x, y = case.data[0]
     index = [i for a, b in program.reads(rank) for i in range(a, b)]
     executor.run(program, 0, 0, x[index] if index else None, y[index] if index else None)
+
+
+def assert_execution_is_the_program(case: Case, plan: Plan, samples: int) -> None:
+    """One training step: actions in order, bytes of every message, bytes kept after and within every action."""
+    program = compile_program(plan, case.traced.chain, samples, "train")
+
+    def body(rank: int, endpoint: Endpoint) -> tuple[list[Action], list[object], Memory]:
+        communicators = Counting(endpoint)
+        executor = make_executor(case, plan, rank, communicators)
+        executor.__class__ = CountingExecutor
+        assert isinstance(executor, CountingExecutor)
+        executor.start_counting()
+        run_once(executor, case, program, rank)
+        counted = replace(memory(program, rank), saved=tuple(executor.alive), transient=tuple(executor.within))
+        return executor.actions, communicators.log, counted
+
+    for rank, result in enumerate(run_strictly(plan.world, body)):
+        assert not isinstance(result, BaseException), result
+        actions, messages, counted = result
+        assert actions == list(program.actions[rank])
+        assert messages == expected_log(program, rank)
+        assert counted == memory(program, rank)
