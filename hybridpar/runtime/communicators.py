@@ -83,6 +83,10 @@ class ProcessGroups:
         group, _ = self._groups[operation.communicator]
         return self._followed(operation, group.allgather([outputs], [tensor]))
 
+    def close(self) -> None:
+        """Let go of the process groups; nothing can be started any more."""
+        self._groups.clear()
+
     def _followed(self, operation: Operation, work: dist.Work) -> dist.Work:
         """Tell of a collective's completion; that of a send or a receive no backend tells but to who waits."""
         completed = self.completed

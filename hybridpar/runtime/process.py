@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -98,6 +100,8 @@ class Process:
         self.timeout = timedelta(seconds=timeout_s)
         self.groups: dict[str, dist.ProcessGroup] = {}
         """This rank's process groups by communicator name, once connected."""
+        self._communicators: list[ProcessGroups] = []
+        self._founded = False
         self._shared = 0
         self._store = _open_store(self.place, self.timeout)
         if self.world > 1:  # nodes whose ranks did not fail count no restart
@@ -177,6 +181,7 @@ class Process:
         self.join()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         result, self.groups = create_communicators(plan, self.rank, backend, self.timeout)
+        self._communicators.append(result)
         _warm_up(plan, self.rank, self.groups, self.device)
         if checkpoints and self.world > 1:
             everyone: Any = dist.new_group(timeout=SAVING_TIMEOUT, backend="gloo")
@@ -195,6 +200,7 @@ class Process:
                 world_size=self.world,
                 timeout=self.timeout,
             )
+            self._founded = True
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable ``value`` in rank order, on every rank; needs ``connect``."""
@@ -274,9 +280,32 @@ class Process:
 
     def close(self) -> None:
         """Leave the process groups; may be called twice."""
-        self.groups = {}
+        self._let_go()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _let_go(self) -> None:
+        self.groups = {}
+        while self._communicators:
+            self._communicators.pop().close()
+
+    def leave_at_exit(self) -> None:
+        """Have the interpreter close what this object made before it ends, unless an exception ends it.
+
+        A backend's threads may still hold tensors of the last communication. Where they give them back to an
+        interpreter that is gone, the process aborts after its work is done. After an exception a communication may
+        be under way that never ends, and closing would wait for it.
+        """
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        if getattr(sys, "last_value", None) is not None:
+            return
+        if self._founded:
+            self.close()
+        else:  # the default group is the user's own, and so is its end
+            self._let_go()
+        gc.collect()  # what waits for a work may refer to it in a circle
 
 
 def is_timeout(error: BaseException) -> bool:

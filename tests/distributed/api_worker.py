@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -40,8 +42,16 @@ def make_model() -> nn.Sequential:
     )  # fmt: skip
 
 
-def main() -> None:
+def write_threads(path: Path) -> None:
+    """Write the names of this process's threads."""
+    names = sorted(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm"))
+    path.write_text(json.dumps(names))
+
+
+def main() -> hybridpar.Job:
     shape, feeding, folder = sys.argv[1:]
+    # The first to be registered is the last to be called.
+    atexit.register(write_threads, Path(folder) / f"threads{os.environ.get('RANK', 0)}.json")
     dataset = Blobs()
     model = make_model()
     pins = {"tail": Pin(micro_batch=8)} if shape == "three_stage" else {}
@@ -71,7 +81,8 @@ def main() -> None:
     known = {"rank": job.rank, "losses": losses, "top1": result.top1, "samples": result.samples}
     known |= {"kinds": [s.kind for s in plan.stages], "world": plan.world, "parameters": sorted(job.parameters)}
     (Path(folder) / f"{job.rank}.json").write_text(json.dumps(known))
+    return job
 
 
 if __name__ == "__main__":
-    main()
+    job = main()  # as in a script without functions: nothing lets go of it before the end

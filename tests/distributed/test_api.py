@@ -78,6 +78,15 @@ def test_five_lines_in_a_single_process_give_the_same(tmp_path: Path) -> None:
     assert one == pytest.approx(two, rel=1e-9)
 
 
+def test_no_thread_of_a_backend_outlives_the_script(tmp_path: Path) -> None:
+    """One that gives back a tensor when the interpreter is gone aborts the process."""
+    run(2, tmp_path, "three_stage", "loader")
+    for rank in range(2):
+        threads = json.loads((tmp_path / f"threads{rank}.json").read_text())
+        assert threads
+        assert [name for name in threads if "gloo" in name] == []
+
+
 def test_whole_batches_on_every_rank(tmp_path: Path) -> None:
     """Every rank is given the whole step and takes its own samples; the last step of an epoch is smaller."""
     losses = losses_of(run(2, tmp_path, "pipeline", "whole"))
