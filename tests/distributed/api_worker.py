@@ -51,7 +51,7 @@ def write_threads(path: Path) -> None:
 def main() -> hybridpar.Job:
     shape, feeding, folder = sys.argv[1:]
     # The first to be registered is the last to be called.
-    atexit.register(write_threads, Path(folder) / f"threads{os.environ.get('RANK', 0)}.json")
+    atexit.register(write_threads, Path(folder) / f"threads{os.environ.get('RANK', '0')}.json")
     dataset = Blobs()
     model = make_model()
     pins = {"tail": Pin(micro_batch=8)} if shape == "three_stage" else {}
