@@ -1,0 +1,53 @@
+"""What a run did: ``report``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridpar.commands.output import console, note, write
+from hybridpar.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybridpar.report.comparison import Comparison
+    from hybridpar.report.run import Run
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Lay predicted over measured: ``report RUN [RUN2 ...] [out=FILE.html] [pictures=FOLDER]``."""
+    from hybridpar.report import run_text  # noqa: PLC0415
+    from hybridpar.report.comparison import compare  # noqa: PLC0415
+    from hybridpar.report.run import Run  # noqa: PLC0415
+
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "pictures=")))
+    folders = [Path(a).expanduser() for a in arguments if not a.startswith(("out=", "pictures="))]
+    if not folders or any("=" in str(folder) and not folder.exists() for folder in folders):
+        raise ConfigError(
+            f"report {' '.join(arguments)}: takes the folders of one or more runs, out=FILE.html for a page, and "
+            "pictures=FOLDER for pictures of one run's step"
+        )
+    compared = [(run, compare(run)) for run in map(Run.load, folders)]
+    _report_files(compared, options.get("out"), options.get("pictures"))
+    run_text.show(compared, console())
+
+
+def _report_files(runs: Sequence[tuple[Run, Comparison | None]], out: str | None, pictures: str | None) -> None:
+    """Write the page and the pictures that are asked for."""
+    from hybridpar.report.figure import require_matplotlib  # noqa: PLC0415
+    from hybridpar.report.findings import missing  # noqa: PLC0415
+    from hybridpar.report.overlay import FILES, draw  # noqa: PLC0415
+    from hybridpar.report.page import page  # noqa: PLC0415
+
+    if pictures is not None:
+        (run, comparison), *others = runs
+        if others:
+            raise ConfigError(f"pictures={pictures}: are of one run's step; ask for them run by run")
+        if comparison is None:
+            raise ConfigError(f"pictures={pictures}: {missing(run)}")
+        draw(comparison, Path(pictures))
+        note(f"pictures saved to {pictures}: {', '.join(FILES)}")
+    if out is not None:
+        require_matplotlib("out")
+        write(out, page(runs))
+        note(f"page saved to {out}")
