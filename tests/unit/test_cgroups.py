@@ -30,7 +30,7 @@ def start(groups: Cgroups, rank: int, code: str) -> subprocess.Popen[str]:
     """A Python process that joins a rank's group as a torchrun worker does."""
     return subprocess.Popen(
         [sys.executable, *groups.entry, "-c", code],
-        env={**os.environ, "LOCAL_RANK": str(rank)},
+        env={**os.environ, "RANK": str(rank)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -65,7 +65,7 @@ def test_a_worker_joins_when_it_is_ready() -> None:
     with Cgroups([0.45, 0.2]) as groups:
         ran = subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, **groups.environment, "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **groups.environment, "RANK": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=True,
@@ -129,15 +129,15 @@ def test_where_the_controller_is(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     second = f"cgroup2 {unified} cgroup2 rw 0 0\n"
     mounts.write_text(f"tmpfs /tmp tmpfs rw 0 0\n{second}")
-    with pytest.raises(CgroupError, match="no CPU controller"):
-        controller_root(mounts)
+    with pytest.raises(CgroupError, match="no cpu controller"):
+        controller_root(mounts=mounts)
     (unified / "cgroup.controllers").write_text("cpuset cpu memory\n")
-    assert controller_root(mounts) == unified
+    assert controller_root(mounts=mounts) == unified
     mounts.write_text(f"{second}cgroup /first/cpu cgroup rw,relatime,cpu 0 0\n")
-    assert controller_root(mounts) == Path("/first/cpu")
+    assert controller_root(mounts=mounts) == Path("/first/cpu")
     mounts.write_text("cgroup /first/cpuset cgroup rw,cpuset 0 0\n")
     with pytest.raises(CgroupError):
-        controller_root(mounts)
+        controller_root(mounts=mounts)
 
 
 def test_the_folder_of_a_rank() -> None:
