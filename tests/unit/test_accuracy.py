@@ -20,15 +20,16 @@ from hybridpar.planning.request import SHAPES, Request, Shape
 from hybridpar.planning.search import assess, search
 from hybridpar.profiling.analytic import estimate
 from hybridpar.schema import to_data
-from scripts.bench.accuracy.beat import Beat
 from scripts.bench.accuracy.draw import CLOSE, FAR, Drawing, describe, shape_of, sizes
-from scripts.bench.accuracy.experiment import Experiment, Folder, digest, write_json
+from scripts.bench.accuracy.experiment import Experiment, Folder
 from scripts.bench.accuracy.live import LiveBytes, existing
 from scripts.bench.accuracy.measure import Measured, foreign_cores, periods, read_results
 from scripts.bench.accuracy.predict import Predicted, Predictions, live_peak
 from scripts.bench.accuracy.summary import Row, drift, rows, spearman, verdicts
-from scripts.bench.accuracy.table import insert, render, render_actions
+from scripts.bench.accuracy.table import render, render_actions
 from scripts.bench.accuracy.worker import RankResult
+from scripts.bench.beat import Beat
+from scripts.bench.files import digest, insert, write_json
 from tests.support.training import small_vgg
 
 
@@ -249,11 +250,11 @@ def test_the_beat_goes_on_until_it_is_ended(tmp_path: Path) -> None:
 def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- accuracy:vgg16 -->\nold\n<!-- /accuracy:vgg16 -->\nb\n")
-    insert(page, "vgg16", "new")
-    insert(page, "vgg16", "newer")
+    insert(page, "accuracy:vgg16", "new")
+    insert(page, "accuracy:vgg16", "newer")
     assert page.read_text() == "a\n<!-- accuracy:vgg16 -->\nnewer\n<!-- /accuracy:vgg16 -->\nb\n"
     with pytest.raises(ConfigError, match="accuracy:resnet50"):
-        insert(page, "resnet50", "new")
+        insert(page, "accuracy:resnet50", "new")
 
 
 def test_results_of_other_predictions_are_refused(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from scripts.bench import cgroups
-from scripts.bench.accuracy.launch import ROOT
 from scripts.bench.cgroups import CgroupError, Cgroups, controller_root, group_of
+from scripts.bench.children import ROOT
 
 
 def able() -> bool:

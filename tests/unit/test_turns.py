@@ -8,7 +8,7 @@ import pytest
 
 from hybridpar.model.trace import trace
 from scripts.bench.runtime.models import IMAGE, balanced, build
-from scripts.bench.runtime.turns import compare, order
+from scripts.bench.turns import compare, order
 
 
 def test_everybody_comes_first_equally_often() -> None:

@@ -16,15 +16,17 @@ from hybridpar.planning.plan import Plan
 from hybridpar.profiling.record import Profile
 from hybridpar.schema import read_json
 from scripts.bench.about import machine, software
-from scripts.bench.accuracy.beat import Beat
 from scripts.bench.accuracy.draw import CLOSE
-from scripts.bench.accuracy.experiment import MODELS, Experiment, Folder, digest, write_json
-from scripts.bench.accuracy.launch import ROOT, LaunchFailedError, on_ranks
+from scripts.bench.accuracy.experiment import MODELS, Experiment, Folder
+from scripts.bench.accuracy.launch import on_ranks
 from scripts.bench.accuracy.measure import measure_all, read_results
 from scripts.bench.accuracy.predict import Predictions, draw_and_predict
 from scripts.bench.accuracy.summary import Row, drift, rows, verdicts
-from scripts.bench.accuracy.table import insert, render, render_actions
+from scripts.bench.accuracy.table import render, render_actions
+from scripts.bench.beat import Beat
 from scripts.bench.cgroups import CgroupError, Cgroups
+from scripts.bench.children import ROOT, LaunchFailedError
+from scripts.bench.files import digest, insert, write_json
 
 PROBE_LIMIT_S = 600.0
 PROFILE_PATIENCE_S = 600.0
@@ -64,7 +66,7 @@ def _run(experiment: Experiment, folder: Folder, document: Path | None) -> int:
     actions = f"\n{render_actions(table)}\n" if experiment.actions else ""
     (folder.path / "table.md").write_text(f"{text}\n{actions}")
     if document is not None:
-        insert(document, experiment.model, text)
+        insert(document, f"accuracy:{experiment.model}", text)
     return int(not all(v.holds for v in held))
 
 

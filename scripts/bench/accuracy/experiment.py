@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hybridpar.errors import ConfigError
 from hybridpar.schema import read_json, to_data
+from scripts.bench.files import write_json
 
 MODELS: dict[str, tuple[str, ...]] = {
     "vgg16": ("model=vgg16", "model.in_shape=[3,64,64]"),
@@ -132,15 +130,3 @@ class Folder:
                 raise ConfigError(f"{self.path} holds another experiment, {known}; give another folder by --out")
             return
         write_json(note, to_data(experiment))
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a file that is whole or not there at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    part.replace(path)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,14 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.bench.cgroups import Cgroups
+from scripts.bench.children import ROOT, LaunchFailedError, environment, told
 
-ROOT = Path(__file__).resolve().parents[3]
 _FAREWELL_S = 10.0
 """torchrun ends its workers within this time."""
-
-
-class LaunchFailedError(Exception):
-    """A command on the ranks failed or took too long; says where its output is."""
 
 
 def on_ranks(
@@ -35,29 +30,22 @@ def on_ranks(
 
 def _run(arguments: Sequence[str], cgroups: Cgroups, log: Path, timeout_s: float) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(cgroups.folders)}"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        **cgroups.environment,
-    }
     with log.open("w", encoding="utf-8") as output:
         child = subprocess.Popen(
             [sys.executable, *torchrun, *arguments],
             cwd=ROOT,
-            env=environment,
+            env={**environment(), **cgroups.environment},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
             code = child.wait(timeout_s)
         except subprocess.TimeoutExpired as e:
-            raise LaunchFailedError(f"no end after {timeout_s:.0f} s; {_told(log)}") from e
+            raise LaunchFailedError(f"no end after {timeout_s:.0f} s; {told(log)}") from e
         finally:
             _end(child)
     if code:
-        raise LaunchFailedError(f"exit code {code}; {_told(log)}")
+        raise LaunchFailedError(f"exit code {code}; {told(log)}")
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -70,11 +58,3 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-
-
-def _told(log: Path) -> str:
-    """Return the line that names the error, and where the rest is."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("hybridpar:")]
-    others = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
-    return f"{(own[:1] or others[-1:] or lines[-1:] or ['no output'])[0][:300]} (see {log})"

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from hybridpar.errors import ConfigError
 from hybridpar.schema import from_data, read_json, to_data
-from scripts.bench.accuracy.beat import Beat
-from scripts.bench.accuracy.experiment import Experiment, Folder, digest, write_json
-from scripts.bench.accuracy.launch import LaunchFailedError, on_ranks
+from scripts.bench.accuracy.experiment import Experiment, Folder
+from scripts.bench.accuracy.launch import on_ranks
 from scripts.bench.accuracy.predict import Predicted, Predictions
 from scripts.bench.accuracy.worker import OBSERVED_STEPS, RankResult
+from scripts.bench.beat import Beat
+from scripts.bench.children import LaunchFailedError
+from scripts.bench.files import digest, write_json
 
 SET_UP_S = 180.0
 """Starting, importing, making the weights."""

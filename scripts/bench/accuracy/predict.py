@@ -21,7 +21,8 @@ from hybridpar.planning.search import assess, search
 from hybridpar.profiling.record import Profile
 from hybridpar.schema import to_data
 from scripts.bench.accuracy.draw import Drawing, Drawn, Kinds
-from scripts.bench.accuracy.experiment import Experiment, Folder, digest, write_json
+from scripts.bench.accuracy.experiment import Experiment, Folder
+from scripts.bench.files import digest, write_json
 
 COMMUNICATING = ("start", "wait")
 

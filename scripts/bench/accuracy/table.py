@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
-from hybridpar.errors import ConfigError
 from hybridpar.planning.plan import Plan
 from scripts.bench.accuracy.draw import describe
 from scripts.bench.accuracy.summary import Row, Verdict
@@ -102,13 +100,3 @@ def _mean(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
         for name, seconds in own.items():
             total[name] += seconds / len(ranks)
     return total
-
-
-def insert(document: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers of ``name`` in a document. Raises ConfigError where they are missing."""
-    begin, end = f"<!-- accuracy:{name} -->", f"<!-- /accuracy:{name} -->"
-    before, found, rest = document.read_text().partition(begin)
-    _, ended, after = rest.partition(end)
-    if not found or not ended:
-        raise ConfigError(f"{document} has no lines {begin} and {end}; add them where the table shall stand")
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}")

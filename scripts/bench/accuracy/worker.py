@@ -26,10 +26,10 @@ from hybridpar.runtime.job import Job
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.process import Process
 from hybridpar.schema import to_data
-from scripts.bench.accuracy.experiment import write_json
 from scripts.bench.accuracy.live import LiveBytes, existing
 from scripts.bench.accuracy.predict import label
 from scripts.bench.cgroups import join_own
+from scripts.bench.files import write_json
 
 OBSERVED_STEPS = 2
 """Steps in which the actions are timed, after the timed steps."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.about import machine, software
-from scripts.bench.accuracy.launch import LaunchFailedError, on_ranks
+from scripts.bench.accuracy.launch import on_ranks
 from scripts.bench.cgroups import CgroupError
+from scripts.bench.children import LaunchFailedError
 from scripts.bench.runtime.contests import CONTESTS, OF_OPTIONS, Setting
 from scripts.bench.runtime.models import CHAIN_OF_LINEARS
 from scripts.bench.runtime.options import OPTIONS
 from scripts.bench.runtime.rivals import Ours
-from scripts.bench.runtime.turns import compare
+from scripts.bench.turns import compare
 
 TIMEOUT_S = 3600.0
 

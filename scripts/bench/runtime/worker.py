@@ -15,7 +15,7 @@ from scripts.bench.cgroups import join_own
 from scripts.bench.runtime.contests import Setting, rivals
 from scripts.bench.runtime.models import batch
 from scripts.bench.runtime.rivals import Ours, Rival
-from scripts.bench.runtime.turns import Turn, order
+from scripts.bench.turns import Turn, order
 
 AGREEING_STEPS = 3
 """So many first steps of all rivals must have losses that hardly differ."""
