@@ -22,6 +22,7 @@ class Activity:
     occupancy: float | None
     tensor: float | None
     dram: float | None
+    window_s: float
 
 
 _METRICS = (
@@ -31,7 +32,7 @@ _METRICS = (
     pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL,
     pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL,
 )
-"""In the order of Activity's fields."""
+"""In the order of Activity's first fields."""
 
 
 class Gpm:
@@ -74,7 +75,8 @@ class Gpm:
 
         Returns None, and lets the window grow, where it is shorter than ``MIN_WINDOW_S`` or the driver refuses.
         """
-        if time.monotonic() - self._taken_s < MIN_WINDOW_S:
+        began_s = self._taken_s
+        if time.monotonic() - began_s < MIN_WINDOW_S:
             return None
         before, after = self._samples
         try:
@@ -89,7 +91,8 @@ class Gpm:
             pynvml.nvmlGpmMetricsGet(self._request)
         except pynvml.NVMLError:
             return None
-        return Activity(*(_fraction(self._request.metrics[i]) for i in range(len(_METRICS))))
+        found = [_fraction(self._request.metrics[i]) for i in range(len(_METRICS))]
+        return Activity(found[0], found[1], found[2], found[3], found[4], self._taken_s - began_s)
 
     def close(self) -> None:
         """Give the samples back to the driver; may be called twice."""

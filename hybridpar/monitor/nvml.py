@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pynvml
@@ -112,14 +112,17 @@ def _is_slice(uuid: str | None) -> bool:
 
 def _read_device(device: _Device, host: str, time_s: float) -> Sample:
     """Classic utilisation where there is one (a MIG slice has none), GPM's graphics activity otherwise."""
-    gpm = _activity_fields(device.gpm.read() if device.gpm else None)
+    activity = device.gpm.read() if device.gpm else None
+    gpm = _activity_fields(activity)
     nvml = _classic_fields(device.handle) if device.handle is not None else {}
     if nvml.get("utilisation") is None:
         gpm["utilisation"] = gpm.get("graphics_activity")
         nvml.pop("utilisation", None)
     known = {"gpm": gpm, "nvml": nvml}
     sources = {name: s for s, fields in known.items() for name, value in fields.items() if value is not None}
-    return Sample(time_s=time_s, host=host, gpu=device.index, uuid=device.uuid, sources=sources, **gpm, **nvml)
+    window_s = None if activity is None else activity.window_s
+    who = Sample(time_s, host, device.index, device.uuid, sources=sources, window_s=window_s)
+    return replace(who, **gpm, **nvml)
 
 
 def _activity_fields(activity: Activity | None) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Sample:
     """Where each known field comes from: "nvml" or "gpm" (NVML's performance monitoring, Hopper and later)."""
     occupancy_while_busy: float | None = None
     """``occupancy / graphics_activity``; None where either is unknown and on an idle GPU."""
+    window_s: float | None = None
+    """What activities and occupancy are averaged over, up to ``time_s``; None where all of them are unknown."""
 
 
 @dataclass(frozen=True)

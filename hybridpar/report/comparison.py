@@ -28,8 +28,9 @@ class Comparison:
     predicted: tuple[Course, ...]
     measured: tuple[Course, ...]
     """The step of median length."""
-    steps: int
-    """That were recorded and counted; figures are their means, durations of actions their medians."""
+    courses: tuple[tuple[Course, ...], ...]
+    """All steps that were recorded and count, by plan replica; figures are their means, durations of actions their
+    medians."""
     predicted_shares: tuple[Share, ...]
     """By rank, of all replicas."""
     measured_shares: tuple[Share, ...]
@@ -40,6 +41,11 @@ class Comparison:
     """All actions, the largest difference first."""
     uncertainty_s: float
     """Largest of the clocks' offsets."""
+
+    @property
+    def steps(self) -> int:
+        """So many count."""
+        return len(self.courses)
 
     @property
     def overlap(self) -> Overlap:
@@ -83,7 +89,7 @@ def compare(run: Run) -> Comparison | None:
         run.basis,
         predicted,
         typical(steps),
-        len(steps),
+        steps,
         _every(predicted),
         shares.mean([_every(step) for step in steps]),
         shares.by_stage(predicted[0]),

@@ -42,6 +42,8 @@ class Course:
     """Operations between ranks, from when all participants started them."""
     length_s: float
     """Of the step in the steady state: from the end of the one before to its own."""
+    inputs_s: tuple[float, ...] = ()
+    """How long every rank waited for samples before its first action; empty: nobody did."""
 
     def of(self, *kinds: str) -> Iterator[tuple[int, Timed]]:
         """Iterate over rank and action of all actions of some kinds."""
@@ -138,7 +140,13 @@ def _step(
         told.append({operation: at_s + seconds for operation, seconds in timing.completions})
     flights = _flights(programs, shown, told)
     return tuple(
-        Course(program, tuple(shown[k * width : (k + 1) * width]), flights[k], length_s)
+        Course(
+            program,
+            tuple(shown[k * width : (k + 1) * width]),
+            flights[k],
+            length_s,
+            tuple(t.input_s or 0.0 for t in timings[k * width : (k + 1) * width]),
+        )
         for k, program in enumerate(programs)
     )
 

@@ -88,7 +88,7 @@ def _exchanges(course: Course) -> Hidden:
         source, target = operation.ranks
         own = operation.transfer.source_micro_batch
         others = _joined(t for t in computed[source] if t.action.micro_batch != own)
-        under = _joined_intervals([*others, *_joined(computed[target])])
+        under = joined([*others, *_joined(computed[target])])
         found.append((flight.end_s - flight.start_s, covered(flight.start_s, flight.end_s, under)))
     return _sum(found)
 
@@ -120,11 +120,11 @@ def covered(start_s: float, end_s: float, intervals: Iterable[tuple[float, float
 
 
 def _joined(timed: Iterable[Timed]) -> list[tuple[float, float]]:
-    return _joined_intervals([(t.start_s, t.end_s) for t in timed])
+    return joined((t.start_s, t.end_s) for t in timed)
 
 
-def _joined_intervals(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Join intervals that overlap."""
+def joined(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return intervals that do not overlap and cover the same times, in order."""
     result: list[tuple[float, float]] = []
     for begin, stop in sorted(intervals):
         if result and begin <= result[-1][1]:

@@ -38,6 +38,8 @@ class StepTiming:
     completions: tuple[tuple[int, float], ...] = ()
     """Operations whose completion the backend told, and when, from the step's start; of others the end of the wait
     is the first that the rank knows."""
+    input_s: float | None = None
+    """How long the rank waited for the step's samples before it began; None: it read none, or nobody knows."""
 
     def __post_init__(self) -> None:
         for number, (kind, *_, start_s, end_s) in enumerate(self.actions):
@@ -66,6 +68,12 @@ class RankTiming:
     uncertainty_s: float
     """Of the offset; 0 on the host of rank 0, whose ranks share a clock."""
     steps: tuple[StepTiming, ...]
+    host: str | None = None
+    """The name of its host, as the monitor's samples have it."""
+    gpu: str | None = None
+    """The UUID of its GPU, likewise; None on a CPU."""
+    epoch_s: float | None = None
+    """Added to this rank's clock it gives the seconds since the epoch by its host's time of day."""
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple
@@ -28,6 +29,8 @@ class StepBatch(NamedTuple):
     """Sample id of the step's first sample."""
     share: float | None = None
     """Each input is mixed with that of the sample before it in the step, and has this share; None: it is not."""
+    waited_s: float | None = None
+    """How long the rank waited for its samples; None where it reads none, and where nobody knows."""
 
 
 class Elsewhere:
@@ -72,10 +75,13 @@ class Feed:
         self._loader.set_epoch(self._epoch, self._start)
         first, self._start = self._start, 0
         epoch, self._epoch = self._epoch, self._epoch + 1
+        asked_s = time.perf_counter()
         for step, batch in enumerate(self._loader, first):
+            waited_s = None if batch is None else time.perf_counter() - asked_s
             inputs, labels = batch if batch is not None else (None, None)
             share = None if self._mixing is None else self._mixing.of(epoch, step).share
-            yield StepBatch(inputs, labels, self._order.count(step), self._order.start(step), share)
+            yield StepBatch(inputs, labels, self._order.count(step), self._order.start(step), share, waited_s)
+            asked_s = time.perf_counter()
 
     def close(self) -> None:
         """End the processes that read ahead."""

@@ -419,3 +419,8 @@ def _device(choice: DeviceChoice, place: Place) -> torch.device:
             "start fewer ranks, or set train.device=cpu"
         )
     return torch.device("cpu")
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """Return what NVML calls a GPU, whatever its number is here."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

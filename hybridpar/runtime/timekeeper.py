@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hybridpar.runtime.clocks import Offset, compare
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.feed import StepBatch
 from hybridpar.runtime.job import Job
-from hybridpar.runtime.process import Process
+from hybridpar.runtime.process import Process, gpu_uuid
 from hybridpar.runtime.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
 
 
@@ -44,7 +45,10 @@ class Timekeeper:
         loss = self._watched(watch, batch)
         length_s = round(time.perf_counter() - watch.start_s, 7)
         actions, completions = watch.read()
-        self._timings.append(StepTiming(number, batch.samples, watch.start_s, length_s, actions, completions))
+        waited_s = None if batch.waited_s is None else round(batch.waited_s, 7)
+        self._timings.append(
+            StepTiming(number, batch.samples, watch.start_s, length_s, actions, completions, waited_s)
+        )
         if number == self.steps[-1]:
             self.close()
         return loss
@@ -78,5 +82,8 @@ class Timekeeper:
             offset.offset_s,
             offset.uncertainty_s,
             tuple(self._timings),
+            socket.gethostname(),
+            gpu_uuid(job.device) if job.device.type == "cuda" else None,
+            time.time() - time.perf_counter(),
         ).save(self._folder)
         self._timings = []

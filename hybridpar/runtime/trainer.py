@@ -43,7 +43,7 @@ from hybridpar.runtime.loop import Loop
 from hybridpar.runtime.manifest import Position, Subject
 from hybridpar.runtime.optimizer import make_rate
 from hybridpar.runtime.own_metric import make_metrics
-from hybridpar.runtime.process import Process
+from hybridpar.runtime.process import Process, gpu_uuid
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
 from hybridpar.runtime.stop import Stop
@@ -277,7 +277,7 @@ class _Training:
             return Monitor(None, None)
         uuids: list[str] = []
         if self.process.device.type == "cuda":
-            uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(place.local_world)]
+            uuids = [gpu_uuid(torch.device("cuda", i)) for i in range(place.local_world)]
         name = "monitor.jsonl" if self.process.rank == 0 else f"monitor-{place.node}.jsonl"
         path = self.folder / name
         monitor = sampler.start(path, settings.interval_s, uuids, settings.mode, settings.max_bytes)

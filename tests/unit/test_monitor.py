@@ -106,6 +106,8 @@ def test_stub_values_arrive_with_their_sources(report: Path, tmp_path: Path) -> 
     assert hopper.occupancy_while_busy == pytest.approx(0.25)
     assert hopper.tensor_activity == pytest.approx(0.25)
     assert hopper.dram_activity == pytest.approx(0.5)
+    assert hopper.window_s is not None
+    assert hopper.window_s >= 0.12
     assert (hopper.memory_used_bytes, hopper.memory_total_bytes) == (6_000_000_000, 80_000_000_000)
     classic = dict.fromkeys(("utilisation", "memory_used_bytes", "memory_total_bytes"), "nvml")
     counted = ("graphics_activity", "sm_activity", "occupancy", "tensor_activity", "dram_activity")
