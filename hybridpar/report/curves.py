@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridpar.report.figure import DOTS_PER_INCH, FONT
 from hybridpar.report.palette import GRID, INK, LINE, PALE_INK
 from hybridpar.report.run import Run
+from hybridpar.report.thinning import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,48 +16,33 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999933", "#56b4e9")
 """Of runs, in turn (Okabe and Ito)."""
-MOST_POINTS = 2000
-"""Of a curve."""
-
-Point = tuple[float, float]
-
-
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """Return at most ``most`` of some points: of every stretch the lowest and the highest, so that extremes stay.
-
-    Points that are not finite are left out.
-    """
-    finite = [p for p in points if math.isfinite(p[1])]
-    if len(finite) <= most:
-        return finite
-    stretches = most // 2
-    result: list[Point] = []
-    for k in range(stretches):
-        own = finite[k * len(finite) // stretches : (k + 1) * len(finite) // stretches]
-        result += sorted({min(own, key=lambda p: p[1]), max(own, key=lambda p: p[1])})
-    return result
+MOST_MARKED = 50
+"""Points of a curve that are drawn one by one."""
 
 
 def loss_figure(runs: Sequence[Run]) -> Figure:
     """Draw the training's loss, and as marks that of the evaluations."""
     figure, axes = _figure("loss")
     for run, colour in zip(runs, _colours(runs), strict=True):
-        points = thinned([(s.step, s.loss) for s in run.steps])
-        axes.plot(*_split(points), color=colour, linewidth=1.0, label=f"{run.name}: training")
-        tested = [(e.step, e.loss) for e in run.evaluations if math.isfinite(e.loss)]
+        axes.plot(*_split(run.steps.losses), color=colour, linewidth=1.0, label=f"{run.name}: training")
+        tested = run.evaluations.losses
         if tested:
-            axes.plot(*_split(tested), color=colour, marker="o", linestyle=(0, (3, 2)), label=f"{run.name}: test")
+            style = (0, (3, 2))
+            axes.plot(
+                *_split(tested), color=colour, marker=_marker(tested), linestyle=style, label=f"{run.name}: test"
+            )
     _finish(axes)
     return figure
 
 
 def accuracy_figure(runs: Sequence[Run]) -> Figure | None:
     """Draw the test accuracy; None where no run was evaluated."""
-    if not any(run.evaluations for run in runs):
+    if not any(run.evaluations.count for run in runs):
         return None
     figure, axes = _figure("test accuracy")
     for run, colour in zip(runs, _colours(runs), strict=True):
-        axes.plot(*_split([(e.step, e.top1) for e in run.evaluations]), color=colour, marker="o", label=run.name)
+        points = run.evaluations.accuracies
+        axes.plot(*_split(points), color=colour, marker=_marker(points), label=run.name)
     axes.set_ylim(0, 1)
     _finish(axes)
     return figure
@@ -67,7 +52,7 @@ def time_figure(runs: Sequence[Run]) -> Figure:
     """Draw the steps' times, and as lines what was predicted."""
     figure, axes = _figure("ms per step")
     for run, colour in zip(runs, _colours(runs), strict=True):
-        points = thinned([(s.step, s.step_s * 1e3) for s in run.steps])
+        points = [(step, seconds * 1e3) for step, seconds in run.steps.seconds]
         axes.plot(*_split(points), color=colour, linewidth=1.0, label=f"{run.name}: measured")
         if run.plan.prediction is not None:
             expected_ms = run.plan.prediction.step_s * 1e3
@@ -115,6 +100,11 @@ def _finish(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(handles, labels, frameon=False, fontsize="small", labelcolor=INK)
+
+
+def _marker(points: Sequence[Point]) -> str | None:
+    """Mark points as long as they can be told apart."""
+    return "o" if len(points) <= MOST_MARKED else None
 
 
 def _colours(runs: Sequence[Run]) -> list[str]:

@@ -43,7 +43,7 @@ def beside(runs: Sequence[tuple[Run, Comparison | None]]) -> Finding:
     """Return several runs side by side, a row each."""
     rows = []
     for run, comparison in runs:
-        prediction, last = run.plan.prediction, run.steps[-1] if run.steps else None
+        prediction, last, tested = run.plan.prediction, run.steps.last, run.evaluations.last
         waiting = None
         if comparison is not None:
             waiting = sum(s.waiting_s / sum(s) for s in comparison.measured_shares) / len(
@@ -61,7 +61,7 @@ def beside(runs: Sequence[tuple[Run, Comparison | None]]) -> Finding:
                 "unknown" if waiting is None else f"{waiting:.0%}",
                 "none yet" if last is None else str(last.step + 1),
                 "none yet" if last is None else f"{last.loss:.4f}",
-                "none yet" if not run.evaluations else f"{run.evaluations[-1].top1:.4f}",
+                "none yet" if tested is None else f"{tested.top1:.4f}",
             )
         )
     columns = (
@@ -108,7 +108,7 @@ def step_line(run: Run, comparison: Comparison | None) -> str:
 
 
 def _overview(run: Run, comparison: Comparison | None) -> Finding:
-    plan, last = run.plan, run.steps[-1] if run.steps else None
+    plan, last, tested, best = run.plan, run.steps.last, run.evaluations.last, run.evaluations.best
     replicas = f", {plan.replicas} plan replicas" if plan.replicas > 1 else ""
     rows = [
         (
@@ -117,12 +117,9 @@ def _overview(run: Run, comparison: Comparison | None) -> Finding:
         )
     ]
     rows.append(("steps", "none yet" if last is None else f"{last.step + 1}, loss {last.loss:.4f}"))
-    if run.evaluations:
-        best = max(run.evaluations, key=lambda e: e.top1)
-        at = run.evaluations[-1]
-        rows.append(
-            ("test accuracy", f"{at.top1:.4f} after {at.step} steps (best {best.top1:.4f}), loss {at.loss:.4f}")
-        )
+    if tested is not None and best is not None:
+        reached = f"{tested.top1:.4f} after {tested.step} steps (best {best.top1:.4f}), loss {tested.loss:.4f}"
+        rows.append(("test accuracy", reached))
     if run.step_s is not None:
         rows.append(("throughput", f"{plan.global_batch / run.step_s:.1f} samples/s"))
     rows.append(("step time", step_line(run, comparison)))

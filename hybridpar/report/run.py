@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from hybridpar.errors import HybridparError, RecordError
 from hybridpar.planning.plan import Plan
 from hybridpar.report import timing
 from hybridpar.report.basis import Basis
+from hybridpar.report.history import Evaluated, Evaluations, Step, Steps
 from hybridpar.report.summary import Summary
 from hybridpar.report.timing import RankTiming
 from hybridpar.schema import read_json
-
-WARM_UP_STEPS = 5
-"""Left out of the measured step time, or a fifth of the steps where that is less; as in the run's own summary."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A line of ``metrics.jsonl``."""
-
-    step: int
-    loss: float
-    """Not a number where it was not finite."""
-    samples: int
-    step_s: float
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A line of ``evaluations.jsonl``."""
-
-    step: int
-    """So many steps were done."""
-    loss: float
-    top1: float
 
 
 @dataclass(frozen=True)
@@ -50,8 +27,8 @@ class Run:
     plan: Plan
     basis: Basis | None
     """None where the run kept none: nothing can be simulated then."""
-    steps: tuple[Step, ...]
-    evaluations: tuple[Evaluated, ...]
+    steps: Steps
+    evaluations: Evaluations
     summary: Summary | None
     """None as long as the run has not ended."""
     timings: tuple[RankTiming, ...]
@@ -65,9 +42,7 @@ class Run:
     @property
     def step_s(self) -> float | None:
         """Median of the full steps after the warm-up."""
-        full = max((s.samples for s in self.steps), default=0)
-        times = [s.step_s for s in self.steps if s.samples == full]
-        return median(times[min(WARM_UP_STEPS, len(times) // 5) :]) if times else None
+        return self.steps.step_s
 
     @staticmethod
     def load(folder: Path) -> Run:
@@ -94,43 +69,55 @@ def _read(folder: Path) -> Run:
         folder,
         plan,
         basis,
-        tuple(_step(data) for data in _lines(folder / "metrics.jsonl")),
-        tuple(_evaluated(data) for data in _lines(folder / "evaluations.jsonl")),
+        Steps.of(map(_step, _lines(folder / "metrics.jsonl"))),
+        Evaluations.of(map(_evaluated, _lines(folder / "evaluations.jsonl"))),
         Summary.load(folder / "summary.json") if ended else None,
         timing.load(folder, plan.world, plan.fingerprint),
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file; the last one may be cut off, as the run may be writing it."""
-    result: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, text in enumerate(texts, 1):
-        try:
-            result.append({**json.loads(text), "where": f"{path.name} line {number}"})
-        except (ValueError, TypeError) as e:
-            if number < len(texts):
-                raise RecordError(f"{path.name} line {number} is not a JSON object: {e}") from e
-    return result
+Line = tuple[str, int, dict[str, Any]]
+"""A file's name, the line's number, and what it holds."""
 
 
-def _step(data: dict[str, Any]) -> Step:
+def _lines(path: Path) -> Iterator[Line]:
+    """Yield the lines of a file one by one; the last one may be cut off, as the run may be writing it."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        broken = ""
+        for number, text in enumerate(file, 1):
+            if broken:
+                raise RecordError(broken)
+            try:
+                data = json.loads(text)
+                if not isinstance(data, dict):
+                    broken = f"{path.name} line {number} is not a JSON object: {data!r}"
+            except ValueError as e:
+                broken = f"{path.name} line {number} is not a JSON object: {e}"
+            if not broken:
+                yield path.name, number, data
+
+
+def _step(line: Line) -> Step:
     return Step(
-        int(_number(data, "step")),
-        _number(data, "loss", math.nan),
-        int(_number(data, "samples")),
-        _number(data, "step_s"),
+        int(_number(line, "step")),
+        _number(line, "loss", math.nan),
+        int(_number(line, "samples")),
+        _number(line, "step_s"),
+        _number(line, "time_s") if "time_s" in line[2] else None,
     )
 
 
-def _evaluated(data: dict[str, Any]) -> Evaluated:
-    return Evaluated(int(_number(data, "step")), _number(data, "loss", math.nan), _number(data, "top1"))
+def _evaluated(line: Line) -> Evaluated:
+    return Evaluated(int(_number(line, "step")), _number(line, "loss", math.nan), _number(line, "top1"))
 
 
-def _number(data: dict[str, Any], name: str, unknown: float | None = None) -> float:
+def _number(line: Line, name: str, unknown: float | None = None) -> float:
+    file, number, data = line
     value = data.get(name, "missing")
     if value is None and unknown is not None:
         return unknown
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(f"{data['where']}: {name}: expected a number, got {value!r}")
+        raise RecordError(f"{file} line {number}: {name}: expected a number, got {value!r}")
     return value

@@ -132,7 +132,7 @@ def test_a_line_that_is_cut_off_is_left_out_and_a_wrong_one_is_named(folder: Pat
     path = copied(folder, tmp_path / "run", "plan.json", "metrics.jsonl") / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, lines[0][:20]]))
-    assert len(Run.load(path.parent).steps) == 6
+    assert Run.load(path.parent).steps.count == 6
     path.write_text("\n".join([lines[0][:20], *lines]))
     with pytest.raises(RecordError, match=r"metrics.jsonl line 1 is not a JSON object"):
         Run.load(path.parent)

@@ -16,7 +16,8 @@ from hybridpar.profiling.analytic import estimate
 from hybridpar.report.basis import Basis
 from hybridpar.report.comparison import predict, programs_of
 from hybridpar.report.course import Course, Timed
-from hybridpar.report.run import Evaluated, Run, Step
+from hybridpar.report.history import Evaluated, Evaluations, Step, Steps
+from hybridpar.report.run import Run
 from hybridpar.report.summary import GpuUse, Summary
 from tests.support.plans import make_plan
 from tests.support.timing import records_of
@@ -48,13 +49,13 @@ def plan_of() -> Plan:
 def run_of(name: str = "demo", steps: int = 40) -> Run:
     """A run in which everything took longer than predicted by one factor."""
     plan = plan_of()
-    bare = Run(Path(name), plan, basis(), (), (), None, ())
+    bare = Run(Path(name), plan, basis(), Steps.of(()), Evaluations.of(()), None, ())
     courses = [_slower(course) for course in predict(programs_of(bare, basis()), basis())]
     assert plan.prediction is not None
     return replace(
         bare,
-        steps=tuple(Step(i, math.exp(-i / 20), 24, SLOWER * plan.prediction.step_s) for i in range(steps)),
-        evaluations=(Evaluated(steps // 2, 0.5, 0.6), Evaluated(steps, 0.2, 0.9)),
+        steps=Steps.of(Step(i, math.exp(-i / 20), 24, SLOWER * plan.prediction.step_s) for i in range(steps)),
+        evaluations=Evaluations.of((Evaluated(steps // 2, 0.5, 0.6), Evaluated(steps, 0.2, 0.9))),
         summary=_summary(name, plan, steps),
         timings=tuple(records_of(courses, plan)),
     )

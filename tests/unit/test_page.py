@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from hybridpar.report.comparison import compare
-from hybridpar.report.curves import thinned
 from hybridpar.report.findings import findings
+from hybridpar.report.history import Evaluations, Step, Steps
 from hybridpar.report.overlay import FILES, both_traces, draw, timelines
 from hybridpar.report.page import page
 from hybridpar.report.trace import PROCESSES
@@ -104,7 +104,7 @@ def test_runs_stand_side_by_side() -> None:
 
 
 def test_a_page_of_a_run_that_has_just_begun() -> None:
-    run = replace(run_of(), steps=(), evaluations=(), summary=None, timings=())
+    run = replace(run_of(), steps=Steps.of(()), evaluations=Evaluations.of(()), summary=None, timings=())
     text = page([(run, compare(run))])
     Reader(text)
     assert "no timeline was recorded under this plan" in text
@@ -112,18 +112,8 @@ def test_a_page_of_a_run_that_has_just_begun() -> None:
 
 def test_a_diverged_run_is_drawn() -> None:
     run = run_of()
-    lost = tuple(replace(s, loss=math.nan) for s in run.steps)
+    lost = Steps.of(Step(i, math.nan, 24, 0.1) for i in range(40))
     Reader(page([(replace(run, steps=lost), None)]))
-
-
-def test_thinning_keeps_extremes_and_order() -> None:
-    points = [(float(i), math.sin(i)) for i in range(10**5)]
-    points[777], points[54_321] = (777.0, 99.0), (54_321.0, -99.0)
-    found = thinned(points, 200)
-    assert len(found) <= 200
-    assert {(777.0, 99.0), (54_321.0, -99.0)} <= set(found)
-    assert found == sorted(found)
-    assert thinned([(0.0, math.nan), (1.0, 2.0)]) == [(1.0, 2.0)]
 
 
 def test_colours_have_names_that_a_dark_page_gives_other_values(html: str) -> None:
