@@ -24,12 +24,13 @@ def train(config: Config) -> int:
     from hybridpar.planner import load_model, make_plan, prepare  # noqa: PLC0415
     from hybridpar.report import difference, dry_run, summary  # noqa: PLC0415
     from hybridpar.report.basis import Basis  # noqa: PLC0415
-    from hybridpar.runtime import checks, resume, trainer  # noqa: PLC0415
+    from hybridpar.runtime import checks, intact, resume, trainer  # noqa: PLC0415
     from hybridpar.runtime.process import Process, check_world  # noqa: PLC0415
 
     config.refuse_for_training()
     process = Process(config.train.device, config.train.timeout_s)
     traced, source = load_model(config)
+    found = intact.look(config, process)
     basis: Basis | None = None
 
     def planned() -> Plan:
@@ -37,7 +38,7 @@ def train(config: Config) -> int:
         checks.check_config(config, process.place)
         subject = prepare(config, traced, process.world, note)
         basis = Basis(subject.chain, subject.profile, subject.cluster)
-        former = resume.former_plan(config, traced.chain.fingerprint, restarted=process.place.restarts > 0)
+        former = resume.former_plan(config, found.folder, traced.chain.fingerprint)
         kept = former if former is not None and former.world == process.world else None
         result = make_plan(config, subject, kept)
         check_world(result.plan, process.world)
@@ -50,7 +51,7 @@ def train(config: Config) -> int:
         return result.plan
 
     plan = process.agree(planned)
-    outcome = trainer.train(config, plan, traced, source, process, basis=basis)
+    outcome = trainer.train(config, plan, traced, source, process, basis=basis, found=found)
     if outcome is None:
         return 0 if config.checkpoint.every is not None else TERMINATED
     if process.rank == 0:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hybridpar.errors import CheckpointError, DamageError
+from hybridpar.planning.plan import Plan
 from hybridpar.runtime.early_stop import Patience
 from hybridpar.runtime.judge import Judge
-from hybridpar.schema import read_json, to_data
+from hybridpar.schema import from_data, read_json, to_data
 
 VERSION = 1
 FOLDER = "checkpoints"
@@ -83,9 +84,12 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path) -> Manifest:
-        """Read a checkpoint's manifest. Raises CheckpointError for what is missing, malformed or too new."""
+        """Read a checkpoint's manifest.
+
+        Raises DamageError for one that is missing or malformed, CheckpointError for one of another version.
+        """
         if not (folder / MANIFEST).is_file():
-            raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}; give the folder of one")
+            raise DamageError(f"{folder} is no checkpoint: it has no {MANIFEST}; give the folder of one")
         manifest = read_json(Manifest, folder / MANIFEST, DamageError)
         if manifest.version != VERSION:
             raise CheckpointError(
@@ -94,8 +98,12 @@ class Manifest:
             )
         at = manifest.position
         if manifest.ranks < 1 or min(at.step, at.epoch, at.samples) < 0:
-            raise CheckpointError(f"{folder}: {MANIFEST} holds impossible numbers; use another checkpoint")
+            raise DamageError(f"{folder}: {MANIFEST} holds impossible numbers; use another checkpoint")
         return manifest
+
+    def parallel_plan(self, folder: Path) -> Plan:
+        """Return the plan under which the checkpoint in ``folder`` was made. Raises DamageError for none."""
+        return from_data(Plan, self.plan, f"{folder.name}/{MANIFEST}: plan", DamageError)
 
 
 def partial(home: Path, step: int) -> Path:
@@ -158,6 +166,23 @@ def find(path: Path) -> Path:
     return known[-1]
 
 
+def set_aside(folder: Path) -> Path:
+    """Let a damaged checkpoint no longer be one, but stay to be looked at; return its new folder.
+
+    One of the same step that was set aside before is removed.
+    """
+    aside = aside_of(folder)
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    return aside
+
+
+def aside_of(folder: Path) -> Path:
+    """Return where ``set_aside`` puts a checkpoint."""
+    return folder.with_name(f"{folder.name}.damaged")
+
+
 def clean(home: Path) -> None:
     """Remove what interrupted saves have left."""
     if home.is_dir():
@@ -170,12 +195,12 @@ def retain(home: Path, keep: int, judge: Judge | None) -> None:
     """Remove all checkpoints but the ``keep`` latest, and the best one by ``judge``.
 
     A folder that is removed loses its final name first, so that no half of it is ever taken for a checkpoint.
+    One whose manifest is damaged cannot be the best.
     """
     known = complete(home)
     stay = set(known[-keep:])
     if judge is not None:
-        judged = {p: m for p in known if (m := Manifest.load(p)).judged_by == judge.name}
-        metrics = {p.name: m.metric for p, m in judged.items() if m.metric is not None}
+        metrics = {p.name: metric for p in known if (metric := _metric(p, judge)) is not None}
         if metrics:
             stay.add(home / judge.best(metrics))
     for path in known:
@@ -183,3 +208,12 @@ def retain(home: Path, keep: int, judge: Judge | None) -> None:
             gone = home / f".{path.name}.partial"
             path.rename(gone)
             shutil.rmtree(gone)
+
+
+def _metric(folder: Path, judge: Judge) -> float | None:
+    """Return what a checkpoint is judged by; None where it has nothing of the kind, or cannot tell."""
+    try:
+        manifest = Manifest.load(folder)
+    except DamageError:
+        return None
+    return manifest.metric if manifest.judged_by == judge.name else None

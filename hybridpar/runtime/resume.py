@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one is meant, whether it fits, and what it restores."""
+"""Going on from a checkpoint: whether it fits, and what it restores."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import manifest as folders
+from hybridpar.runtime.intact import home
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.pieces import Stored
@@ -45,24 +46,9 @@ class Resume:
         job.go_on(self.position.step, self.position.samples)
 
 
-def chosen(config: Config, *, restarted: bool = False) -> Path | None:
-    """Return the checkpoint that a training begins with; None: with its initial weights.
-
-    ``resume=auto``, and a job that torchrun restarted, take the latest one of the run. Raises CheckpointError
-    where ``resume`` names no checkpoint.
-    """
-    if config.run.dir is not None and (config.resume == "auto" or restarted):
-        own = folders.complete(_home(config))
-        if own:
-            return own[-1]
-    if config.resume in {None, "auto"}:
-        return None
-    return folders.find(Path(config.resume).expanduser())
-
-
 @contextlib.contextmanager
 def _telling_of_others(folder: Path) -> Iterator[None]:
-    """Let an error of a checkpoint that cannot be read tell from which one before it the run can go on."""
+    """Let an error of a checkpoint that cannot be read name the one before it."""
     try:
         yield
     except DamageError as e:
@@ -70,37 +56,32 @@ def _telling_of_others(folder: Path) -> Iterator[None]:
         if not before:
             raise
         raise DamageError(
-            f"{e}; the one before it is {before[-1].name}: remove {folder}, and resume=auto goes on from there"
+            f"{e}; the one before it is {before[-1]}: give that one by resume=, or continue its run by "
+            "resume=auto, which passes over what is damaged"
         ) from e
 
 
-def former_plan(config: Config, chain: str, *, restarted: bool = False) -> Plan | None:
+def former_plan(config: Config, folder: Path | None, chain: str) -> Plan | None:
     """Return the plan that a continued run had, for any number of ranks; None where there is none for ``chain``.
 
-    A checkpoint that is given by its path may be continued under any plan, and has no say here.
+    ``folder`` is the checkpoint that it continues with. One that is given by its path may be continued under any
+    plan, and has no say here.
     """
-    folder = chosen(config, restarted=restarted)
-    if folder is None or config.run.dir is None or folder.parent != _home(config):
+    if folder is None or config.run.dir is None or folder.parent != home(config):
         return None
-    with _telling_of_others(folder):
-        manifest = Manifest.load(folder)
-        plan = _plan(manifest, folder)
+    plan = Manifest.load(folder).parallel_plan(folder)
     return plan if plan.chain == chain else None
 
 
-def opened(
-    config: Config, plan: Plan, subject: Subject, order: Order, steps: int, *, restarted: bool = False
-) -> Resume | None:
-    """Return the checkpoint that the training begins with, compared with what is to be trained, ``steps`` steps.
+def opened(config: Config, folder: Path, plan: Plan, subject: Subject, order: Order, steps: int) -> Resume:
+    """Return a checkpoint that a training begins with, compared with what is to be trained, ``steps`` steps.
 
     Raises CheckpointError where it is damaged, belongs to another training, is complete already, or was made
     where no step of this plan begins.
     """
-    folder = chosen(config, restarted=restarted)
-    if folder is None:
-        return None
     with _telling_of_others(folder):
         manifest = Manifest.load(folder)
+        former = manifest.parallel_plan(folder)
         Stored(folder, manifest.ranks)
     for name, key in _KEYS.items():
         ours, theirs = getattr(subject, name), getattr(manifest.subject, name)
@@ -110,25 +91,24 @@ def opened(
                 "another checkpoint"
             )
     at, batch = manifest.position, order.global_batch
-    former = _plan(manifest, folder).global_batch
     if at.samples % batch:
         raise CheckpointError(
             f"{folder} was made {at.samples} samples into an epoch, where no step of train.global_batch={batch} "
-            f"begins; set a global batch that divides it, or {former} as it was"
+            f"begins; set a global batch that divides it, or {former.global_batch} as it was"
         )
-    if former != batch and config.train.steps is None:
+    if former.global_batch != batch and config.train.steps is None:
         raise CheckpointError(
-            f"{folder} was made with train.global_batch={former}, but here it is {batch}: {at.step} steps and "
-            "train.epochs do not add up; give train.steps, the steps of the whole training"
+            f"{folder} was made with train.global_batch={former.global_batch}, but here it is {batch}: {at.step} "
+            "steps and train.epochs do not add up; give train.steps, the steps of the whole training"
         )
     if at.samples // batch >= order.steps:  # with drop_last it was the last step of its epoch
         manifest = replace(manifest, position=Position(at.step, at.epoch + 1, 0))
-    same_run = config.run.dir is not None and folder.parent == _home(config)
+    same_run = config.run.dir is not None and folder.parent == home(config)
     over = manifest.patience is not None and manifest.patience.is_over(config.train.early_stop)
-    summed_up = not same_run or (_home(config).parent / "summary.json").exists()
+    summed_up = not same_run or (home(config).parent / "summary.json").exists()
     if at.step > steps or (summed_up and (over or at.step == steps)):
         raise _complete(folder, at.step, None if over else steps)
-    return Resume(folder, manifest, same_run, alike(_plan(manifest, folder), plan))
+    return Resume(folder, manifest, same_run, alike(former, plan))
 
 
 def _complete(folder: Path, step: int, steps: int | None) -> CheckpointError:
@@ -163,7 +143,7 @@ def check_cuts(found: Resume, plan: Plan, chain: Chain) -> None:
 def reopened(folder: Path, data: Any, plan: Plan, *, same_run: bool) -> Resume:
     """Return on any rank what ``opened`` gave on the first, from its manifest as plain data."""
     manifest = from_data(Manifest, data, folders.MANIFEST, CheckpointError)
-    return Resume(folder, manifest, same_run, alike(_plan(manifest, folder), plan))
+    return Resume(folder, manifest, same_run, alike(manifest.parallel_plan(folder), plan))
 
 
 def alike(one: Plan, other: Plan) -> bool:
@@ -180,11 +160,3 @@ _KEYS = {
     "data": "data.name",
     "data_size": "a number of training samples (data.*)",
 }
-
-
-def _home(config: Config) -> Path:
-    return Path(str(config.run.dir)).expanduser().absolute() / folders.FOLDER
-
-
-def _plan(manifest: Manifest, folder: Path) -> Plan:
-    return from_data(Plan, manifest.plan, f"{folder.name}/{folders.MANIFEST}: plan", CheckpointError)

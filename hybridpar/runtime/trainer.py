@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Mode
 from hybridpar.report.basis import Basis
 from hybridpar.report.summary import Summary
+from hybridpar.runtime import intact, resume
 from hybridpar.runtime import manifest as folders
-from hybridpar.runtime import resume
 from hybridpar.runtime.boards import open_boards
 from hybridpar.runtime.callback import Callback, Callbacks, make_callbacks
 from hybridpar.runtime.checks import check, check_evaluations
@@ -34,6 +35,7 @@ from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.configured import make_job
 from hybridpar.runtime.early_stop import early_stop
 from hybridpar.runtime.feed import Elsewhere
+from hybridpar.runtime.intact import Found
 from hybridpar.runtime.job import Job, checked_program
 from hybridpar.runtime.journal import Journal, make_run_dir
 from hybridpar.runtime.judge import Judge
@@ -59,11 +61,13 @@ def train(
     process: Process,
     callbacks: Sequence[Callback] = (),
     basis: Basis | None = None,
+    found: Found | None = None,
 ) -> Summary | None:
     """Train, evaluate and sum up; every rank calls this once, and every rank gets the summary.
 
     ``callbacks`` come before those of ``train.callbacks``. ``basis`` is what rank 0 predicted the plan on; kept in
-    the run's folder, it lets a report simulate the step that ran.
+    the run's folder, it lets a report simulate the step that ran. ``found`` is the checkpoint to begin with, where
+    that was looked for to make the plan.
 
     SIGTERM ends the training after a step, with a checkpoint if there are any; every rank then gets None.
 
@@ -77,7 +81,7 @@ def train(
     """
     try:
         check(config, plan, traced.chain, process.place)
-        return _Training(config, plan, traced.chain, process, callbacks, basis).run(traced, source)
+        return _Training(config, plan, traced.chain, process, callbacks, basis, found).run(traced, source)
     except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         process.fail(e)
 
@@ -93,6 +97,7 @@ class _Training:
         process: Process,
         callbacks: Sequence[Callback] = (),
         basis: Basis | None = None,
+        found: Found | None = None,
     ) -> None:
         self.callbacks = [*callbacks, *make_callbacks(config.train.callbacks)]
         self.config, self.plan, self.chain, self.process = config, plan, chain, process
@@ -103,10 +108,14 @@ class _Training:
         self.steps = order.total(settings.steps, settings.epochs)
         check_evaluations(config, order)
         self.rate = make_rate(config.optimizer.lr, config.optimizer.schedule, self.steps)
+        found = intact.look(config, process) if found is None else found
+        if process.rank == 0:
+            sys.stderr.writelines(f"hybridpar: {note}\n" for note in found.notes())
+        self.resumed = None if found.folder is None else self._resumed(found.folder, order)
         restarted = process.place.restarts > 0
-        self.resumed = self._resumed(order, restarted=restarted)
         self.folder = Path(process.share(lambda: str(make_run_dir(config, restarted=restarted))))
         if process.rank == 0:
+            found.set_aside()
             (self.folder / "config.yaml").write_text(config.resolved)
             plan.save(self.folder / "plan.json")
             if basis is not None:
@@ -149,18 +158,17 @@ class _Training:
             size_of(self.data[0]),
         )
 
-    def _resumed(self, order: Order, *, restarted: bool) -> Resume | None:
-        """Return the checkpoint to begin with; rank 0 looks for it."""
+    def _resumed(self, folder: Path, order: Order) -> Resume:
+        """Return the checkpoint to begin with; rank 0 looks whether it fits."""
         config, plan = self.config, self.plan
 
-        def find() -> Any:
-            found = resume.opened(config, plan, self._subject, order, self.steps, restarted=restarted)
-            if found is not None:
-                resume.check_cuts(found, plan, self.chain)
-            return found and [str(found.folder), to_data(found.manifest), found.same_run]
+        def fit() -> Any:
+            found = resume.opened(config, folder, plan, self._subject, order, self.steps)
+            resume.check_cuts(found, plan, self.chain)
+            return [to_data(found.manifest), found.same_run]
 
-        found = self.process.share(find)
-        return resume.reopened(Path(found[0]), found[1], plan, same_run=found[2]) if found else None
+        manifest, same_run = self.process.share(fit)
+        return resume.reopened(folder, manifest, plan, same_run=same_run)
 
     def _check_programs(self) -> None:
         """Compile and check, before any process group exists, every program that the job will run."""

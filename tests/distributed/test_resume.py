@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,18 +20,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from hybridpar.errors import CheckpointError, ConfigError, DivergenceError
+from hybridpar.errors import CheckpointError, ConfigError, DamageError, DivergenceError
 from hybridpar.model.deferred import defer
 from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan
 from hybridpar.report.summary import show
+from hybridpar.runtime import intact, pieces, resume
 from hybridpar.runtime import manifest as folders
-from hybridpar.runtime import pieces, resume
 from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.manifest import Manifest
 from hybridpar.runtime.modules import Owned
 from hybridpar.runtime.pieces import Piece, Stored, write
+from hybridpar.runtime.process import Process
 from tests.support.checkpoints import OPTIMIZERS, SAVING, make_job, normed_case, plan_of
 from tests.support.runs import WORKER, run, small, train_here
 from tests.support.threads import run_ranks
@@ -262,19 +264,72 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, override: s
     assert not (tmp_path / "second").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other bytes", "no manifest"])
-def test_a_damaged_checkpoint_is_told_with_the_one_before_it(tmp_path: Path, damage: str) -> None:
-    """Whether it is noticed when it is looked for, or when it is read; and as told, the run goes on."""
-    train_here(tmp_path, *SAVING, "train.epochs=1")
-    *_, before, latest = folders.complete(tmp_path / "checkpoints")
-    file = latest / ("checkpoint.json" if damage == "no manifest" else "rank-0.bin")
-    content = file.read_bytes()
-    file.write_bytes(content[:20] if damage != "other bytes" else bytes(b ^ 1 for b in content))
-    said = rf"{latest.name}.*; the one before it is {before.name}: remove {latest}, and resume=auto goes on"
-    with pytest.raises(CheckpointError, match=said):
-        train_here(tmp_path, *SAVING, "resume=auto")
-    latest.rename(tmp_path / "removed")
+DAMAGES = {
+    "truncated": ("rank-0.bin", lambda content: content[:20], r"rank-0.bin has 20 bytes, but \d+ were written"),
+    "other bytes": (
+        "rank-0.bin",
+        lambda content: bytes(b ^ 1 for b in content),
+        "are not those that were written",
+    ),
+    "half a manifest": ("checkpoint.json", lambda content: content[:20], "checkpoint.json is not JSON"),
+    "another plan": ("checkpoint.json", lambda content: content.replace(b'"stages"', b'"phases"'), "plan"),
+}
+
+
+def spoil(folder: Path, damage: str) -> str:
+    """Damage a checkpoint, and return what is said of it."""
+    name, change, said = DAMAGES[damage]
+    file = folder / name
+    file.write_bytes(change(file.read_bytes()))
+    return said
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_auto_goes_on_from_the_last_checkpoint_that_is_intact(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says which ones are damaged and why, keeps them aside, and ends as the run did before."""
+    train_here(tmp_path, *SAVING)
+    expected, records = final(tmp_path), lines(tmp_path / "metrics.jsonl")
+    *_, good, early, latest = folders.complete(tmp_path / "checkpoints")
+    said = [spoil(latest, damage), spoil(early, "truncated")]
     assert train_here(tmp_path, *SAVING, "resume=auto").steps == 10
+    told = [line for line in capsys.readouterr().err.splitlines() if "is kept as" in line]
+    for line, why, folder in zip(told, said, (latest, early), strict=True):
+        assert re.search(rf"^hybridpar: .*{why}.*from {good.name}, .*is kept as {folder.name}.damaged$", line)
+        assert folder.with_name(f"{folder.name}.damaged").is_dir()
+    assert lines(tmp_path / "metrics.jsonl") == records
+    got = final(tmp_path)
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_one_before_it(tmp_path: Path, damage: str) -> None:
+    """Whether it is noticed when it is looked for, or when it is read."""
+    first = tmp_path / "first"
+    train_here(first, *SAVING, "train.epochs=1")
+    *_, before, latest = folders.complete(first / "checkpoints")
+    said = rf"{spoil(latest, damage)}.*; the one before it is {before}: give that one by resume="
+    with pytest.raises(DamageError, match=said):
+        train_here(tmp_path / "second", *SAVING, f"resume={latest}")
+    assert latest.is_dir()
+
+
+def test_auto_does_not_begin_anew_where_all_are_damaged(tmp_path: Path) -> None:
+    train_here(tmp_path, *SAVING, "train.epochs=1", "checkpoint.keep=2")
+    records = (tmp_path / "metrics.jsonl").read_text()
+    for folder in folders.complete(tmp_path / "checkpoints"):
+        (folder / "checkpoint.json").unlink()
+    with pytest.raises(DamageError, match=r"has no checkpoint.json.*none of the 1 before it is intact; to begin"):
+        train_here(tmp_path, *SAVING, "resume=auto")
+    assert (tmp_path / "metrics.jsonl").read_text() == records
+
+
+def test_a_damaged_manifest_before_the_latest_stops_no_save(tmp_path: Path) -> None:
+    judged = ("checkpoint.every=2", "checkpoint.keep=1", "checkpoint.best=loss", "data.size=40")
+    train_here(tmp_path, *judged[:1], "checkpoint.keep=2", *judged[2:], "train.epochs=1")
+    spoil(folders.complete(tmp_path / "checkpoints")[0], "half a manifest")
+    assert train_here(tmp_path, *judged, "train.epochs=2", "resume=auto").steps == 10
 
 
 def test_the_latest_and_the_best_stay(tmp_path: Path) -> None:
@@ -298,8 +353,13 @@ def test_a_restart_before_the_first_own_checkpoint_keeps_the_plan_that_is_asked_
     train_here(first, *SAVING)
     chain = Manifest.load(folders.find(first)).subject.chain
     asked = small(f"run.dir={tmp_path / 'second'}", f"resume={first}")
-    assert resume.former_plan(asked, chain, restarted=True) is None
-    assert resume.former_plan(small(f"run.dir={first}"), chain, restarted=True) is not None
+    restarted = Process("cpu")
+    restarted.place = replace(restarted.place, restarts=1)
+    for config, kept in ((asked, False), (small(f"run.dir={first}"), True)):
+        folder = intact.look(config, restarted).folder
+        assert folder is not None
+        assert folder.parent == first / "checkpoints"
+        assert (resume.former_plan(config, folder, chain) is not None) == kept
 
 
 def test_what_a_best_checkpoint_was_judged_by_is_not_mixed(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,16 @@ import torch
 
 from hybridpar.config import compose
 from hybridpar.errors import CheckpointError, ConfigError
+from hybridpar.runtime import intact
 from hybridpar.runtime import manifest as folders
 from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.pieces import DTYPES, Piece, Stored, write
+from hybridpar.runtime.process import Process
+from hybridpar.runtime.saver import Saver
+from hybridpar.schema import to_data
+from hybridpar.sections import CheckpointConfig
+from tests.support.checkpoints import normed_case, plan_of
 
 FULL = torch.arange(35, dtype=torch.float64).reshape(5, 7)
 
@@ -181,6 +191,52 @@ def test_a_rank_whose_file_is_not_there_stops_the_commit(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"the files of ranks \[1\] are not in .* all nodes share"):
         folders.commit(tmp_path, manifest(3))
     assert folders.complete(tmp_path) == []
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+def dying(call: Callable[..., Any], left: Iterator[int]) -> Callable[..., Any]:
+    """The call, as long as any are left to be made."""
+
+    def made(*given: Any, **more: Any) -> Any:
+        if next(left) <= 0:
+            raise Killed
+        return call(*given, **more)
+
+    return made
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_before_any_call_of_the_file_system_leaves_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    """While the second one is saved and the first one maybe removed; after a kill nothing more is called."""
+    calls = ((os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "open"), (os, "unlink"), (os, "rmdir"))
+    plan, config = (
+        to_data(plan_of(normed_case(), "alone")),
+        CheckpointConfig(every=1, keep=keep, asynchronous=False),
+    )
+    made: list[int] = []
+    for allowed in range(100):
+        home = tmp_path / str(allowed) / "checkpoints"
+        saver = Saver(home, config, 0, None)
+        saver.save({"m": Piece.whole(FULL)}, replace(manifest(1), ranks=1, plan=plan))
+        left = itertools.count(allowed, -1)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for owner, name in calls:
+                patch.setattr(owner, name, dying(getattr(owner, name), left))
+            saver.save({"m": Piece.whole(FULL)}, replace(manifest(2), ranks=1, plan=plan))
+        found = intact.look(compose([f"run.dir={home.parent}", "resume=auto"]), Process("cpu"))
+        assert found.folder is not None
+        assert found.damaged == ()
+        made.append(int(found.folder.name[5:]))
+        if next(left) > 0:
+            break
+    assert len(made) > (12 if keep == 1 else 8)
+    assert made == sorted(made)
+    assert (made[0], made[-1]) == (1, 2)
 
 
 @pytest.mark.parametrize(("best", "stay"), [(None, [4, 5]), ("accuracy", [2, 4, 5]), ("loss", [1, 4, 5])])
