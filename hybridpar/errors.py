@@ -16,6 +16,7 @@
     |-- RecordError             a run's folder lacks a record, or a record is malformed (the field is named)
     |-- DivergenceError         the training left the finite numbers
     |-- StuckError              a rank did not come to a communication in time
+    |-- MonitorError            GPU data that the job requires is not there
     `-- LaunchError             the job was started in a way that cannot work (world size, backend)
 
 Everything else that is raised is a bug of ours or a fault of the machine: exit code 1, with its traceback.
@@ -76,6 +77,10 @@ class DivergenceError(HybridparError):
 
 class StuckError(HybridparError):
     """A rank did not come to a communication in time."""
+
+
+class MonitorError(HybridparError):
+    """GPU data that the job requires is not there."""
 
 
 class LaunchError(HybridparError):

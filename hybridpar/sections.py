@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hybridpar.errors import ConfigError, PlanError, require
 from hybridpar.model.chain import InputKind
-from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
+from hybridpar.monitor.settings import Options
 from hybridpar.planning.plan import Kind, OrderRule
 from hybridpar.planning.request import Effort, Pin, Shape
 
@@ -170,15 +170,15 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class MonitorConfig:
-    """Sampling of the GPUs."""
+class MonitorConfig(Options):
+    """Sampling of the nodes and their GPUs."""
 
     mode: Literal["auto", "off", "required"] = "auto"
-    interval_s: float = DEFAULT_INTERVAL_S
-    max_bytes: int = DEFAULT_MAX_BYTES
 
-    def __post_init__(self) -> None:
-        Settings(path="", parent=0, interval_s=self.interval_s, max_bytes=self.max_bytes)  # checks the ranges
+    @property
+    def options(self) -> Options:
+        """All but the mode."""
+        return Options(**{option.name: getattr(self, option.name) for option in fields(Options)})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from hybridpar.monitor.answer import Answer, parse
 from hybridpar.monitor.settings import Settings
 from hybridpar.schema import to_data
 
@@ -21,7 +22,9 @@ class Child:
     def __init__(self, settings: Settings) -> None:
         """Start the process. Raises OSError where the system refuses."""
         root = str(Path(__file__).parents[2])
-        self._text = b""
+        self._rest, self._printed = b"", ""
+        self._new: list[Answer] = []
+        self._told_end = False
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             [sys.executable, "-P", "-m", "hybridpar.monitor.process", json.dumps(to_data(settings))],
             stdin=subprocess.PIPE,
@@ -38,32 +41,30 @@ class Child:
         """Process id."""
         return self._process.pid
 
-    def refusal(self, timeout_s: float) -> str | None:
-        """Wait until the process samples; returns a sentence where it does not, or does not say so in time."""
+    def first(self, timeout_s: float) -> Answer:
+        """Wait for the first answer, and make one where the process ends without, or takes too long."""
         deadline_s = time.monotonic() + timeout_s
-        while select.select([self._answers], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
-            chunk = os.read(self._answers.fileno(), 65536)
-            if not chunk:
-                return self.last_words()
-            self._text += chunk
-            answers = _parse(self._text)
-            if answers:
-                return answers[-1]
-        return f"the GPU sampler did not answer within {timeout_s:g} s"
+        while (open_ := self._receive(max(0.0, deadline_s - time.monotonic()))) is not None:
+            if self._new:
+                return self._new.pop(0)
+            if not open_:
+                return Answer("ended", self._last_words())
+        return Answer("ended", f"the sampler did not answer within {timeout_s:g} s")
+
+    def news(self) -> list[Answer]:
+        """Return the answers since the last call, without waiting; that the process is gone is one, once."""
+        ended = self.ended()
+        while self._receive(0.0):
+            pass
+        new, self._new = self._new, []
+        if ended and not self._told_end:
+            self._told_end = True
+            new.append(Answer("ended", self._last_words()))
+        return new
 
     def ended(self) -> bool:
         """Whether the process is gone."""
         return self._process.poll() is not None
-
-    def last_words(self) -> str:
-        """Wait for the process to end and return its reason: what it answered, else what it printed last."""
-        self._text += self._answers.read()
-        status = self._process.wait()
-        answers, lines = _parse(self._text), self._text.decode(errors="replace").split("\n")
-        if answers and answers[-1] is not None:
-            return answers[-1]
-        printed = [] if answers else [line.strip() for line in lines if line.strip()]
-        return f"the GPU sampler ended with exit status {status}" + (f": {printed[-1]}" if printed else "")
 
     def end(self, grace_s: float) -> None:
         """Ask the process to end, kill it after ``grace_s``, and leave it to the system where even that hangs."""
@@ -76,13 +77,22 @@ class Child:
             self._process.kill()
         self._answers.close()
 
+    def _receive(self, timeout_s: float) -> bool | None:
+        """Read what the process has printed; None: nothing within a time, False: there is nothing more to come."""
+        if not select.select([self._answers], [], [], timeout_s)[0]:
+            return None
+        chunk = os.read(self._answers.fileno(), 65536)
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            answer = parse(line)
+            if answer is not None:
+                self._new.append(answer)
+                self._told_end |= answer.kind == "ended"
+            elif line.strip():
+                self._printed = line.decode(errors="replace").strip()
+        return bool(chunk)
 
-def _parse(text: bytes) -> list[str | None]:
-    """Return the reasons of all whole lines that are answers; warnings and tracebacks are not."""
-    reasons: list[str | None] = []
-    for line in text.split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
-            answer = json.loads(line)
-            if isinstance(answer, dict) and "reason" in answer:
-                reasons.append(answer["reason"])
-    return reasons
+    def _last_words(self) -> str:
+        """Say how a process ended that did not say so itself: its exit status, and what it printed last."""
+        status = self._process.wait()
+        return f"the sampler ended with exit status {status}" + (f": {self._printed}" if self._printed else "")

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import pynvml
+
+from hybridpar.monitor.source import Figures, Refused
 
 MIN_WINDOW_S = 0.12
 """Windows below 100 ms read as zero or not at all; the rest is margin."""
 
 
-@dataclass(frozen=True)
-class Activity:
-    """Fractions in 0..1 over one window; None is unknown."""
-
-    graphics: float | None
-    sm: float | None
-    occupancy: float | None
-    tensor: float | None
-    dram: float | None
-    window_s: float
-
-
-_METRICS = (
-    pynvml.NVML_GPM_METRIC_GRAPHICS_UTIL,
-    pynvml.NVML_GPM_METRIC_SM_UTIL,
-    pynvml.NVML_GPM_METRIC_SM_OCCUPANCY,
-    pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL,
-    pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL,
-)
-"""In the order of Activity's first fields."""
+_PERCENT, _MEBIBYTES = 100.0, 2.0**-20
+_METRICS = {
+    "graphics_activity": (pynvml.NVML_GPM_METRIC_GRAPHICS_UTIL, _PERCENT),
+    "sm_activity": (pynvml.NVML_GPM_METRIC_SM_UTIL, _PERCENT),
+    "occupancy": (pynvml.NVML_GPM_METRIC_SM_OCCUPANCY, _PERCENT),
+    "tensor_activity": (pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL, _PERCENT),
+    "dram_activity": (pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL, _PERCENT),
+    "pcie_sent_bytes_per_s": (pynvml.NVML_GPM_METRIC_PCIE_TX_PER_SEC, _MEBIBYTES),
+    "pcie_received_bytes_per_s": (pynvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC, _MEBIBYTES),
+    "nvlink_sent_bytes_per_s": (pynvml.NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC, _MEBIBYTES),
+    "nvlink_received_bytes_per_s": (pynvml.NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC, _MEBIBYTES),
+}
+"""By field of a GpuSample: GPM's metric, and how many of its units are one of the field's."""
 
 
 class Gpm:
@@ -41,6 +35,8 @@ class Gpm:
     The two samples that bound a window live in the driver: they are taken once, reused in turns, and given back by
     ``close``.
     """
+
+    source = "gpm"
 
     def __init__(self, device: Any, gpu_instance: int | None = None) -> None:
         """Open the first window.
@@ -70,29 +66,28 @@ class Gpm:
             self.close()
             raise
 
-    def read(self) -> Activity | None:
+    def read(self, time_s: float) -> Figures:  # noqa: ARG002 - of Meter: the driver stamps its samples itself
         """Close the window that the last call opened and open the next.
 
-        Returns None, and lets the window grow, where it is shorter than ``MIN_WINDOW_S`` or the driver refuses.
+        Returns nothing, and lets the window grow, where it is shorter than ``MIN_WINDOW_S``.
+        Raises Refused where the driver refuses.
         """
         began_s = self._taken_s
         if time.monotonic() - began_s < MIN_WINDOW_S:
-            return None
+            return {}
         before, after = self._samples
         try:
             self._take(after)
-        except pynvml.NVMLError:
-            return None
-        self._samples = [after, before]
-        self._request.sample1, self._request.sample2 = before, after
-        for metric, identity in zip(self._request.metrics, _METRICS, strict=False):
-            metric.metricId, metric.value = identity, math.nan
-        try:
+            self._samples = [after, before]
+            self._request.sample1, self._request.sample2 = before, after
+            for metric, (identity, _) in zip(self._request.metrics, _METRICS.values(), strict=False):
+                metric.metricId, metric.value = identity, math.nan
             pynvml.nvmlGpmMetricsGet(self._request)
-        except pynvml.NVMLError:
-            return None
-        found = [_fraction(self._request.metrics[i]) for i in range(len(_METRICS))]
-        return Activity(found[0], found[1], found[2], found[3], found[4], self._taken_s - began_s)
+        except pynvml.NVMLError as e:
+            raise Refused(str(e)) from e
+        units = zip(_METRICS.items(), self._request.metrics, strict=False)
+        figures = {name: _value(metric, unit) for (name, (_, unit)), metric in units}
+        return {**figures, "utilisation": figures["graphics_activity"], "window_s": self._taken_s - began_s}
 
     def close(self) -> None:
         """Give the samples back to the driver; may be called twice."""
@@ -111,8 +106,10 @@ class Gpm:
         self._taken_s = time.monotonic()
 
 
-def _fraction(metric: Any) -> float | None:
-    """Percent to 0..1; what lies beyond a rounding error outside of it, NaN included, is not believed."""
-    if metric.nvmlReturn != pynvml.NVML_SUCCESS or not 0.0 <= metric.value <= 100.5:
+def _value(metric: Any, unit: float) -> float | None:
+    """Return a metric in the units of its field; NaN, what is below 0 or well above 100 % is not believed."""
+    if metric.nvmlReturn != pynvml.NVML_SUCCESS or not 0.0 <= metric.value < math.inf:
         return None
-    return float(min(metric.value / 100.0, 1.0))
+    if unit == _PERCENT:
+        return None if metric.value > 100.5 else float(min(metric.value / unit, 1.0))
+    return float(metric.value / unit)

@@ -1,7 +1,7 @@
 """The sampler process: ``python -m hybridpar.monitor.process SETTINGS``, with the settings as JSON.
 
-It answers on standard output with one JSON line, ``{"reason": null}`` once it samples or a sentence why it does
-not, and with a second one where it ends early. It ends when standard input closes or its parent is gone.
+It answers on standard output (``hybridpar.monitor.answer``).
+It ends when standard input closes or its parent is gone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 
 from hybridpar.errors import ConfigError
+from hybridpar.monitor.answer import Answer, to_line
+from hybridpar.monitor.host import Host
 from hybridpar.monitor.log import Log
-from hybridpar.monitor.nvml import Reader, Unavailable, open_reader
-from hybridpar.monitor.record import Gap
+from hybridpar.monitor.nvml import open_nvml
+from hybridpar.monitor.record import Gap, Record
 from hybridpar.monitor.settings import Settings
+from hybridpar.monitor.source import Source, Unavailable
 from hybridpar.schema import from_data
 
 
@@ -27,46 +30,74 @@ def main() -> None:
     """Sample until told to end; whatever goes wrong becomes one sentence in the file and on standard output."""
     settings = from_data(Settings, json.loads(sys.argv[1]), "settings", ConfigError)
     try:
-        log = Log(Path(settings.path), settings.max_bytes)
+        log = Log(Path(settings.path), settings.options.max_bytes)
     except Exception as e:  # noqa: BLE001 - the boundary of the process: every failure becomes a sentence
-        _answer(f"cannot write {settings.path}: {e}")
+        _answer(Answer("ended", f"cannot write {settings.path}: {e}"))
         return
-    reason = None
     try:
         reason = _serve(log, settings)
+    except OSError as e:
+        reason = f"monitoring ended: {e}"
     except Exception as e:  # noqa: BLE001 - the boundary of the process: every failure becomes a sentence
-        reason = f"the GPU sampler failed: {type(e).__name__}: {e}"
+        reason = f"the sampler failed: {type(e).__name__}: {e}"
     if reason is not None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             log.write([_gap(reason)])
-        _answer(reason)
-    with contextlib.suppress(OSError):
-        log.close()
+        _answer(Answer("ended", reason))
+    log.close()
+
+
+def open_sources(settings: Settings) -> tuple[list[Source], str | None]:
+    """Open everything that can be read on this node, and tell why there is no data of a GPU."""
+    sources: list[Source] = [Host(dict(settings.ranks))]
+    if settings.uuids == ():
+        return sources, "the job uses no GPU on this node"
+    gpus = open_nvml(settings.uuids)
+    if isinstance(gpus, Unavailable):
+        return sources, gpus.reason
+    return [*sources, gpus], None
 
 
 def _serve(log: Log, settings: Settings) -> str | None:
     """Sample until told to end; returns a sentence where it comes to that before."""
-    reader = open_reader(settings.uuids)
-    if isinstance(reader, Unavailable):
-        return reader.reason
+    sources, no_gpu = open_sources(settings)
     try:
-        log.write([_gap(gap) for gap in reader.gaps])
-        _answer(None)
-        return _sample(reader, log, settings)
+        gaps = [gap for source in sources for gap in source.gaps]
+        log.write(map(_gap, [*gaps, no_gpu] if no_gpu else gaps))
+        _answer(Answer("started", no_gpu))
+        return _sample(sources, log, settings)
     finally:
-        reader.close()
+        for source in sources:
+            source.close()
 
 
-def _sample(reader: Reader, log: Log, settings: Settings) -> str | None:
+def _sample(sources: list[Source], log: Log, settings: Settings) -> str | None:
     """Write samples at multiples of the interval after the start; a late tick is skipped and shifts no other."""
-    start_s, tick = time.monotonic(), 0
+    start_s, tick, interval_s = time.monotonic(), 0, settings.options.interval_s
     while True:
-        passed = max(tick, int((time.monotonic() - start_s) / settings.interval_s))
+        passed = max(tick, int((time.monotonic() - start_s) / interval_s))
         tick = next_tick(passed, log.stride)
-        if _told_to_end(start_s + tick * settings.interval_s, settings.parent):
+        if _told_to_end(start_s + tick * interval_s, settings.parent):
             return None
-        if not log.write(reader.read(time.time())):
-            return f"monitoring ended: {settings.path} is full at max_bytes={settings.max_bytes}"
+        records = read_all(sources)
+        for record in records:
+            if isinstance(record, Gap):
+                _answer(Answer("gap", record.reason, record.lost))
+        if not log.write(records):
+            return f"monitoring ended: {settings.path} is full at max_bytes={settings.options.max_bytes}"
+
+
+def read_all(sources: list[Source]) -> list[Record]:
+    """Read a tick; a source that fails is taken off the list, and a gap tells why."""
+    time_s, records = time.time(), list[Record]()
+    for source in list(sources):
+        try:
+            records += source.read(time_s)
+        except Exception as e:  # noqa: BLE001 - one source must not take the others along
+            sources.remove(source)
+            reason = f"no {source.name} data any more: {type(e).__name__}: {e}"
+            records.append(Gap(time_s, socket.gethostname(), reason, lost=source.name == "GPU"))
+    return records
 
 
 def next_tick(passed: int, stride: int) -> int:
@@ -92,9 +123,9 @@ def _gap(reason: str) -> Gap:
     return Gap(time_s=time.time(), host=socket.gethostname(), reason=reason)
 
 
-def _answer(reason: str | None) -> None:
+def _answer(answer: Answer) -> None:
     with contextlib.suppress(OSError):
-        sys.stdout.write(json.dumps({"reason": reason}) + "\n")
+        sys.stdout.write(to_line(answer))
         sys.stdout.flush()
 
 

@@ -1,9 +1,8 @@
-"""The monitor's record: one JSON line per GPU and tick, and what a file of them amounts to."""
+"""The monitor's record: JSON lines of what a node's GPUs and the node itself did, and of what is not known."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 from hybridpar.errors import HybridparError
 from hybridpar.schema import from_data, to_data
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: samples of hosts, events, and of GPUs also clocks, power and traffic; in 1 a GPU's line was a "sample"."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class GpuSample:
     """What one GPU did since the tick before. Every fraction lies in 0..1; None is unknown, never idle."""
 
     time_s: float
@@ -25,26 +25,115 @@ class Sample:
     gpu: int | None
     """NVML's index on the host, of the parent GPU for a MIG slice."""
     uuid: str | None
+    window_s: float | None = None
+    """What activities and occupancy are averaged over, up to ``time_s``; None where all of them are unknown."""
     utilisation: float | None = None
     """Part of the time in which any kernel ran (what nvidia-smi shows)."""
+    memory_utilisation: float | None = None
+    """Part of the time in which memory was read or written, however little."""
     graphics_activity: float | None = None
     """Part of the window in which the compute and graphics engine was active."""
     sm_activity: float | None = None
     """Busy multiprocessors, averaged over the window, idle time included."""
     occupancy: float | None = None
     """Active warps over the most that fit, averaged over the window, idle time included."""
+    occupancy_while_busy: float | None = None
+    """``occupancy / graphics_activity``; None where either is unknown and on an idle GPU."""
     tensor_activity: float | None = None
     dram_activity: float | None = None
     """Memory traffic over the most that the memory can do."""
     memory_used_bytes: int | None = None
     """By all processes on the GPU, their CUDA contexts included, the driver's own reserve left out."""
     memory_total_bytes: int | None = None
+    sm_clock_hz: float | None = None
+    sm_clock_max_hz: float | None = None
+    """The highest that the GPU has, whatever is set."""
+    memory_clock_hz: float | None = None
+    throttle: tuple[str, ...] | None = None
+    """What keeps the clocks down at the moment, by the names in ``hybridpar.monitor.throttle``; empty: nothing.
+
+    That a GPU is idle is no reason among them.
+    """
+    temperature_c: float | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    energy_j: float | None = None
+    """Since the driver was loaded: the difference of two samples is what was used between them."""
+    pcie_sent_bytes_per_s: float | None = None
+    """By the GPU, as all directions here."""
+    pcie_received_bytes_per_s: float | None = None
+    nvlink_sent_bytes_per_s: float | None = None
+    """Over all links."""
+    nvlink_received_bytes_per_s: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
-    """Where each known field comes from: "nvml" or "gpm" (NVML's performance monitoring, Hopper and later)."""
-    occupancy_while_busy: float | None = None
-    """``occupancy / graphics_activity``; None where either is unknown and on an idle GPU."""
+    """Where each known field comes from: "nvml", "gpm" (NVML's performance monitoring, Hopper and later) or "dcgm"
+    (a dcgm-exporter); after "replay:" where it was played from a recording."""
+
+
+@dataclass(frozen=True)
+class RankSample:
+    """What the process of one rank did since the tick before; unknown once it is gone."""
+
+    rank: int
+    pid: int
+    cpu_cores: float | None = None
+    """CPU seconds of all its threads over seconds."""
+    workers_cpu_cores: float | None = None
+    """Likewise, of the processes that it started, such as those that load data; without the sampler."""
+    memory_bytes: int | None = None
+    """Resident, of the rank's own process."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What went through one network interface."""
+
+    sent_bytes: int
+    """Since the sampler started."""
+    received_bytes: int
+    sent_bytes_per_s: float | None = None
+    """Since the tick before."""
+    received_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class HostSample:
+    """What a node did since the tick before. None is unknown."""
+
+    time_s: float
+    """Seconds since the epoch, at the end of the window."""
+    host: str
     window_s: float | None = None
-    """What activities and occupancy are averaged over, up to ``time_s``; None where all of them are unknown."""
+    """Over which rates are taken; None at the first tick, which has none."""
+    cpus: int | None = None
+    """Logical ones, of the machine, whatever a container may use of them."""
+    cpu_cores: float | None = None
+    """CPUs busy, on average over the window: 1.5 of 2."""
+    memory_used_bytes: int | None = None
+    """What new processes could not have, of the machine."""
+    memory_total_bytes: int | None = None
+    network: dict[str, Traffic] = field(default_factory=dict)
+    """By interface; those through which nothing went since the sampler started are left out."""
+    ranks: tuple[RankSample, ...] = ()
+    """The job's ranks on this node."""
+    sampler_cpu_s: float | None = None
+    """CPU seconds that the sampler has taken so far, its start included."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """As in GpuSample: "psutil" for what it told, "sampler" for the sampler's own time."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """An error that a GPU's driver reported."""
+
+    time_s: float
+    """Seconds since the epoch, of the tick at which it was read."""
+    host: str
+    gpu: int | None
+    uuid: str | None
+    xid: int
+    """Number in NVIDIA's list of Xid errors."""
+    source: str = "nvml"
 
 
 @dataclass(frozen=True)
@@ -56,59 +145,22 @@ class Gap:
     host: str
     reason: str
     """One sentence."""
+    lost: bool = False
+    """Whether data of a GPU had been there before."""
 
 
-@dataclass(frozen=True)
-class Aggregate:
-    """Means and peaks over samples, each over those in which the value is known; None where it never is."""
-
-    samples: int
-    mean_utilisation: float | None
-    mean_occupancy: float | None
-    mean_occupancy_while_busy: float | None
-    """Weighted by graphics activity: the occupancy averaged over busy time only."""
-    mean_sm_activity: float | None
-    mean_tensor_activity: float | None
-    mean_dram_activity: float | None
-    peak_memory_bytes: int | None
-    """Greatest at any tick; a peak between two ticks goes unseen."""
+Record = GpuSample | HostSample | Event | Gap
+_KINDS: dict[str, type[Record]] = {"gpu": GpuSample, "host": HostSample, "event": Event, "gap": Gap}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
-@dataclass(frozen=True)
-class GpuSummary:
-    """What one GPU did over a recording."""
-
-    host: str
-    gpu: int | None
-    uuid: str | None
-    memory_total_bytes: int | None
-    sources: dict[str, str]
-    """As in Sample; several sources of one field are joined as "gpm+nvml"."""
-    total: Aggregate
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What all GPUs of a recording did."""
-
-    start_s: float
-    """Time of the first sample, seconds since the epoch."""
-    end_s: float
-    total: Aggregate
-    """Over all samples of all GPUs; its peak is that of the fullest GPU."""
-    gpus: tuple[GpuSummary, ...]
-    """Ordered by host and index."""
-    gaps: tuple[str, ...]
-    """Reasons for missing data, each once, in order of appearance."""
-
-
-def to_line(record: Sample | Gap) -> str:
+def to_line(record: Record) -> str:
     """Return the record as one line of JSON, newline included."""
-    kind = "sample" if isinstance(record, Sample) else "gap"
-    return json.dumps({"kind": kind, "schema": SCHEMA_VERSION, **to_data(record)}, allow_nan=False) + "\n"
+    data = {"kind": _NAMES[type(record)], "schema": SCHEMA_VERSION, **to_data(record)}
+    return json.dumps(data, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> Iterator[Sample | Gap]:
+def read(path: Path) -> Iterator[Record]:
     """Yield the records of a file in order; a last line that a killed writer left unfinished is passed over.
 
     Raises HybridparError on a file that cannot be read and on any other malformed line, with its number.
@@ -117,110 +169,25 @@ def read(path: Path) -> Iterator[Sample | Gap]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
-                    yield _from_line(line, f"{path}:{number}")
+                    yield from_line(line, f"{path}:{number}")
     except OSError as e:
         raise HybridparError(f"cannot read {path}: {e.strerror}; give the path of a monitor.jsonl") from e
 
 
-def summarise(*paths: Path, since_s: float = -math.inf, until_s: float = math.inf) -> Summary | None:
-    """Aggregate the samples of one recording, of which each node may have written its own file.
-
-    Args:
-        paths: files; one that does not exist counts as empty.
-        since_s: samples before this time (seconds since the epoch) are left out, such as those of the warm-up.
-        until_s: samples after this time are left out.
-
-    Returns:
-        None where no sample is left.
-
-    Raises:
-        HybridparError: as ``read`` does.
-
-    """
-    everything, gpus, gaps = _Tally(), dict[tuple[str, int | None, str | None], _Tally](), dict[str, None]()
-    for path in paths:
-        for record in read(path) if path.exists() else ():
-            if isinstance(record, Gap):
-                gaps[record.reason] = None
-            elif since_s <= record.time_s <= until_s:
-                everything.add(record)
-                gpus.setdefault((record.host, record.gpu, record.uuid), _Tally()).add(record)
-    if not everything.samples:
-        return None
-    ordered = sorted(gpus, key=lambda k: (k[0], math.inf if k[1] is None else k[1], k[2] or ""))
-    return Summary(
-        start_s=everything.start_s,
-        end_s=everything.end_s,
-        total=everything.aggregate(),
-        gpus=tuple(
-            GpuSummary(*key, gpus[key].memory_total_bytes, gpus[key].joined_sources(), gpus[key].aggregate())
-            for key in ordered
-        ),
-        gaps=tuple(gaps),
-    )
-
-
-def _from_line(line: bytes, where: str) -> Sample | Gap:
+def from_line(line: bytes, where: str) -> Record:
+    """Return the record of a line; raises HybridparError, which begins with ``where``, on a malformed one."""
     try:
         data: Any = json.loads(line)
     except ValueError as e:
         raise HybridparError(f"{where} is not JSON: {e}") from e
-    if not isinstance(data, dict) or data.get("kind") not in {"sample", "gap"}:
-        raise HybridparError(f"{where}: kind: neither 'sample' nor 'gap'; is this a monitor.jsonl?")
+    if not isinstance(data, dict) or "kind" not in data:
+        raise HybridparError(f"{where}: kind: missing; is this a monitor.jsonl?")
     kind, schema = data.pop("kind"), data.pop("schema", None)
     if schema != SCHEMA_VERSION:
-        raise HybridparError(f"{where}: schema {schema} is not {SCHEMA_VERSION}; record again with this version")
-    if kind == "gap":
-        return from_data(Gap, data, where, HybridparError)
-    return from_data(Sample, data, where, HybridparError)
-
-
-class _Tally:
-    """Running sums over samples."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self.start_s = math.inf
-        self.end_s = -math.inf
-        self.memory_total_bytes: int | None = None
-        self._peak_memory_bytes: int | None = None
-        self._sources: dict[str, set[str]] = {}
-        self._sums: dict[str, tuple[float, float]] = {}
-
-    def add(self, sample: Sample) -> None:
-        self.samples += 1
-        self.start_s = min(self.start_s, sample.time_s)
-        self.end_s = max(self.end_s, sample.time_s)
-        if sample.memory_total_bytes is not None:
-            self.memory_total_bytes = sample.memory_total_bytes
-        if sample.memory_used_bytes is not None:
-            self._peak_memory_bytes = max(self._peak_memory_bytes or 0, sample.memory_used_bytes)
-        for name, source in sample.sources.items():
-            self._sources.setdefault(name, set()).add(source)
-        for name in ("utilisation", "occupancy", "sm_activity", "tensor_activity", "dram_activity"):
-            self._add_value(name, getattr(sample, name), 1.0)
-        self._add_value("occupancy_while_busy", sample.occupancy_while_busy, sample.graphics_activity)
-
-    def aggregate(self) -> Aggregate:
-        return Aggregate(
-            samples=self.samples,
-            mean_utilisation=self._mean("utilisation"),
-            mean_occupancy=self._mean("occupancy"),
-            mean_occupancy_while_busy=self._mean("occupancy_while_busy"),
-            mean_sm_activity=self._mean("sm_activity"),
-            mean_tensor_activity=self._mean("tensor_activity"),
-            mean_dram_activity=self._mean("dram_activity"),
-            peak_memory_bytes=self._peak_memory_bytes,
+        raise HybridparError(
+            f"{where}: schema {schema} is not {SCHEMA_VERSION}; read it with the version of hybridpar that wrote "
+            "it, or move it away and train again with this one"
         )
-
-    def joined_sources(self) -> dict[str, str]:
-        return {name: "+".join(sorted(found)) for name, found in sorted(self._sources.items())}
-
-    def _add_value(self, name: str, value: float | None, weight: float | None) -> None:
-        if value is not None and weight is not None:
-            total, weights = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (total + value * weight, weights + weight)
-
-    def _mean(self, name: str) -> float | None:
-        total, weights = self._sums.get(name, (0.0, 0.0))
-        return total / weights if weights else None
+    if kind not in _KINDS:
+        raise HybridparError(f"{where}: kind: {kind!r} is not one of {', '.join(_KINDS)}")
+    return from_data(_KINDS[kind], data, where, HybridparError)

@@ -1,4 +1,4 @@
-"""Starts and ends the process that samples a node's GPUs.
+"""Starts and ends the process that samples a node and its GPUs.
 
 It is a process and not a thread, since a thread starves under a training loop that holds the interpreter lock; and
 a fresh interpreter and not a fork, so that it shares nothing with the training process and imports no torch.
@@ -7,49 +7,60 @@ a fresh interpreter and not a fork, so that it shares nothing with the training 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
 
-from hybridpar.errors import ConfigError, LaunchError
+from hybridpar.errors import ConfigError, MonitorError
 from hybridpar.monitor.child import Child
-from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES, Settings
+from hybridpar.monitor.settings import Options, Settings
 
 Mode = Literal["auto", "off", "required"]
 
 START_TIMEOUT_S = 30.0
 """For the driver to initialise all GPUs of a node, which takes seconds where persistence mode is off."""
-_CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
+"""For the sampler to end by itself."""
 
 
 class Monitor:
     """A running sampler, or the reason why there is none. Close it, or use it as a context manager."""
 
-    def __init__(self, child: Child | None, reason: str | None) -> None:
-        self._child = child
-        self._reason = reason
-
-    @property
-    def reason(self) -> str | None:
-        """One sentence why there is no GPU data, or none any more; None while the sampler runs."""
-        if self._reason is None and self._child is not None and self._child.ended():
-            self._reason = self._child.last_words()
-        return self._reason
+    def __init__(self, child: Child | None, reason: str | None, *, required: bool = False) -> None:
+        self._child, self._required = child, required
+        self.reason = reason
+        """One sentence why there is no data of any GPU, or of nothing any more; None where there is."""
 
     @property
     def pid(self) -> int | None:
         """Process id of the sampler; None where there is none, and once closed."""
         return self._child.pid if self._child is not None else None
 
+    def news(self) -> list[str]:
+        """Return what went wrong since the last call, one sentence each, without waiting.
+
+        Raises MonitorError where GPU data is required and there is none any more.
+        """
+        if self._child is None:
+            return []
+        answers = self._child.news()
+        for answer in answers:
+            if answer.kind == "ended":
+                self.reason = answer.reason
+            if self._required and (answer.kind == "ended" or answer.lost):
+                raise MonitorError(f"monitor=required, but {answer.reason}; set monitor=auto to go on without")
+        return [str(answer.reason) for answer in answers]
+
     def close(self) -> None:
         """End the sampler, in seconds whatever state it is in. May be called twice.
 
-        ``reason`` stays what it was: None after a sampler that ran to the end.
+        ``reason`` stays what it was: None after a sampler that had data of GPUs and ran to the end.
         """
         if self._child is not None:
-            self._reason = self.reason
-            self._child.end(_CLOSE_TIMEOUT_S)
+            ended = [answer.reason for answer in self._child.news() if answer.kind == "ended"]
+            self.reason = ended[0] if ended else self.reason
+            self._child.end(CLOSE_TIMEOUT_S)
             self._child = None
 
     def __enter__(self) -> Monitor:
@@ -63,53 +74,54 @@ class Monitor:
 
 def start(
     path: Path,
-    interval_s: float = DEFAULT_INTERVAL_S,
-    uuids: Sequence[str] | None = None,
+    options: Options = Options(),  # noqa: B008 - frozen
     mode: Mode = "auto",
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    uuids: Sequence[str] | None = None,
+    pids: Mapping[int, int] | None = None,
 ) -> Monitor:
-    """Start sampling this node's GPUs into a file; call it in one process per node.
+    """Start sampling this node and its GPUs into a file; call it in one process per node.
 
-    Returns once the sampler answers. What happens to it later reaches the caller by ``Monitor.reason`` only.
+    Returns once the sampler answers. What happens to it later reaches the caller by ``Monitor.news`` only.
 
     Args:
         path: file of JSON lines (``hybridpar.monitor.record``), appended to; its folder is made where missing.
-        interval_s: seconds between samples, 0.12 to 3600.
+        options: how often, and how much.
+        mode: "auto" goes on without data that is not there, "required" raises where there is none of GPUs, "off"
+            does not try.
         uuids: the GPUs to watch, "GPU-..." or "MIG-..."; None: all of the node; none given: the job uses no GPU.
-        mode: "auto" goes on without GPU data where there is none, "required" raises, "off" does not try.
-        max_bytes: bound of the file, at least 65536; a full file is thinned to every second sample.
+        pids: process ids of the job's ranks on this node, by rank.
 
     Raises:
-        ConfigError: ``mode``, ``interval_s`` or ``max_bytes`` is out of range.
-        LaunchError: ``mode`` is "required" and there is no GPU data; the message says why.
+        ConfigError: ``mode`` is none of them.
+        MonitorError: ``mode`` is "required" and there is no GPU data; the message says why.
 
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"monitor.mode: {mode!r} is not one of {', '.join(get_args(Mode))}")
+    if mode == "off":
+        return Monitor(None, "monitoring is switched off (monitor=off)")
     settings = Settings(
         path=str(path.absolute()),
         parent=os.getpid(),
         uuids=None if uuids is None else tuple(uuids),
-        interval_s=interval_s,
-        max_bytes=max_bytes,
+        ranks=tuple(sorted((pids or {}).items())),
+        options=options,
     )
-    if mode == "off":
-        return Monitor(None, "monitoring is switched off (monitor=off)")
-    monitor = Monitor(None, "the job uses no GPU on this node") if settings.uuids == () else _launch(settings)
+    monitor = _launch(settings, required=mode == "required")
     if mode == "required" and monitor.reason is not None:
         monitor.close()
-        raise LaunchError(f"monitor=required, but {monitor.reason}; set monitor=auto to train without GPU data")
+        raise MonitorError(f"monitor=required, but {monitor.reason}; set monitor=auto to train without GPU data")
     return monitor
 
 
-def _launch(settings: Settings) -> Monitor:
+def _launch(settings: Settings, *, required: bool) -> Monitor:
     try:
         Path(settings.path).parent.mkdir(parents=True, exist_ok=True)
         child = Child(settings)
     except OSError as e:
-        return Monitor(None, f"the GPU sampler cannot start: {e}")
-    reason = child.refusal(START_TIMEOUT_S)
-    if reason is None:
-        return Monitor(child, None)
+        return Monitor(None, f"the sampler cannot start: {e}")
+    answer = child.first(START_TIMEOUT_S)
+    if answer.kind == "started":
+        return Monitor(child, answer.reason, required=required)
     child.end(grace_s=1.0)
-    return Monitor(None, reason)
+    return Monitor(None, answer.reason)

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from hybridpar.errors import ConfigError
+from hybridpar.errors import require
 
 DEFAULT_INTERVAL_S = 0.5
 DEFAULT_MAX_BYTES = 32 * 1024 * 1024
-"""About 50,000 samples."""
+"""About 30,000 samples."""
 
 _MIN_INTERVAL_S = 0.12
 _MIN_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
+class Options:
+    """What a user chooses of the sampling. Raises ConfigError naming a field out of range."""
+
+    interval_s: float = DEFAULT_INTERVAL_S
+    """Seconds between samples."""
+    max_bytes: int = DEFAULT_MAX_BYTES
+    """Bound of the file."""
+
+    def __post_init__(self) -> None:
+        fits = _MIN_INTERVAL_S <= self.interval_s <= 3600
+        remedy = f"is not in {_MIN_INTERVAL_S}..3600; NVML averages over at least 100 ms"
+        require(fits, "monitor.interval_s", self.interval_s, remedy)
+        remedy = f"is below {_MIN_BYTES}; give the file more room"
+        require(self.max_bytes >= _MIN_BYTES, "monitor.max_bytes", self.max_bytes, remedy)
+
+
+@dataclass(frozen=True)
 class Settings:
-    """One sampler process: which GPUs, how often, and where to. Raises ConfigError naming a field out of range."""
+    """One sampler process: what to watch, how often, and where to."""
 
     path: str
     parent: int
     """Process id; the sampler ends when this is no longer its parent."""
     uuids: tuple[str, ...] | None = None
-    """None: all GPUs of the node."""
-    interval_s: float = DEFAULT_INTERVAL_S
-    max_bytes: int = DEFAULT_MAX_BYTES
-
-    def __post_init__(self) -> None:
-        if not _MIN_INTERVAL_S <= self.interval_s <= 3600:
-            raise ConfigError(
-                f"monitor.interval_s: {self.interval_s} is not in {_MIN_INTERVAL_S}..3600; "
-                "NVML averages over at least 100 ms"
-            )
-        if self.max_bytes < _MIN_BYTES:
-            raise ConfigError(
-                f"monitor.max_bytes: {self.max_bytes} is below {_MIN_BYTES}; give the file more room"
-            )
+    """None: all GPUs of the node; none given: the job uses no GPU."""
+    ranks: tuple[tuple[int, int], ...] = ()
+    """Rank and process id of the job's processes on this node."""
+    options: Options = field(default_factory=Options)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridpar.monitor.record import Sample, read
+from hybridpar.monitor.record import GpuSample, read
 from hybridpar.report.comparison import Comparison
 from hybridpar.report.course import COMMUNICATING
 from hybridpar.report.overlap import covered, joined
@@ -74,7 +74,7 @@ def device_uses(run: Run, comparison: Comparison) -> dict[Stage, DeviceUse]:
     return {stage: _together(uses) for stage, uses in found.items()}
 
 
-def unmixed(samples: Sequence[Sample], turns: Turns) -> dict[Stage, DeviceUse]:
+def unmixed(samples: Sequence[GpuSample], turns: Turns) -> dict[Stage, DeviceUse]:
     """Return the figures of every stage of one GPU, as far as its samples tell them apart."""
     stages = sorted(turns.busy)
     inside = [s for s in samples if _lies_in(s, turns.recorded)]
@@ -92,7 +92,7 @@ def unmixed(samples: Sequence[Sample], turns: Turns) -> dict[Stage, DeviceUse]:
     return result
 
 
-def _solve(name: str, samples: Sequence[Sample], shares: NDArray[np.float64]) -> list[float | None]:
+def _solve(name: str, samples: Sequence[GpuSample], shares: NDArray[np.float64]) -> list[float | None]:
     """Return a figure's least-squares value for every stage, weighted by the windows' lengths."""
     known = [i for i, s in enumerate(samples) if getattr(s, name) is not None]
     stages = shares.shape[1]
@@ -116,7 +116,7 @@ def _believed(value: float) -> float | None:
     return min(max(value, 0.0), 1.0) if -SLACK <= value <= 1 + SLACK else None
 
 
-def _of_all(samples: Sequence[Sample]) -> DeviceUse:
+def _of_all(samples: Sequence[GpuSample]) -> DeviceUse:
     """Return the figures over the time in which any kernel ran: the device works for one stage only."""
     known, sources = {}, {}
     for name in FIGURES:
@@ -136,26 +136,26 @@ def _together(uses: Sequence[DeviceUse]) -> DeviceUse:
     return DeviceUse(**means, windows=sum(use.windows for use in uses), sources=sources)
 
 
-def _source(name: str, samples: Iterable[Sample]) -> str:
+def _source(name: str, samples: Iterable[GpuSample]) -> str:
     return "+".join(sorted({s.sources[name] for s in samples if name in s.sources})) or "unknown"
 
 
-def _share(sample: Sample, busy: Sequence[tuple[float, float]]) -> float:
+def _share(sample: GpuSample, busy: Sequence[tuple[float, float]]) -> float:
     window_s = sample.window_s or 0.0
     return covered(sample.time_s - window_s, sample.time_s, busy) / window_s
 
 
-def _lies_in(sample: Sample, recorded: Sequence[tuple[float, float]]) -> bool:
+def _lies_in(sample: GpuSample, recorded: Sequence[tuple[float, float]]) -> bool:
     begin_s = sample.time_s - (sample.window_s or 0.0)
     return any(start <= begin_s and sample.time_s <= end for start, end in recorded)
 
 
-def _samples(run: Run, turns: Mapping[tuple[str, str], Turns]) -> dict[tuple[str, str], list[Sample]]:
+def _samples(run: Run, turns: Mapping[tuple[str, str], Turns]) -> dict[tuple[str, str], list[GpuSample]]:
     """Return the samples of the GPUs that are asked for, with a known window."""
-    found: dict[tuple[str, str], list[Sample]] = {gpu: [] for gpu in turns}
+    found: dict[tuple[str, str], list[GpuSample]] = {gpu: [] for gpu in turns}
     for path in sorted(run.folder.glob("monitor*.jsonl")) if turns else ():
         for record in read(path):
-            if isinstance(record, Sample) and record.uuid is not None and record.window_s:
+            if isinstance(record, GpuSample) and record.uuid is not None and record.window_s:
                 found.get((record.host, record.uuid), []).append(record)
     return found
 

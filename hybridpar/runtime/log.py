@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from hybridpar.config import Config
-from hybridpar.monitor import record
+from hybridpar.errors import HybridparError
+from hybridpar.monitor import summary as recording
 from hybridpar.monitor.sampler import Monitor
 from hybridpar.planning.plan import Plan
 from hybridpar.report.summary import GpuUse, StageSummary, Summary
@@ -100,8 +101,11 @@ def summarise(
 
 
 def _gpu_use(folder: Path, log: Log, monitor: Monitor) -> GpuUse:
-    seen = record.summarise(*sorted(folder.glob("monitor*.jsonl")), since_s=log.measured_since_s)
-    if seen is None:
+    try:
+        seen = recording.summarise(*sorted(folder.glob("monitor*.jsonl")), since_s=log.measured_since_s)
+    except HybridparError as e:  # a damaged recording must not take a whole training's summary along
+        return GpuUse(reason=str(e))
+    if seen is None or seen.total is None:
         return GpuUse(reason=monitor.reason or "the training was shorter than one sample of the monitor")
     total = seen.total
     return GpuUse(total.mean_utilisation, total.mean_occupancy, total.mean_occupancy_while_busy)

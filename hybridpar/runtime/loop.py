@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from hybridpar.errors import DivergenceError
+from hybridpar.monitor.sampler import Monitor
 from hybridpar.runtime.callback import Callbacks
 from hybridpar.runtime.early_stop import EarlyStop
 from hybridpar.runtime.evaluation import Evaluation
@@ -45,6 +46,7 @@ class Loop:
         early: may end the training before ``steps``, after an evaluation.
         callbacks: the user's; they may ask for the end before ``steps``.
         timekeeper: records some of the steps; None: none.
+        monitor: the sampler of this rank's node; what it has to tell is said after a step. None: there is none.
     """
 
     def __init__(
@@ -64,13 +66,14 @@ class Loop:
         early: EarlyStop | None = None,
         callbacks: Callbacks | None = None,
         timekeeper: Timekeeper | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         self.job, self.process, self.feed, self.test_feed = job, process, feed, test_feed
         self.journal, self.keeper, self.stop = journal, keeper, stop
         self.steps, self.begin, self.early = steps, begin, early
         self.eval_every, self.eval_every_steps = eval_every, eval_every_steps
         self.callbacks, self._end = callbacks or Callbacks(()), Agreement(process, "end")
-        self.timekeeper = timekeeper
+        self.timekeeper, self.monitor = timekeeper, monitor
         self.log = Log(skipped=job.scaler.skipped if job.scaler else None)
         self._since_s = 0.0
         if early is not None and early.over:
@@ -136,6 +139,7 @@ class Loop:
         self._note(step, epoch, loss, rate, batch.samples, now_s - self._since_s)
         self._since_s = now_s
         self._require_sound(step, loss)
+        self._hear_monitor()
         if self.callbacks and self._end.after(self.job.steps):
             self._end_early("a callback asked for the end")
 
@@ -170,6 +174,12 @@ class Loop:
         if self.journal is not None:
             self.journal.step(record)
         self._end.wanted |= self.callbacks.step(record)
+
+    def _hear_monitor(self) -> None:
+        """Say what data of the monitor is missing from now on; raises MonitorError where that may not be."""
+        for sentence in self.monitor.news() if self.monitor is not None else ():
+            if self.journal is not None:
+                self.journal.say(f"monitor: {sentence}")
 
     def _evaluates(self, at: Position) -> bool:
         """Whether an evaluation is due; the one at the end is not due where a signal ended the training before."""

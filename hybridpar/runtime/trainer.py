@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,6 +221,7 @@ class _Training:
                 early=early,
                 callbacks=Callbacks(self.callbacks),
                 timekeeper=self._start_timekeeper(stack, job, communicators),
+                monitor=monitor,
             )
             log = loop.run()
             saver.wait()
@@ -279,17 +281,18 @@ class _Training:
         return Saver(home, self.config.checkpoint, process.rank, process.groups.get("checkpoint"), judge)
 
     def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
-        """Start the sampler of this node's GPUs in one of its processes."""
-        place, settings = self.process.place, self.config.monitor
+        """Start the sampler of this node and its GPUs in one of its processes; all ranks call this."""
+        process, settings = self.process, self.config.monitor
+        place = process.place
+        pids = process.tell([place.node, os.getpid()]) if settings.mode != "off" else []
         if place.local_rank:
             return Monitor(None, None)
         uuids: list[str] = []
-        if self.process.device.type == "cuda":
+        if process.device.type == "cuda":
             uuids = [gpu_uuid(torch.device("cuda", i)) for i in range(place.local_world)]
-        name = "monitor.jsonl" if self.process.rank == 0 else f"monitor-{place.node}.jsonl"
-        path = self.folder / name
-        monitor = sampler.start(path, settings.interval_s, uuids, settings.mode, settings.max_bytes)
-        return stack.enter_context(monitor)
+        path = self.folder / ("monitor.jsonl" if process.rank == 0 else f"monitor-{place.node}.jsonl")
+        own = {rank: pid for rank, (node, pid) in enumerate(pids) if node == place.node}
+        return stack.enter_context(sampler.start(path, settings.options, settings.mode, uuids, own))
 
     def _open_journal(self, stack: contextlib.ExitStack, monitor: Monitor) -> Journal | None:
         """Open the journal on rank 0."""

@@ -82,7 +82,7 @@ def small(*overrides: str) -> Config:
     given = {o.partition("=")[0] for o in overrides}
     data = () if "data" in given else ("data=synthetic", "data.size=16", "data.test_size=8")
     model = () if "model" in given else ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
-    return compose([*data, *model, "train.global_batch=8", "train.device=cpu", *overrides])
+    return compose([*data, *model, "monitor=off", "train.global_batch=8", "train.device=cpu", *overrides])
 
 
 def train_here(folder: Path, *overrides: str, micro_batch: int = 8) -> Summary:

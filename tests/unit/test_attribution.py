@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybridpar.errors import HybridparError
-from hybridpar.monitor.record import Gap, Sample, to_line
+from hybridpar.monitor.record import Gap, GpuSample, to_line
 from hybridpar.planning.timeline import Flight
 from hybridpar.report.attribution import attribute
 from hybridpar.report.comparison import compare
@@ -91,9 +91,9 @@ def test_predicted_and_measured_are_told_by_stage() -> None:
 # Devices
 
 
-def sample(start_s: float, end_s: float, **figures: float | None) -> Sample:
+def sample(start_s: float, end_s: float, **figures: float | None) -> GpuSample:
     sources = {name: "gpm" for name, value in figures.items() if value is not None}
-    return Sample(end_s, "a", 0, "GPU-1", **figures, window_s=end_s - start_s, sources=sources)  # type: ignore[arg-type]
+    return GpuSample(end_s, "a", 0, "GPU-1", **figures, window_s=end_s - start_s, sources=sources)  # type: ignore[arg-type]
 
 
 def turns(**busy: Sequence[tuple[float, float]]) -> Turns:
@@ -160,7 +160,7 @@ def test_samples_of_a_runs_folder_meet_its_timeline_on_one_clock(tmp_path: Path)
     step = timings[2].steps[0]
     begin_s = 1000.0 + step.start_s
     busy = comparison.measured[0].computations(2)
-    one = Sample(begin_s + step.length_s, "a", 2, "GPU-2", occupancy=0.1, window_s=step.length_s)
+    one = GpuSample(begin_s + step.length_s, "a", 2, "GPU-2", occupancy=0.1, window_s=step.length_s)
     write(tmp_path / "monitor.jsonl", Gap(0.0, "a", "none"), one, replace(one, host="b", occupancy=0.9))
     found = attribute(run, comparison)
     (middle,) = found.of("middle 0")
@@ -171,5 +171,5 @@ def test_samples_of_a_runs_folder_meet_its_timeline_on_one_clock(tmp_path: Path)
         attribute(run, comparison)
 
 
-def write(path: Path, *records: Sample | Gap) -> None:
+def write(path: Path, *records: GpuSample | Gap) -> None:
     path.write_text("".join(map(to_line, records)))

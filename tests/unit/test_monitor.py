@@ -17,17 +17,20 @@ import psutil
 import pytest
 import yaml
 
-from hybridpar.errors import ConfigError, HybridparError, LaunchError
+from hybridpar.errors import ConfigError, HybridparError, MonitorError
 from hybridpar.monitor import sampler
 from hybridpar.monitor.log import Log
 from hybridpar.monitor.process import next_tick
-from hybridpar.monitor.record import Gap, Sample, read, summarise, to_line
+from hybridpar.monitor.record import Gap, GpuSample, HostSample, Record, read, to_line
 from hybridpar.monitor.sampler import start
-from hybridpar.monitor.settings import DEFAULT_INTERVAL_S, DEFAULT_MAX_BYTES
+from hybridpar.monitor.settings import Options
+from hybridpar.monitor.summary import summarise
+from hybridpar.schema import to_data
 
 ROOT = Path(__file__).parents[2]
 UUIDS = ("GPU-00000000-aaaa", "GPU-11111111-bbbb", "GPU-22222222-cccc")
 WAIT_S = 30.0
+FAST = Options(interval_s=0.12)
 
 
 @pytest.fixture(scope="session")
@@ -68,18 +71,22 @@ def wait_for(what: Callable[[], Any]) -> Any:
     raise AssertionError("waited in vain")
 
 
-def samples(path: Path) -> list[Sample]:
-    return [r for r in read(path) if isinstance(r, Sample)] if path.exists() else []
+def samples(path: Path) -> list[GpuSample]:
+    return [r for r in read(path) if isinstance(r, GpuSample)] if path.exists() else []
+
+
+def hosts(path: Path) -> list[HostSample]:
+    return [r for r in read(path) if isinstance(r, HostSample)] if path.exists() else []
 
 
 def gaps(path: Path) -> list[str]:
     return [r.reason for r in read(path) if isinstance(r, Gap)]
 
 
-def record(path: Path, ticks: int, uuids: tuple[str, ...] | None = None) -> list[list[Sample]]:
+def record(path: Path, ticks: int, uuids: tuple[str, ...] | None = None) -> list[list[GpuSample]]:
     """Sample through the stub for some ticks; returns the samples of each."""
     width = 3 if uuids is None else len(uuids)
-    with start(path, interval_s=0.12, uuids=uuids, mode="required") as monitor:
+    with start(path, FAST, "required", uuids) as monitor:
         wait_for(lambda: len(samples(path)) >= ticks * width)
         assert monitor.reason is None
     found = samples(path)
@@ -93,31 +100,65 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+CLASSIC = {
+    "utilisation": 0.9,
+    "memory_utilisation": 0.1,
+    "memory_used_bytes": 6_000_000_000,
+    "memory_total_bytes": 80_000_000_000,
+    "sm_clock_hz": 1.4e9,
+    "sm_clock_max_hz": 1.98e9,
+    "memory_clock_hz": 2.6e9,
+    "temperature_c": 61.0,
+    "power_w": 350.5,
+    "power_limit_w": 700.0,
+    "energy_j": 1234.5,
+}
+COUNTED = {
+    "graphics_activity": 0.8,
+    "sm_activity": 0.7,
+    "occupancy": 0.2,
+    "occupancy_while_busy": 0.25,
+    "tensor_activity": 0.25,
+    "dram_activity": 0.5,
+    "pcie_sent_bytes_per_s": 10 * 2**20,
+    "pcie_received_bytes_per_s": 20 * 2**20,
+    "nvlink_sent_bytes_per_s": 30 * 2**20,
+    "nvlink_received_bytes_per_s": 40 * 2**20,
+}
+TRAFFIC = [name for name in COUNTED if name.endswith("_bytes_per_s")]
+
+
+def figures(sample: GpuSample) -> dict[str, Any]:
+    """What is known of a GPU, but for the reasons of its clocks."""
+    apart = {"time_s", "host", "gpu", "uuid", "window_s", "sources", "throttle"}
+    return {name: value for name, value in vars(sample).items() if name not in apart and value is not None}
+
+
 def test_stub_values_arrive_with_their_sources(report: Path, tmp_path: Path) -> None:
     path = tmp_path / "run" / "monitor.jsonl"
     ticks = record(path, ticks=4)
-    full = next(tick for tick in ticks if tick[0].occupancy is not None)
-    hopper, older, lost = full
+    hopper, older, lost = next(tick for tick in ticks[1:] if tick[0].occupancy is not None)
     assert (hopper.gpu, hopper.uuid) == (0, UUIDS[0])
-    assert hopper.utilisation == pytest.approx(0.9)
-    assert hopper.graphics_activity == pytest.approx(0.8)
-    assert hopper.sm_activity == pytest.approx(0.7)
-    assert hopper.occupancy == pytest.approx(0.2)
-    assert hopper.occupancy_while_busy == pytest.approx(0.25)
-    assert hopper.tensor_activity == pytest.approx(0.25)
-    assert hopper.dram_activity == pytest.approx(0.5)
+    assert figures(hopper) == pytest.approx(CLASSIC | COUNTED)
     assert hopper.window_s is not None
     assert hopper.window_s >= 0.12
-    assert (hopper.memory_used_bytes, hopper.memory_total_bytes) == (6_000_000_000, 80_000_000_000)
-    classic = dict.fromkeys(("utilisation", "memory_used_bytes", "memory_total_bytes"), "nvml")
-    counted = ("graphics_activity", "sm_activity", "occupancy", "tensor_activity", "dram_activity")
-    assert hopper.sources == classic | dict.fromkeys((*counted, "occupancy_while_busy"), "gpm")
-    assert (older.utilisation, older.memory_used_bytes, older.sources) == (0.4, 1_000_000_000, classic)
-    assert all(getattr(older, name) is None for name in (*counted, "occupancy_while_busy"))
-    assert lost == Sample(time_s=hopper.time_s, host=hopper.host, gpu=2, uuid=UUIDS[2])
-    assert [reason.split()[0] for reason in gaps(path)] == [UUIDS[1], UUIDS[2]]
+    by_gpm = dict.fromkeys([*COUNTED, "window_s"], "gpm")
+    assert hopper.sources == dict.fromkeys([*CLASSIC, "throttle"], "nvml") | by_gpm
+    assert (hopper.throttle, older.throttle, lost.throttle) == (("power_cap",), (), None)
+    of_older = CLASSIC | {"utilisation": 0.4, "memory_used_bytes": 1_000_000_000}
+    steady = {name: value for name, value in figures(older).items() if name not in TRAFFIC}
+    assert steady == pytest.approx(of_older)
+    assert older.sources == dict.fromkeys([*CLASSIC, "throttle", *TRAFFIC], "nvml")
+    sent, received, sent_over_links, received_over_links = (getattr(older, name) for name in TRAFFIC)
+    assert received / sent == pytest.approx(2, rel=0.01)
+    assert received_over_links / sent_over_links == pytest.approx(4 / 3, rel=0.02)
+    assert sent_over_links / sent == pytest.approx(3.072, rel=0.02)
+    assert lost == GpuSample(time_s=hopper.time_s, host=hopper.host, gpu=2, uuid=UUIDS[2])
+    assert [reason.split()[0] for reason in gaps(path)] == [UUIDS[1], UUIDS[2], UUIDS[2]]
+    assert gaps(path)[-1] == f"{UUIDS[2]} gives no figures by nvml: GPU is lost"
     counts = json.loads(report.read_text())
     assert counts["allocated"] == counts["freed"] == 2
+    assert counts["listening"] == 0
     assert counts["windows"] > 0
     assert counts["shortest_s"] >= 0.12
 
@@ -164,14 +205,18 @@ def test_what_a_call_refuses_is_none(
 
 
 @pytest.mark.usefixtures("no_driver")
-def test_without_driver_training_goes_on(tmp_path: Path) -> None:
+def test_without_driver_the_node_is_sampled_all_the_same(tmp_path: Path) -> None:
     path = tmp_path / "monitor.jsonl"
-    with start(path) as monitor:
+    with start(path, FAST) as monitor:
         assert monitor.reason == "no NVIDIA driver: NVML library not found"
-        assert monitor.pid is None
+        wait_for(lambda: len(hosts(path)) >= 2)
+        assert monitor.news() == []
     monitor.close()
+    assert (monitor.reason, monitor.pid) == ("no NVIDIA driver: NVML library not found", None)
     assert gaps(path) == [monitor.reason]
-    assert summarise(path) is None
+    summary = summarise(path)
+    assert summary is not None
+    assert (summary.total, summary.gpus, len(summary.hosts)) == (None, (), 1)
 
 
 @pytest.mark.parametrize(("variation", "part"), [("no_module", "kernel module"), ("no_gpu", "no GPU")])
@@ -180,16 +225,16 @@ def test_a_driver_without_gpus_says_so(
     variation: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVML_STUB", variation)
-    monitor = start(tmp_path / "m.jsonl")
-    assert part in (monitor.reason or "")
+    with start(tmp_path / "m.jsonl") as monitor:
+        assert part in (monitor.reason or "")
 
 
 @pytest.mark.usefixtures("no_driver")
 def test_required_raises_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="NVML library not found"):
+    with pytest.raises(MonitorError, match="NVML library not found"):
         start(tmp_path / "m.jsonl", mode="required")
-    with pytest.raises(LaunchError, match="uses no GPU"):
-        start(tmp_path / "m.jsonl", uuids=(), mode="required")
+    with pytest.raises(MonitorError, match="uses no GPU"):
+        start(tmp_path / "m.jsonl", mode="required", uuids=())
 
 
 def test_off_starts_nothing(tmp_path: Path) -> None:
@@ -200,13 +245,12 @@ def test_off_starts_nothing(tmp_path: Path) -> None:
 
 
 def test_values_out_of_range_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
     with pytest.raises(ConfigError, match=r"monitor\.interval_s: 0\.01"):
-        start(path, interval_s=0.01)
+        Options(interval_s=0.01)
     with pytest.raises(ConfigError, match=r"monitor\.max_bytes: 10"):
-        start(path, max_bytes=10)
+        Options(max_bytes=10)
     with pytest.raises(ConfigError, match=r"monitor\.mode: 'on'"):
-        start(path, mode="on")  # type: ignore[arg-type]
+        start(tmp_path / "m.jsonl", mode="on")  # type: ignore[arg-type]
 
 
 def test_a_path_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
@@ -223,11 +267,23 @@ def test_a_driver_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("report")
-def test_a_sampler_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_that_dies_is_news_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVML_STUB", "crash")
-    with start(tmp_path / "m.jsonl", interval_s=0.12) as monitor:
-        assert "exit status -6" in wait_for(lambda: monitor.reason)
+    with start(tmp_path / "m.jsonl", FAST) as monitor:
+        (news,) = wait_for(monitor.news)
+        assert "exit status -6" in news
+        assert monitor.news() == []
     assert "exit status -6" in (monitor.reason or "")
+
+
+@pytest.mark.usefixtures("report")
+def test_a_sampler_that_dies_ends_what_requires_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVML_STUB", "crash")
+    with (
+        start(tmp_path / "m.jsonl", FAST, "required") as monitor,
+        pytest.raises(MonitorError, match="required, but the sampler ended with exit status -6; set monitor=auto"),
+    ):
+        wait_for(monitor.news)
 
 
 def test_a_sampler_that_cannot_import_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +295,8 @@ def test_a_sampler_that_cannot_import_says_what(tmp_path: Path, monkeypatch: pyt
 def test_the_sampler_ends_with_its_parent_though_a_fork_holds_the_pipe(report: Path, tmp_path: Path) -> None:
     script = (
         "import os, time\nfrom pathlib import Path\nfrom hybridpar.monitor.sampler import start\n"
-        f"m = start(Path({str(tmp_path / 'm.jsonl')!r}), interval_s=0.12)\n"
+        "from hybridpar.monitor.settings import Options\n"
+        f"m = start(Path({str(tmp_path / 'm.jsonl')!r}), Options(interval_s=0.12))\n"
         "worker = os.fork()\n"
         "if worker: print(m.pid, worker, flush=True)\n"
         "time.sleep(60)\n"
@@ -274,8 +331,8 @@ def test_neither_side_imports_torch() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-def sample(time_s: float, gpu: int = 0, **values: Any) -> Sample:
-    return Sample(time_s=time_s, host="node0", gpu=gpu, uuid=f"GPU-{gpu}", **values)
+def sample(time_s: float, gpu: int = 0, **values: Any) -> GpuSample:
+    return GpuSample(time_s=time_s, host="node0", gpu=gpu, uuid=f"GPU-{gpu}", **values)
 
 
 def test_a_full_file_is_thinned_and_keeps_the_fullest_moment(tmp_path: Path) -> None:
@@ -309,7 +366,7 @@ def test_the_sampler_keeps_to_the_bound_and_goes_on(tmp_path: Path) -> None:
     line = to_line(sample(1.0))
     path.write_text("".join(to_line(sample(float(t))) for t in range((bound - 1) // len(line) - 1)))
     before = len(samples(path))
-    with start(path, interval_s=0.12, max_bytes=bound) as monitor:
+    with start(path, Options(interval_s=0.12, max_bytes=bound)) as monitor:
         wait_for(lambda: any(s.uuid == UUIDS[0] for s in samples(path)))
         assert monitor.reason is None
     assert path.stat().st_size <= bound
@@ -332,8 +389,8 @@ def test_a_line_cut_short_is_passed_over_and_cut_off(tmp_path: Path) -> None:
     [
         ("nonsense", "m.jsonl:1 is not JSON"),
         ("[1]", "kind"),
-        ('{"kind": "gap", "schema": 99}', "schema 99 is not 1"),
-        ('{"kind": "gap", "schema": 1, "time_s": 1, "host": "a"}', "reason: missing"),
+        ('{"kind": "gap", "schema": 99}', "schema 99 is not 2; read it with"),
+        ('{"kind": "gap", "schema": 2, "time_s": 1, "host": "a"}', "reason: missing"),
     ],
 )
 def test_a_malformed_line_is_named(line: str, part: str, tmp_path: Path) -> None:
@@ -345,7 +402,7 @@ def test_a_malformed_line_is_named(line: str, part: str, tmp_path: Path) -> None
 def test_summary_by_hand(tmp_path: Path) -> None:
     """GPU 0 is busy 0.8 and 0.2 of two windows, at occupancies 0.4 and 0.05: (0.4 + 0.05) / (0.8 + 0.2)."""
     gpm = {"occupancy": "gpm", "utilisation": "nvml"}
-    lines: list[Sample | Gap] = [
+    lines: list[Record] = [
         sample(
             10.0, 0, utilisation=0.9, graphics_activity=0.8, occupancy=0.4, occupancy_while_busy=0.5, sources=gpm
         ),
@@ -384,4 +441,4 @@ def test_summary_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["auto", "off", "required"])
 def test_config_group_says_what_the_code_does(mode: str) -> None:
     config = yaml.safe_load((ROOT / "conf" / "monitor" / f"{mode}.yaml").read_text())
-    assert config == {"mode": mode, "interval_s": DEFAULT_INTERVAL_S, "max_bytes": DEFAULT_MAX_BYTES}
+    assert config == {**to_data(Options()), "mode": mode}
