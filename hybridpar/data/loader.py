@@ -19,7 +19,7 @@ from hybridpar.data.keys import Keys
 from hybridpar.data.mixing import Mix, Mixing
 from hybridpar.data.sampler import Order
 from hybridpar.data.samples import Batch, Samples, size_of
-from hybridpar.data.stream import StreamSamples, check_workers
+from hybridpar.data.stream import Mark, StreamSamples, check_workers, mark_of
 from hybridpar.errors import DataError
 
 Intervals = Callable[[int], tuple[tuple[int, int], ...]]
@@ -91,15 +91,22 @@ class _Requests:
         return (self.at(step) for step in self.steps if len(self.work(step)))
 
 
-class _Reader(Dataset[Batch | DataError]):
+class _Result(NamedTuple):
+    """What a worker has read, and where it is in a stream then."""
+
+    batch: Batch
+    mark: Mark | None
+
+
+class _Reader(Dataset[_Result | DataError]):
     """Reads one request in a worker; an error of the data comes back as a value, without a traceback."""
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
 
-    def __getitem__(self, request: _Request) -> Batch | DataError:
+    def __getitem__(self, request: _Request) -> _Result | DataError:
         try:
-            return request.read(self._samples)
+            return _Result(request.read(self._samples), mark_of(self._samples))
         except DataError as e:
             return e
 
@@ -148,9 +155,10 @@ class StepLoader:
         self._workers = workers
         self._pin = pin
         self._prefetch = prefetch
-        self._loader: DataLoader[Batch | DataError] | None = None
+        self._loader: DataLoader[_Result | DataError] | None = None
         self._results: Iterator[Any] | None = None
         self._iteration = 0
+        self._mark: Mark | None = None
 
     def __len__(self) -> int:
         return len(self._requests.steps)
@@ -161,6 +169,16 @@ class StepLoader:
         self._iteration += 1
         self._requests.epoch = epoch
         self._requests.start_step = start_step
+
+    @property
+    def mark(self) -> Mark | None:
+        """From where a stream may be read on after the step that was given last; None: from its beginning."""
+        return self._mark
+
+    def go_on(self, mark: Mark) -> None:
+        """Let a stream, of which nothing was read yet, be opened at a mark. Other samples need none."""
+        if isinstance(self._samples, StreamSamples):
+            self._mark = self._samples.mark = mark
 
     def __iter__(self) -> Iterator[Batch | None]:
         self._iteration += 1
@@ -178,6 +196,7 @@ class StepLoader:
                 yield None
                 continue
             inputs, labels = self._requests.at(step).read(self._samples)
+            self._mark = mark_of(self._samples)
             yield Batch(inputs.pin_memory(), labels.pin_memory()) if self._pin else Batch(inputs, labels)
 
     def _read_ahead(self, iteration: int) -> Iterator[Batch | None]:
@@ -190,13 +209,14 @@ class StepLoader:
             result = next(self._results)
             if isinstance(result, DataError):
                 raise result
-            yield Batch(*result)
+            batch, self._mark = result
+            yield Batch(*batch)
 
     def _check_current(self, iteration: int) -> None:
         if iteration != self._iteration:
             raise RuntimeError("this iteration was ended by a later one, by set_epoch or by close; iterate anew")
 
-    def _started(self) -> DataLoader[Batch | DataError]:
+    def _started(self) -> DataLoader[_Result | DataError]:
         return DataLoader(
             _Reader(self._samples),
             batch_size=None,  # a request is a batch already

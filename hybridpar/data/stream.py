@@ -7,10 +7,11 @@ the processes that read.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,17 @@ from hybridpar.generators import all_borrowed, seed_all
 _BLOCK, _OPENING, _NEXT = 4, 5, 6  # what a key is for, beside those of the sampler and of the mixing
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """What can tell how far it has come, and go on from there: a stream's iterator, or its source."""
+
+    def state_dict(self) -> Any:
+        """Return where it is, as numbers, strings, bytes, tensors, arrays, and lists, tuples and dicts of them."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Be where ``state`` was told."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """A data set that gives its samples one after the other.
@@ -35,7 +47,9 @@ class Stream:
     source: Any
     """An iterable that begins anew with every ``iter``, or a function without arguments that returns an iterator;
     each time, on every rank, the same samples in the same order. Its method ``set_epoch``, where it has one, is
-    called before with the number of the opening, from 0."""
+    called before with the number of the opening, from 0. Where the iterator, or else the source itself, has the
+    methods of ``Stateful``, a training that is resumed goes on from such a state: an iterator takes it before its
+    first sample, a source before ``iter``."""
     size: int | None = None
     """Samples of an epoch, the first so many of every opening; None: ``len(source)``, and where there is none, the
     stream has no end: it is opened again where it ends, and has no epochs."""
@@ -56,11 +70,35 @@ class Stream:
         if self.size is None and isinstance(self.source, Sized):
             object.__setattr__(self, "size", len(self.source))
 
-    def open(self, opening: int) -> Iterator[Any]:
-        """Begin anew, for the given time from 0."""
+    def open(self, opening: int, state: Any = None) -> Iterator[Any]:
+        """Begin anew, for the given time from 0; with a ``state`` of that opening go on from there."""
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(opening)
-        return iter(self.source if isinstance(self.source, Iterable) else self.source())
+        if state is not None and isinstance(self.source, Stateful):
+            self.source.load_state_dict(copy.deepcopy(state))
+        iterator = iter(self.source if isinstance(self.source, Iterable) else self.source())
+        if state is not None and isinstance(iterator, Stateful):
+            iterator.load_state_dict(copy.deepcopy(state))
+        return iterator
+
+    def state(self, iterator: Iterator[Any]) -> Any:
+        """Return where an iterator of the source is, None where neither can tell."""
+        keeper = iterator if isinstance(iterator, Stateful) else self.source
+        return copy.deepcopy(keeper.state_dict()) if isinstance(keeper, Stateful) else None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a stream from which reading may go on."""
+
+    index: int
+    """Of the sample that comes next."""
+    opening: int
+    """The opening that it is of."""
+    begun: int
+    """Index with which that opening began."""
+    state: Any
+    """Of the source, which has given all samples of the opening before it."""
 
 
 def as_stream(dataset: Any) -> Stream | None:
@@ -88,10 +126,27 @@ def require_end(samples: Samples) -> None:
         )
 
 
+def check_sources(train: Samples, test: Samples) -> None:
+    """Raise DataError for one source of two streams that keeps its state itself: it could not tell whose."""
+    if not (isinstance(train, StreamSamples) and isinstance(test, StreamSamples)):
+        return
+    source = train.stream.source
+    if source is test.stream.source and isinstance(source, Stateful):
+        raise DataError(
+            f"the training and the test stream have one source, a {type(source).__name__} whose "
+            "state_dict() can tell of one of them only; give the test stream a source object of its own"
+        )
+
+
 def check_workers(samples: Samples, workers: int) -> None:
     """Raise DataError for more processes than may read the samples."""
     if workers > 1 and isinstance(samples, StreamSamples):
         raise DataError(f"data.workers: {workers}, but a stream is read in order, by one process; set it to 1")
+
+
+def shuffle_of(samples: Samples) -> int | None:
+    """Return how many samples of a stream are shuffled with each other; None: they have random access."""
+    return samples.stream.shuffle if isinstance(samples, StreamSamples) else getattr(samples, "shuffle", None)
 
 
 @dataclass(frozen=True)
@@ -146,7 +201,7 @@ def order_of(
 
 
 class StreamSamples:
-    """The samples of a stream, read in order; going back opens it anew.
+    """The samples of a stream, read in order; going back opens it anew, or goes on from the ``mark``.
 
     What the source draws from the global generators of torch, numpy and ``random`` is keyed by ``seed`` and the
     sample's index. Raises DataError at reading for a sample of another form, and for a stream that ends before its
@@ -166,6 +221,8 @@ class StreamSamples:
         """Index of what the iterator gives next."""
         self._held: dict[int, Any] = {}
         """What it gave, by index, as far as it is still needed."""
+        self.mark: Mark | None = None
+        """The latest place from which the samples after those read last may be read; None: the beginning."""
 
     @property
     def endless(self) -> bool:
@@ -191,13 +248,32 @@ class StreamSamples:
         with all_borrowed():
             if any(index < self._next and index not in self._held for index in wanted):
                 self._iterator, self._next, self._begun, self._held = None, 0, 0, {}
+            if self._iterator is None:
+                self._go_on(self._block_start(min(wanted)))
             for index in self._passed(min(wanted), latest):
+                if index == floor:
+                    self._set_mark(index)
                 item = self._pull(index)
                 if index in wanted or index >= floor:
                     self._held[index] = item
             decoded = [self._decoded(i, key) for i, key in zip(indices.tolist(), keys.tolist(), strict=True)]
         self._held = {index: item for index, item in self._held.items() if index >= floor}
         return self._form.batch(decoded, self._name)
+
+    def _go_on(self, index: int) -> None:
+        """Begin at the mark, if it is no later than ``index``."""
+        mark, size = self.mark, self.stream.size
+        if mark is None or mark.index > index or (size is not None and mark.opening != index // size):
+            return
+        self._next, self._begun = mark.index, mark.begun
+        self._open(mark.opening, mark.state)
+
+    def _set_mark(self, index: int) -> None:
+        """Note where the source is before it gives the sample of an index, the first of a block."""
+        inside = self.stream.size is None or index % self.stream.size != 0
+        state = self.stream.state(self._iterator) if self._iterator is not None and inside else None
+        if state is not None:
+            self.mark = Mark(index, self._opening, self._begun, state)
 
     def _block_start(self, index: int) -> int:
         """Return the first index of the samples that ``index`` is shuffled with."""
@@ -225,9 +301,9 @@ class StreamSamples:
             except StopIteration:
                 self._end(index)
 
-    def _open(self, opening: int) -> None:
+    def _open(self, opening: int, state: Any = None) -> None:
         seed_all(self._key(_OPENING, opening))
-        self._iterator, self._opening = self.stream.open(opening), opening
+        self._iterator, self._opening = self.stream.open(opening, state), opening
 
     def _end(self, index: int) -> None:
         """Open a stream without a length again. Raises DataError where it should not have ended."""
@@ -253,5 +329,10 @@ class StreamSamples:
         return int(mix(self.seed, purpose, number)[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what cannot be sent to a process that reads ahead: that begins anew."""
+        """Leave out what cannot be sent to a process that reads ahead: that begins anew, or at the mark."""
         return {**vars(self), "_iterator": None, "_next": 0, "_begun": 0, "_held": {}}
+
+
+def mark_of(samples: Samples) -> Mark | None:
+    """Return from where a stream may be read on after what was read last; None: from its beginning."""
+    return samples.mark if isinstance(samples, StreamSamples) else None

@@ -14,6 +14,7 @@ from hybridpar.data.loader import StepLoader
 from hybridpar.data.mixing import Mixing
 from hybridpar.data.sampler import Order
 from hybridpar.data.samples import Batch, Indices
+from hybridpar.data.stream import Mark
 
 
 class StepBatch(NamedTuple):
@@ -38,8 +39,10 @@ class Elsewhere:
 
     labels = None
 
-    def __init__(self, size: int | None) -> None:
+    def __init__(self, size: int | None, shuffle: int | None = None) -> None:
         self._size, self.endless = size or 0, size is None
+        self.shuffle = shuffle
+        """How many samples of a stream are shuffled with each other; None: they have random access."""
 
     def __len__(self) -> int:
         return self._size
@@ -63,6 +66,15 @@ class Feed:
     def order(self) -> Order:
         """Which sample stands where."""
         return self._order
+
+    @property
+    def mark(self) -> Mark | None:
+        """From where a stream may be read on after the step that was given last; None: from its beginning."""
+        return self._loader.mark
+
+    def go_on(self, mark: Mark) -> None:
+        """Let a stream be opened at a mark, before anything is read."""
+        self._loader.go_on(mark)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Let the next iteration be over ``epoch``, from ``start_step`` on."""

@@ -8,10 +8,12 @@ from torch import nn
 
 from hybridpar.runtime.early_stop import EarlyStop
 from hybridpar.runtime.evaluation import Evaluation
+from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.judge import Judge
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.saver import Saver
+from hybridpar.runtime.stream_state import piece_of
 from hybridpar.schema import to_data
 from hybridpar.sections import CheckpointConfig
 
@@ -19,8 +21,9 @@ from hybridpar.sections import CheckpointConfig
 class Keeper:
     """Keeps the checkpoints of a job on one rank; all ranks call its methods equally often.
 
-    ``module`` is the model as the user made it, whose state dict names the tensors; ``best`` is the best metric of
-    the evaluations before, if there is a ``judge``; ``early`` may end the training early.
+    ``feed`` is what the job is trained on; ``module`` is the model as the user made it, whose state dict names the
+    tensors; ``best`` is the best metric of the evaluations before, if there is a ``judge``; ``early`` may end the
+    training early.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class Keeper:
         saver: Saver,
         settings: CheckpointConfig,
         job: Job,
+        feed: Feed,
         module: nn.Module,
         subject: Subject,
         best: float | None,
@@ -35,7 +39,8 @@ class Keeper:
         early: EarlyStop | None = None,
     ) -> None:
         self._judge, self._early = judge, early
-        self._saver, self._settings, self._job, self._subject = saver, settings, job, subject
+        self._saver, self._settings, self._subject = saver, settings, subject
+        self._job, self._feed = job, feed
         self._names = job.state.names(module)
         self._unused = tuple(sorted(module.state_dict().keys() - self._names.keys()))
         self._best = best
@@ -63,7 +68,7 @@ class Keeper:
             self._settings.best,
             None if self._early is None else self._early.patience,
         )
-        return self._saver.save(job.state.pieces(), manifest)
+        return self._saver.save(job.state.pieces() | piece_of(self._feed.mark, job.rank), manifest)
 
     def farewell(self) -> str:
         """Return what is said where SIGTERM has ended the training."""

@@ -52,6 +52,8 @@ class Subject:
     data: str
     data_size: int | None
     """Samples to train on; None: a stream without an end."""
+    shuffle: int | None = None
+    """How many samples of a stream are shuffled with each other; None: they have random access."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime import manifest as folders
+from hybridpar.runtime.feed import Feed
 from hybridpar.runtime.intact import home
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.manifest import Manifest, Position, Subject
 from hybridpar.runtime.pieces import Stored
 from hybridpar.runtime.state import PARAMETER
+from hybridpar.runtime.stream_state import mark_from
 from hybridpar.schema import from_data
 
 
@@ -39,11 +41,18 @@ class Resume:
         """How far the training had come."""
         return self.manifest.position
 
-    def restore(self, job: Job) -> None:
-        """Bring a job to where the checkpoint was made. Raises CheckpointError for what is damaged or foreign."""
+    def restore(self, job: Job, feed: Feed) -> None:
+        """Bring a job and what feeds it to where the checkpoint was made.
+
+        Raises CheckpointError for what is damaged or foreign.
+        """
         with _telling_of_others(self.folder):
-            job.state.restore(Stored(self.folder, self.manifest.ranks), same_plan=self.same_plan)
+            stored = Stored(self.folder, self.manifest.ranks)
+            job.state.restore(stored, same_plan=self.same_plan)
+            mark = mark_from(stored, job.rank) if job.reads else None
         job.go_on(self.position.step, self.position.samples)
+        if mark is not None:
+            feed.go_on(mark)
 
 
 @contextlib.contextmanager
@@ -159,4 +168,5 @@ _KEYS = {
     "seed": "train.seed",
     "data": "data.name",
     "data_size": "a number of training samples (data.*)",
+    "shuffle": "samples of a stream that are shuffled with each other, hybridpar.Stream(shuffle=...),",
 }

@@ -15,7 +15,7 @@ from hybridpar.config import Config
 from hybridpar.data import datasets
 from hybridpar.data.sampler import Order
 from hybridpar.data.samples import Samples, size_of
-from hybridpar.data.stream import check_workers, order_of
+from hybridpar.data.stream import check_sources, check_workers, order_of, shuffle_of
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
@@ -128,20 +128,22 @@ class _Training:
         readers = self.plan.everywhere(positions(self.plan)[0].ranks)
         splits: list[datasets.Splits] = []
 
-        def load() -> list[int | None]:
+        def load() -> list[list[int | None]]:
             chain, ignored = self.chain, self.config.loss.ignore_index
             splits.append(
                 datasets.load(
                     self.config.data, chain.in_shape, chain.classes, ignored, chain.label_shape, chain.inputs
                 )
             )
-            for samples in (splits[0].train, splits[0].test):
+            both = (splits[0].train, splits[0].test)
+            check_sources(*both)
+            for samples in both:
                 check_workers(samples, self.config.data.workers)
-            return [size_of(splits[0].train), size_of(splits[0].test)]
+            return [[size_of(samples), shuffle_of(samples)] for samples in both]
 
-        train_size, test_size = self.process.share(load, readers[0])
+        train, test = self.process.share(load, readers[0])
         if self.process.rank not in readers:
-            return Elsewhere(train_size), Elsewhere(test_size)
+            return Elsewhere(*train), Elsewhere(*test)
         if not splits:
             load()
         return splits[0].train, splits[0].test
@@ -157,6 +159,7 @@ class _Training:
             config.train.seed,
             config.data.name,
             size_of(self.data[0]),
+            shuffle_of(self.data[0]),
         )
 
     def _resumed(self, folder: Path, order: Order) -> Resume:
@@ -187,14 +190,6 @@ class _Training:
             monitor = self._start_monitor(stack)
             communicators = process.connect(self.plan, checkpoints=config.checkpoint.every is not None)
             job = self._make_job(traced, source, communicators)
-            if self.resumed is not None:
-                self.resumed.restore(job)
-            judge = Judge.of(config.checkpoint.best, job.metrics)
-            saver = self._make_saver(judge)
-            best = self.resumed.manifest.best_of(config.checkpoint.best) if self.resumed else None
-            patience = self.resumed.manifest.patience if self.resumed else None
-            early = early_stop(config.train.early_stop, job.metrics, patience)
-            keeper = Keeper(saver, config.checkpoint, job, source.module, self._subject, best, judge, early)
             feed = job.loader(
                 self.data[0],
                 drop_last=config.train.drop_last,
@@ -205,6 +200,14 @@ class _Training:
             test_feed = job.loader(self.data[1], train=False, workers=config.data.workers)
             stack.enter_context(feed)
             stack.enter_context(test_feed)
+            if self.resumed is not None:
+                self.resumed.restore(job, feed)
+            judge = Judge.of(config.checkpoint.best, job.metrics)
+            saver = self._make_saver(judge)
+            best = self.resumed.manifest.best_of(config.checkpoint.best) if self.resumed else None
+            patience = self.resumed.manifest.patience if self.resumed else None
+            early = early_stop(config.train.early_stop, job.metrics, patience)
+            keeper = Keeper(saver, config.checkpoint, job, feed, source.module, self._subject, best, judge, early)
             journal = self._open_journal(stack, monitor)
             loop = Loop(
                 job,

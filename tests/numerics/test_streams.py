@@ -2,7 +2,11 @@
 
 import functools
 import json
+import pickle
+import random
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -12,10 +16,12 @@ import torch.nn.functional as F
 from hybridpar import Stream
 from hybridpar.data.loader import StepLoader
 from hybridpar.data.samples import Form
-from hybridpar.data.stream import StreamSamples, as_samples, order_of
-from hybridpar.errors import ConfigError, DataError
+from hybridpar.data.stream import Mark, StreamSamples, as_samples, order_of
+from hybridpar.errors import CheckpointError, ConfigError, DamageError, DataError
 from hybridpar.runtime.job import Job
-from tests.support.own_code import Numbers, noisy
+from hybridpar.runtime.pieces import Piece, Stored, write
+from hybridpar.runtime.stream_state import mark_from, piece_of
+from tests.support.own_code import Numbers, Resumable, ResumableIterators, noisy
 from tests.support.parity import near, overlapping_ranks, own_ranks, plan_of, shape, shared_ranks
 from tests.support.runs import run, train_here
 from tests.support.threads import run_ranks
@@ -123,6 +129,92 @@ def test_an_evaluation_goes_through_the_first_opening_in_order():
         assert found.tolist() == [i % CLASSES for i in range(28)]
 
 
+@pytest.mark.parametrize("source", [Resumable, ResumableIterators])
+@pytest.mark.parametrize("shuffle", [1, 5, 40])
+@pytest.mark.parametrize("size", [None, 28])
+def test_a_stream_with_a_state_goes_on_from_it(size, shuffle, source):
+    """From every step of three epochs, or over the ends of a stream: the same samples, and few of those before."""
+    given = Stream(source(30, SHAPE, CLASSES), size, noisy, shuffle)
+    intervals, places = (lambda count: ((count // 3, count - 1),)), []
+    with loader_of(given, intervals=intervals) as loader:
+        for epoch in range(3 if size else 1):
+            loader.set_epoch(epoch)
+            places += [(epoch, batch, loader.mark) for batch in islice(loader, 3 if size else 9)]
+    for done, (epoch, _, mark) in enumerate(places, 1):
+        rest = [batch for at, batch, _ in places[done:] if at == epoch][:2]
+        first = sum(at == epoch for at, _, _ in places[:done])
+        with loader_of(given, intervals=intervals) as loader:
+            if mark is not None:
+                loader.go_on(mark_through_a_checkpoint(mark))
+            Resumable.given.clear()
+            loader.set_epoch(epoch, first)
+            assert same(list(islice(loader, len(rest))), rest)
+        if mark is not None and len(rest) == 2:
+            assert len(Resumable.given) <= 2 * (BATCH + shuffle)
+    assert sum(mark is not None for *_, mark in places) >= (len(places) // 2 if shuffle < 28 else not size)
+
+
+def mark_through_a_checkpoint(mark):
+    with TemporaryDirectory() as folder:
+        write(Path(folder), 0, piece_of(mark, 3))
+        return mark_from(Stored(Path(folder), 1), 0)
+
+
+def test_a_process_that_reads_ahead_tells_the_state_of_the_step_that_is_given():
+    given = Stream(ResumableIterators(30, SHAPE, CLASSES), None, noisy, 5)
+    with loader_of(given) as here, loader_of(given, workers=1) as ahead:
+        for one, two in islice(zip(here, ahead, strict=True), 4):
+            assert one.inputs.equal(two.inputs)
+            assert here.mark == ahead.mark
+    with loader_of(given, workers=1) as ahead:
+        ahead.go_on(here.mark)
+        ahead.set_epoch(0, 4)
+        assert same(list(islice(ahead, 2)), steps(given, 2, start=4))
+
+
+STATES = {
+    "nested": {"at": 3, "parts": [1.5, None, True, "x", (1, (2, b"\x00\xff"))], 7: {}},
+    "tensors": {
+        "generator": torch.Generator().get_state(),
+        "empty": torch.empty(0, 2),
+        "half": torch.ones(2).half(),
+    },
+    "arrays": {"keys": np.arange(6, dtype=np.uint32).reshape(2, 3), "one": np.int64(4), "truth": np.array([True])},
+    "of random": random.Random(3).getstate(),  # noqa: S311
+    "of numpy": np.random.RandomState(3).get_state(legacy=False),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_comes_back_as_it_was(kind):
+    found = mark_through_a_checkpoint(Mark(9, 2, 4, STATES[kind]))
+    assert (found.index, found.opening, found.begun) == (9, 2, 4)
+    assert pickle.dumps(found.state) == pickle.dumps(STATES[kind]) or repr(found.state) == repr(STATES[kind])
+
+
+def test_a_state_that_cannot_be_held_is_told_with_its_place():
+    with pytest.raises(
+        CheckpointError, match=r"state_dict\(\)\['a'\]\[1\] is a Generator, which a checkpoint cannot"
+    ):
+        piece_of(Mark(1, 0, 0, {"a": [0, torch.Generator()]}), 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 0]",
+        "[1, 0, 0, {}]",
+        '[1, 0, 0, {"pickle": "gA=="}]',
+        "{",
+        '[1, 0, 0, {"array": ["|O", [1], "AAAAAAAAAAA="]}]',
+    ],
+)
+def test_what_is_no_state_is_refused(tmp_path, text):
+    write(tmp_path, 0, {"stream/0": Piece.whole(torch.tensor(list(text.encode()), dtype=torch.uint8))})
+    with pytest.raises(DamageError, match="stream/0 is no place in a stream"):
+        mark_from(Stored(tmp_path, 1), 0)
+
+
 def batches(given, epochs, count):
     """What one process reads."""
     return [b for epoch in range(epochs) for b in steps(given, count, epoch)]
@@ -175,7 +267,8 @@ def test_a_plan_trains_as_one_process_does(degrees, place, replicas, size):
 
 
 CUSTOM = ("data=custom", "model.in_shape=[1,8,8]", "checkpoint.every=1", "train.eval_every_steps=2")
-STREAMS, SIZED = (f"data.function=tests.support.own_code:{name}" for name in ("streams", "sized_streams"))
+FUNCTION = "data.function=tests.support.own_code:"
+STREAMS, SIZED = FUNCTION + "streams", FUNCTION + "sized_streams"
 
 
 def lines(folder, name="metrics"):
@@ -194,6 +287,23 @@ def test_a_configured_training_goes_on_bit_for_bit(tmp_path, function):
     assert lines(tmp_path / "parts", "evaluations")[-1] == lines(tmp_path / "whole", "evaluations")[-1]
     sizes = [line["samples"] for line in lines(tmp_path / "whole")]
     assert sizes == ([8, 8, 4] * 3 if function is SIZED else [8] * 9)
+
+
+@pytest.mark.parametrize("function", ["resumable_streams", "sized_resumable_streams"])
+def test_a_configured_training_asks_a_source_with_a_state_for_what_is_left(tmp_path, function):
+    """And goes on as it does without one, bit for bit; with one that reads ahead it does so, too."""
+    plain = FUNCTION + function.replace("resumable_", "")
+    train_here(tmp_path / "plain", *CUSTOM, plain, "train.steps=9")
+    Resumable.given.clear()
+    train_here(tmp_path / "parts", *CUSTOM, FUNCTION + function, "train.steps=2")
+    assert Resumable.given[:6] == [0, 1, 2, 3, 4, 5]
+    for steps_run, begins in ((5, {12}), (8, {0, 9, 12, 15})):
+        Resumable.given.clear()
+        train_here(tmp_path / "parts", *CUSTOM, FUNCTION + function, f"train.steps={steps_run}", "resume=auto")
+        assert Resumable.given[0] in begins
+    more = ("train.steps=9", "resume=auto", "data.workers=1")
+    train_here(tmp_path / "parts", *CUSTOM, FUNCTION + function, *more)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "plain")
 
 
 def test_ranks_train_on_a_stream_by_the_command(tmp_path):
@@ -237,6 +347,11 @@ def test_what_is_no_stream_is_refused(tmp_path):
         ),
         (("checkpoint.best=accuracy",), ConfigError, "checkpoint.best: accuracy, but the training data"),
         (("data.workers=2",), DataError, "data.workers: 2, but a stream is read in order, by one process"),
+        (
+            (f"{FUNCTION}streams_of_one_source", "train.eval_every_steps=2"),
+            DataError,
+            "have one source, a Resumable whose state_dict.* give the test stream a source object of its own",
+        ),
     ],
 )
 def test_what_a_stream_cannot_do_is_said_before_anything_is_written(tmp_path, overrides, error, said):
@@ -245,3 +360,11 @@ def test_what_a_stream_cannot_do_is_said_before_anything_is_written(tmp_path, ov
     with pytest.raises(error, match=said):
         train_here(tmp_path, *given, STREAMS, "train.steps=3", *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_shuffling_of_a_stream_is_refused(tmp_path):
+    """It was not noticed, and the epoch went on in another order."""
+    train_here(tmp_path, *CUSTOM, STREAMS, "train.steps=2")
+    said = r"with samples of a stream that are shuffled .* 6, but here it is 5; set it as it was"
+    with pytest.raises(CheckpointError, match=said):
+        train_here(tmp_path, *CUSTOM, f"{FUNCTION}less_shuffled_streams", "train.steps=4", "resume=auto")

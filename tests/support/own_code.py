@@ -82,10 +82,68 @@ class Numbers(torch.utils.data.IterableDataset):
         self.epoch = epoch
 
     def __iter__(self):
-        for i in range(self.size):
-            generator = torch.Generator().manual_seed(1000 * self.epoch + i)
-            image = torch.randn(self.shape, generator=generator) + 0.1 * torch.rand(1)
-            yield image, (self.epoch + i) % self.classes
+        return (self.sample(i) for i in range(self.size))
+
+    def sample(self, i, epoch=None):
+        epoch = self.epoch if epoch is None else epoch
+        generator = torch.Generator().manual_seed(1000 * epoch + i)
+        image = torch.randn(self.shape, generator=generator) + 0.1 * torch.rand(1)
+        return image, (epoch + i) % self.classes
+
+
+class Resumable(Numbers):
+    """Such a stream that goes on from a state; ``given`` are the positions that any of them gave, in order.
+
+    The state is of the source, as in Hugging Face's datasets.
+    """
+
+    given = []  # noqa: RUF012 - of all of them
+
+    def __init__(self, *form):
+        super().__init__(*form)
+        self.at = self.begin = 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "at": self.at}
+
+    def load_state_dict(self, state):
+        assert state["epoch"] == self.epoch
+        self.begin = state["at"]
+
+    def __iter__(self):
+        self.at, self.begin = self.begin, 0
+        for i in range(self.at, self.size):
+            self.at = i + 1
+            Resumable.given.append(i)
+            yield self.sample(i)
+
+
+class ResumableIterators(Numbers):
+    """One whose iterators have the state, so that two of them may go on side by side."""
+
+    def __iter__(self):
+        return _Position(self)
+
+
+class _Position:
+    def __init__(self, numbers):
+        self.numbers, self.epoch, self.at = numbers, numbers.epoch, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == self.numbers.size:
+            raise StopIteration
+        Resumable.given.append(self.at)
+        self.at += 1
+        return self.numbers.sample(self.at - 1, self.epoch)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
 
 
 def noisy(sample):
@@ -103,3 +161,27 @@ def sized_streams(root, in_shape, classes):
     """Epochs of 20 samples."""
     train, test = streams(root, in_shape, classes)
     return Stream(train.source, size=20, decode=noisy, shuffle=6), test
+
+
+def resumable_streams(root, in_shape, classes):
+    """As ``streams``, with a state."""
+    train, test = streams(root, in_shape, classes)
+    return Stream(Resumable(21, in_shape, classes), decode=noisy, shuffle=train.shuffle), test
+
+
+def sized_resumable_streams(root, in_shape, classes):
+    """As ``sized_streams``, with a state."""
+    train, test = sized_streams(root, in_shape, classes)
+    return Stream(ResumableIterators(21, in_shape, classes), train.size, noisy, train.shuffle), test
+
+
+def less_shuffled_streams(root, in_shape, classes):
+    """As ``streams``, but for the shuffling."""
+    train, test = streams(root, in_shape, classes)
+    return Stream(train.source, decode=noisy, shuffle=5), test
+
+
+def streams_of_one_source(root, in_shape, classes):
+    """To train and to test on."""
+    test = resumable_streams(root, in_shape, classes)[0]
+    return test, Stream(test.source, size=12)
