@@ -13,6 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import yaml
+
 from hybridpar.data.spec import DataSpec
 from hybridpar.errors import ConfigError, PlanError
 from hybridpar.names import nearest
@@ -51,6 +53,7 @@ __all__ = [
     "compose",
     "conf_dir",
     "expand",
+    "load",
 ]
 
 T = TypeVar("T")
@@ -222,7 +225,26 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError (PlanError below ``plan``) in one line that names the key, and the nearest one where it is
     unknown.
     """
-    data, text = _load([_open(o) for o in overrides])
+    return _from_data(*_load([_open(o) for o in overrides]))
+
+
+def load(path: Path) -> Config:
+    """Read the resolved configuration that a training wrote to ``config.yaml``.
+
+    Raises ConfigError (PlanError below ``plan``) where there is none, or none of this version.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path} cannot be read: {_first_line(e)}; train again to have one") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is no configuration; train again to have one")
+    return _from_data(data, text)
+
+
+def _from_data(data: dict[str, Any], text: str) -> Config:
+    """Return the sections of a resolved configuration, given as plain data and as YAML."""
     rest = {key: data[key] for key in ("format", "out", "explain", "diff", "pictures", "resume") if key in data}
     output = from_data(_Output, rest, "config", _FieldError)
     return Config(

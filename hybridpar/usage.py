@@ -12,7 +12,7 @@ commands
             all ranks at once
   probe     measure the links between the processes of a job and write the cluster to probe.out;
             torchrun --nproc-per-node 4 -m hybridpar probe
-  report    lay what was predicted of runs over what was measured, action by action:
+  report    lay what was predicted of runs over what was measured, action by action, and advise what to change:
             report RUN [RUN2 ...] [out=report.html] [pictures=FOLDER]
   export    write a checkpoint as a plain state dict: export RUN_OR_CHECKPOINT out=model.safetensors (or .pt)
   doctor    what is installed, what a job would run on, and what is wrong, with remedies; under torchrun also

@@ -10,12 +10,14 @@ from hybridpar.commands.output import console, note, write
 from hybridpar.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hybridpar.report.advice import Advised
     from hybridpar.report.comparison import Comparison
     from hybridpar.report.run import Run
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Lay predicted over measured: ``report RUN [RUN2 ...] [out=FILE.html] [pictures=FOLDER]``."""
+    """Lay predicted over measured, and advise: ``report RUN [RUN2 ...] [out=FILE.html] [pictures=FOLDER]``."""
+    from hybridpar.advice.advise import advise  # noqa: PLC0415
     from hybridpar.report import run_text  # noqa: PLC0415
     from hybridpar.report.comparison import compare  # noqa: PLC0415
     from hybridpar.report.run import Run  # noqa: PLC0415
@@ -28,11 +30,17 @@ def report(arguments: Sequence[str]) -> None:
             "pictures=FOLDER for pictures of one run's step"
         )
     compared = [(run, compare(run)) for run in map(Run.load, folders)]
-    _report_files(compared, options.get("out"), options.get("pictures"))
-    run_text.show(compared, console())
+    advised = [advise(run, comparison) for run, comparison in compared]
+    _report_files(compared, advised, options.get("out"), options.get("pictures"))
+    run_text.show(compared, advised, console())
 
 
-def _report_files(runs: Sequence[tuple[Run, Comparison | None]], out: str | None, pictures: str | None) -> None:
+def _report_files(
+    runs: Sequence[tuple[Run, Comparison | None]],
+    advised: Sequence[Advised],
+    out: str | None,
+    pictures: str | None,
+) -> None:
     """Write the page and the pictures that are asked for."""
     from hybridpar.report.figure import require_matplotlib  # noqa: PLC0415
     from hybridpar.report.findings import missing  # noqa: PLC0415
@@ -49,5 +57,5 @@ def _report_files(runs: Sequence[tuple[Run, Comparison | None]], out: str | None
         note(f"pictures saved to {pictures}: {', '.join(FILES)}")
     if out is not None:
         require_matplotlib("out")
-        write(out, page(runs))
+        write(out, page(runs, advised))
         note(f"page saved to {out}")

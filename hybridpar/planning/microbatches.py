@@ -1,4 +1,4 @@
-"""The effect of one stage's next smaller and next larger micro-batch on a plan."""
+"""The effect of one stage's other micro-batches on a plan: of its neighbours, and of the best one."""
 
 from __future__ import annotations
 
@@ -45,10 +45,38 @@ def micro_batch_effects(trials: Trials, plan: Plan) -> tuple[StageEffects, ...]:
     return tuple(result)
 
 
-def _effect(trials: Trials, plan: Plan, index: int, size: int) -> Effect:
-    stages = [replace(s, micro_batch=size) if i == index else s for i, s in enumerate(plan.stages)]
+def best_micro_batch(trials: Trials, plan: Plan, index: int) -> Effect | None:
+    """Simulate the plan with one stage's micro-batch at all usual sizes; return the fastest that fits.
+
+    None where no other size is faster than the plan's own.
+    """
+    stage, best = plan.stages[index], None
+    least_s = trials.step_s(trials.program(plan))
+    for size in usual_sizes(largest_share(plan, stage)):
+        if size == stage.micro_batch or _cannot_beat(trials, _with_size(plan, index, size), least_s):
+            continue
+        effect = _effect(trials, plan, index, size)
+        if effect.step_s is not None and effect.step_s < least_s:
+            best, least_s = effect, effect.step_s
+    return best
+
+
+def _cannot_beat(trials: Trials, plan: Plan, step_s: float) -> bool:
+    """Whether a plan is impossible, or slower than ``step_s`` in any order."""
     try:
-        program = trials.program(replace(plan, stages=tuple(stages), prediction=None))
+        return trials.bound_s(plan) >= step_s
+    except PlanError:
+        return True
+
+
+def _with_size(plan: Plan, index: int, size: int) -> Plan:
+    stages = [replace(s, micro_batch=size) if i == index else s for i, s in enumerate(plan.stages)]
+    return replace(plan, stages=tuple(stages), prediction=None)
+
+
+def _effect(trials: Trials, plan: Plan, index: int, size: int) -> Effect:
+    try:
+        program = trials.program(_with_size(plan, index, size))
     except PlanError as e:
         return Effect(size, None, None, str(e))
     rank, peak, excess = trials.excess(program)

@@ -10,10 +10,10 @@ from hybridpar.model.chain import Chain
 from hybridpar.planning.bound import Bounds
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
-from hybridpar.planning.plan import Plan, validate
+from hybridpar.planning.plan import Plan, Prediction, validate
 from hybridpar.planning.program import Program
 from hybridpar.planning.resident import peak_per_rank
-from hybridpar.planning.simulate import simulate, step_time
+from hybridpar.planning.simulate import predict, simulate, step_time
 from hybridpar.planning.timeline import Timeline
 from hybridpar.profiling.record import Profile
 
@@ -34,6 +34,10 @@ class Trials:
     def timeline(self, program: Program) -> Timeline:
         """Simulate a program as things are."""
         return simulate(program, Costs(self.profile, self.cluster))
+
+    def prediction(self, program: Program) -> Prediction:
+        """Sum up a simulation of a program as things are, whether or not it fits into memory."""
+        return predict(program, Costs(self.profile, self.cluster))
 
     def step_s(self, program: Program, *, bandwidth: float = 1.0, speed: float = 1.0) -> float:
         """Return the step time with all links of :func:`scaled_levels` and all devices faster by a factor."""

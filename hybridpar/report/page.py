@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
+from hybridpar.report.advice import Advised, advice_finding
 from hybridpar.report.comparison import Comparison
 from hybridpar.report.curves import accuracy_figure, loss_figure, memory_figure, time_figure
 from hybridpar.report.figure import svg_text
@@ -77,8 +78,8 @@ $body
 """)
 
 
-def page(runs: Sequence[tuple[Run, Comparison | None]]) -> str:
-    """Return the page of some runs. matplotlib draws its figures.
+def page(runs: Sequence[tuple[Run, Comparison | None]], advised: Sequence[Advised]) -> str:
+    """Return the page of some runs, with what is advised of each. matplotlib draws its figures.
 
     The same runs give the same page.
     """
@@ -87,7 +88,7 @@ def page(runs: Sequence[tuple[Run, Comparison | None]]) -> str:
     parts = [f"<h1>{_text(names)}</h1>"] if len(runs) > 1 else []
     if len(runs) > 1:
         parts += [_table(beside(runs)), _curves([run for run, _ in runs], figures)]
-    parts += [_run(run, comparison, figures, alone=len(runs) == 1) for run, comparison in runs]
+    parts += [_run(*own, told, figures, alone=len(runs) == 1) for own, told in zip(runs, advised, strict=True)]
     light = " ".join(f"--{name}: {colour};" for colour, name in _COLOURS.items())
     dark = " ".join(f"--{name}: {colour};" for name, colour in _DARK.items())
     return _PAGE.substitute(title=_text(f"hybridpar: {names}"), light=light, dark=dark, body="\n".join(parts))
@@ -118,9 +119,9 @@ class _Figures:
         return re.sub(r'(url\(#|href="#)', rf"\g<1>f{self.count}-", text)
 
 
-def _run(run: Run, comparison: Comparison | None, figures: _Figures, *, alone: bool) -> str:
+def _run(run: Run, comparison: Comparison | None, advised: Advised, figures: _Figures, *, alone: bool) -> str:
     overview, *others = findings(run, comparison)
-    parts = [f"<h1>{_text(run.name)}</h1>", _table(overview, titled=False)]
+    parts = [f"<h1>{_text(run.name)}</h1>", _table(overview, titled=False), _table(advice_finding(advised))]
     if alone:
         parts.append(_curves([run], figures))
     if comparison is None:

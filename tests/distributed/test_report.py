@@ -69,6 +69,7 @@ def test_the_report_names_what_deviates_most(folder: Path, capsys: pytest.Captur
     for said in ("where the step's time goes", "rank 3", "middle", "gradient buckets under backward", "memory"):
         assert said in out
     assert "steps          6, loss" in out
+    assert out.rindex("\nadvice ") > out.rindex("largest deviations")
 
 
 def test_two_runs_are_told_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def run_of(name: str = "demo", steps: int = 40) -> Run:
         bare,
         steps=Steps.of(Step(i, math.exp(-i / 20), 24, SLOWER * plan.prediction.step_s) for i in range(steps)),
         evaluations=Evaluations.of((Evaluated(steps // 2, 0.5, 0.6), Evaluated(steps, 0.2, 0.9))),
-        summary=_summary(name, plan, steps),
+        summary=summary_of(name, plan, steps),
         timings=tuple(records_of(courses, plan)),
     )
 
@@ -68,7 +68,7 @@ def _slower(course: Course) -> Course:
     return replace(course, ranks=ranks, length_s=SLOWER * course.length_s)
 
 
-def _summary(name: str, plan: Plan, steps: int) -> Summary:
+def summary_of(name: str, plan: Plan, steps: int) -> Summary:
     return Summary(
         model=plan.model,
         data="paper",

@@ -182,6 +182,12 @@ def test_nothing_below_imports_the_faces() -> None:
     assert not [found for part in parts for found in offenders(part, *FACES, "hybridpar.planner")]
 
 
+def test_advice_is_for_the_faces_and_needs_no_torch() -> None:
+    parts = ("model", "profiling", "cluster", "planning", "runtime", "data", "monitor", "report", "doctor")
+    assert not [found for part in parts for found in offenders(part, "hybridpar.advice")]
+    assert not offenders("advice", "torch", "hybridpar.runtime", "hybridpar.data", "hybridpar.planner", *FACES)
+
+
 def test_the_product_imports_nothing_of_the_tests() -> None:
     assert not offenders("", "tests", "pytest", "hypothesis")
 
@@ -224,6 +230,7 @@ def test_planning_starts_without_anything_heavy() -> None:
     needing_torch = {"hybridpar.cluster.probe", "hybridpar.cluster.measure"}
     light = [
         "hybridpar",
+        "hybridpar.advice.advise",
         "hybridpar.cli",
         "hybridpar.config",
         "hybridpar.errors",

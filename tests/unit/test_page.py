@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from hybridpar.report.advice import Advised
 from hybridpar.report.comparison import compare
 from hybridpar.report.findings import findings
 from hybridpar.report.history import Evaluations, Step, Steps
 from hybridpar.report.overlay import FILES, both_traces, draw, timelines
 from hybridpar.report.page import page
+from hybridpar.report.run import Run
 from hybridpar.report.trace import PROCESSES
 from tests.support.reports import SLOWER, run_of
 
@@ -29,7 +31,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def html() -> str:
     run = run_of()
-    return page([(run, compare(run))])
+    return whole([run])
+
+
+def whole(runs: list[Run]) -> str:
+    """The page of some runs of which there is nothing to advise."""
+    return page([(run, compare(run)) for run in runs], [Advised()] * len(runs))
 
 
 class Reader(HTMLParser):
@@ -77,7 +84,7 @@ def test_a_page_shows_what_the_terminal_says(html: str) -> None:
             for cell in row:
                 assert escape(cell) in html
     assert html.count("<svg ") == 6, "loss, accuracy, time of steps, timelines, memory, placement"
-    assert page([(run, comparison)]) == html, "the same run gives the same page"
+    assert whole([run]) == html, "the same run gives the same page"
 
 
 def test_everything_took_half_as_long_again() -> None:
@@ -90,14 +97,14 @@ def test_everything_took_half_as_long_again() -> None:
 
 def test_names_are_not_taken_for_markup() -> None:
     run = run_of("<b>&amp;")
-    text = page([(run, compare(run))])
+    text = whole([run])
     assert "<b>" not in text
     assert "&lt;b&gt;&amp;amp;" in text
 
 
 def test_runs_stand_side_by_side() -> None:
     runs = [run_of("one"), run_of("two", steps=80)]
-    text = page([(run, compare(run)) for run in runs])
+    text = whole(runs)
     Reader(text)
     assert "side by side" in text
     assert text.count("<section>") == 2
@@ -105,7 +112,7 @@ def test_runs_stand_side_by_side() -> None:
 
 def test_a_page_of_a_run_that_has_just_begun() -> None:
     run = replace(run_of(), steps=Steps.of(()), evaluations=Evaluations.of(()), summary=None, timings=())
-    text = page([(run, compare(run))])
+    text = whole([run])
     Reader(text)
     assert "no timeline was recorded under this plan" in text
 
@@ -113,7 +120,7 @@ def test_a_page_of_a_run_that_has_just_begun() -> None:
 def test_a_diverged_run_is_drawn() -> None:
     run = run_of()
     lost = Steps.of(Step(i, math.nan, 24, 0.1) for i in range(40))
-    Reader(page([(replace(run, steps=lost), None)]))
+    Reader(page([(replace(run, steps=lost), None)], [Advised()]))
 
 
 def test_colours_have_names_that_a_dark_page_gives_other_values(html: str) -> None:

@@ -1,0 +1,179 @@
+"""Advice is backed by what was measured, and predicts what the planner does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hybridpar.advice.advise import advise
+from hybridpar.config import compose, load
+from hybridpar.errors import ConfigError
+from hybridpar.report.advice import Advice, Advised, Forecast, advice_finding
+from hybridpar.report.comparison import compare
+from hybridpar.report.run import Run
+from tests.support.advised import ASKED, planned, simulated_run, summarised
+
+FAST = "{latency_s: 1.0e-7, bytes_per_s: 1.0e+11}"
+PIPELINE = (
+    "plan=pipeline",
+    "plan.middle.degree=4",
+    f"cluster.links.node={FAST}",
+    f"cluster.links.rack={FAST}",
+    "cluster.device.overhead_s=1e-8",
+)
+"""Where starting work and messages cost next to nothing, small micro-batches are best."""
+
+
+def told(run: Run) -> Advised:
+    return advise(run, compare(run))
+
+
+def of_kind(advised: Advised, kind: str) -> list[Advice]:
+    return [advice for advice in advised.advices if advice.kind == kind]
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize(
+    ("asked", "stage", "word"),
+    [
+        (("plan=front_tail", "plan.tail.micro_batch=4"), "tail", "larger"),
+        (("plan=data_parallel", "plan.front.micro_batch=1"), "front", "larger"),
+        (("plan=three_stage", "plan.middle.micro_batch=1"), "middle", "larger"),
+        ((*PIPELINE, "plan.middle.micro_batch=64"), "middle", "smaller"),
+    ],
+    ids=["tail", "front", "middle", "smaller"],
+)
+def test_a_bad_micro_batch_is_named_and_whoever_does_as_advised_gets_what_was_predicted(
+    tmp_path: Path, asked: tuple[str, ...], stage: str, word: str
+) -> None:
+    run = simulated_run(tmp_path, *asked)
+    (advice,) = of_kind(told(run), "micro_batch")
+    assert advice.stage == stage
+    assert f"a {word} micro-batch" in advice.what
+    (override,) = advice.overrides
+    assert override.startswith(f"plan.{stage}.micro_batch=")
+    followed = simulated_run(tmp_path, *asked, override)
+    assert advice.effect.now_s == run.step_s
+    assert advice.effect.then_s == followed.step_s
+    assert advice.effect.gain > 0.02
+    assert advice.effect.then_bytes == max(followed.plan.prediction.memory_bytes)  # type: ignore[union-attr]
+    assert not [a for a in of_kind(told(followed), "micro_batch") if a.stage == stage]
+
+
+def test_the_evidence_is_what_was_measured(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4")
+    (advice,) = of_kind(told(run), "micro_batch")
+    comparison = compare(run)
+    assert comparison is not None
+    spent = comparison.measured_stages[1].seconds
+    measured = f"{(spent['forward'] + spent['backward']) * 1e3:.4g} ms"
+    assert advice.evidence[0].startswith(f"in micro-batches of 4 a rank of the tail computed {measured} per step")
+
+
+def test_a_plan_that_the_planner_chose_freely_is_not_criticised(tmp_path: Path) -> None:
+    assert not told(simulated_run(tmp_path)).advices
+
+
+def test_of_a_plan_from_a_file_the_advice_names_its_shape(tmp_path: Path) -> None:
+    _, _, plan = planned("plan=front_tail", "plan.tail.micro_batch=4")
+    plan.save(tmp_path / "saved.json")
+    run = simulated_run(tmp_path, "plan=from_file", f"plan.path={tmp_path / 'saved.json'}")
+    (advice,) = of_kind(told(run), "micro_batch")
+    assert advice.overrides[0] == "plan=front_tail"
+    assert advice.effect.then_s == simulated_run(tmp_path, *advice.overrides).step_s
+
+
+# Evidence that is missing
+
+
+def test_without_a_timeline_nothing_is_said_of_micro_batches(tmp_path: Path) -> None:
+    run = replace(simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4"), timings=())
+    advised = told(run)
+    assert not advised.advices
+    assert any("micro-batches: no timeline was recorded" in text for text in advised.lacking)
+    assert any("train.timeline=[10,13]" in text for text in advised.lacking)
+
+
+def test_a_run_that_cannot_be_planned_again_says_why(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4")
+    assert advise(replace(run, basis=None), None).lacking[0].startswith("no simulated timeline: the run kept no")
+    (tmp_path / "config.yaml").unlink()
+    (lacking,) = told(run).lacking
+    assert lacking.startswith("the run cannot be planned again: ")
+    assert "config.yaml cannot be read" in lacking
+
+
+def test_a_configuration_is_read_back_as_it_was_composed(tmp_path: Path) -> None:
+    config = compose([*ASKED, "plan=front_tail", "plan.tail.micro_batch=4"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.resolved)
+    assert load(path) == config
+    for text in ("a: [", "- 1"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"config\.yaml .*; train again to have one"):
+            load(path)
+
+
+# Memory
+
+
+def test_memory_that_is_left_makes_room_for_a_larger_batch(tmp_path: Path) -> None:
+    run = summarised(simulated_run(tmp_path), share=0.1)
+    (advice,) = of_kind(told(run), "memory")
+    assert advice.overrides == ("train.global_batch=256",)
+    assert "(10%)" in advice.evidence[0]
+    followed = simulated_run(tmp_path, *advice.overrides)
+    assert advice.effect.then_s == followed.step_s
+    assert advice.effect.then_batch == 256
+    assert advice.effect.gain == pytest.approx(4 * advice.effect.now_s / advice.effect.then_s - 1)
+
+
+def test_full_memory_and_a_run_that_goes_on_get_no_larger_batch(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path)
+    assert not told(summarised(run, share=0.9)).advices
+    assert any("memory head-room" in text for text in told(run).lacking)
+
+
+def test_a_batch_that_would_not_fit_by_what_was_measured_is_not_advised(tmp_path: Path) -> None:
+    """Ranks used far more than predicted: twice the prediction might fit, twice what was measured does not."""
+    run = summarised(simulated_run(tmp_path), share=0.59)
+    advised = told(run)
+    assert not advised.advices
+    assert any("no larger global batch is predicted to fit" in text for text in advised.remarks)
+
+
+# How it is told
+
+
+def forecast(then_s: float) -> Forecast:
+    return Forecast(1.0, then_s, 64, 64, 2**20, 2**21, "measured")
+
+
+def test_advices_with_the_same_overrides_become_one_with_all_evidence() -> None:
+    first = Advice("bubble", None, "do", ("a", "b"), ("plan=auto",), forecast(0.9))
+    second = replace(first, kind="communication", evidence=("b", "c"))
+    better = replace(first, overrides=("x=1",), effect=forecast(0.4))
+    merged = Advised.merged([Advised((first,), ("r",), ("l",)), Advised((second, better), ("r",), ("l",))])
+    assert [a.overrides for a in merged.advices] == [("x=1",), ("plan=auto",)]
+    assert merged.advices[1].evidence == ("a", "b", "c")
+    assert merged.remarks == ("r",)
+    assert merged.lacking == ("l",)
+
+
+def test_a_table_says_what_to_type_and_what_it_will_do() -> None:
+    advice = Advice("memory", None, "do this", ("seen", "known"), ("x=1", "y=2"), forecast(0.8))
+    found = advice_finding(Advised((advice,), ("a remark",), ("a timeline",)))
+    assert found.rows == (
+        ("1.", "do this"),
+        ("type", "x=1 y=2"),
+        ("predicted", "step 1 s → 800 ms (+25% samples/s), 1 MiB → 2 MiB, measured profile"),
+        ("since", "seen"),
+        ("", "known"),
+    )
+    assert found.notes == ("a remark", "not judged: a timeline")
+    assert advice_finding(Advised()).notes == ("nothing that the planner predicts a gain for",)
+    assert "2.5x the samples/s" in advice_finding(Advised((replace(advice, effect=forecast(0.4)),))).rows[2][1]
