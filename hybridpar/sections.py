@@ -170,14 +170,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class TraceConfig:
+    """A look at every kernel, by torch's profiler."""
+
+    steps: tuple[int, int] | None = None
+    """Those that are traced, from the first that this process runs, the last not included; None: none."""
+
+    def __post_init__(self) -> None:
+        window = self.steps
+        fits = window is None or 0 <= window[0] < window[1]
+        remedy = "must be [first,last] with 0 <= first < last, or null"
+        require(fits, "monitor.trace.steps", list(window or ()), remedy)
+
+
+@dataclass(frozen=True)
 class MonitorConfig(Options):
     """Sampling of the nodes and their GPUs."""
 
     mode: Literal["auto", "off", "required"] = "auto"
+    trace: TraceConfig = field(default_factory=TraceConfig)
 
     @property
     def options(self) -> Options:
-        """All but the mode."""
+        """What the sampler is told of it."""
         return Options(**{option.name: getattr(self, option.name) for option in fields(Options)})
 
 

@@ -2,15 +2,18 @@
 
 It is what a report shows and what advice rests on. Times come from the recorded timeline
 (:mod:`hybridpar.report.parts`), what the devices did from the monitor's samples, cut by that timeline
-(:mod:`hybridpar.report.device_use`). Whatever is unknown is None.
+(:mod:`hybridpar.report.device_use`), and from traces (:mod:`hybridpar.report.kernels`). What is unknown is None.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hybridpar.report import kernels
 from hybridpar.report.comparison import Comparison
 from hybridpar.report.device_use import UNKNOWN, DeviceUse, device_uses
+from hybridpar.report.kernels import KernelUse, RankKernels
 from hybridpar.report.palette import stage_name
 from hybridpar.report.parts import Parts, mean_parts, stage_parts
 from hybridpar.report.run import Run
@@ -34,6 +37,10 @@ class StageAttribution:
     measured: Parts
     """Mean over the recorded steps."""
     use: DeviceUse
+    """By the monitor's samples: measured, over windows of many kernels."""
+    kernels: KernelUse | None
+    """By the traces of its ranks (``monitor.trace.steps``), kernel by kernel: estimated by Kineto, and on a CPU
+    without occupancy. None: none was traced."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,9 @@ class Attribution:
 
 
 def attribute(run: Run, comparison: Comparison) -> Attribution:
-    """Return what a run's time went to. Raises HybridparError where a file of the monitor is malformed."""
+    """Return what a run's time went to. Raises HybridparError where a file of monitor or trace is malformed."""
     uses = device_uses(run, comparison)
+    traced = {r.rank: r for r in kernels.load(run.folder, run.plan.world, run.plan.fingerprint)}
     stages = []
     for replica, predicted in enumerate(comparison.predicted):
         program, first = predicted.program, replica * len(predicted.ranks)
@@ -74,9 +82,15 @@ def attribute(run: Run, comparison: Comparison) -> Attribution:
                     expected[position.index],
                     found[position.index],
                     uses.get((replica, position.index), UNKNOWN),
+                    _kernels(traced, stage_name(position), [first + rank for rank in position.ranks]),
                 )
             )
     lengths_s = [step[0].length_s for step in comparison.courses]
     return Attribution(
         comparison.predicted[0].length_s, sum(lengths_s) / len(lengths_s), comparison.steps, tuple(stages)
     )
+
+
+def _kernels(traced: Mapping[int, RankKernels], stage: str, ranks: Sequence[int]) -> KernelUse | None:
+    found = [traced[rank].stages[stage] for rank in ranks if rank in traced and stage in traced[rank].stages]
+    return kernels.together(found) if found else None

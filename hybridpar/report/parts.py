@@ -67,7 +67,7 @@ def mean_parts(steps: Sequence[Sequence[Parts]]) -> tuple[Parts, ...]:
 
 def stages_of(program: Program, rank: int) -> tuple[int | None, ...]:
     """Return the position that each of a rank's actions is for; None throughout on a rank without any."""
-    known = [_stage(program, rank, action) for action in program.actions[rank]]
+    known = [stage_of(program, rank, action) for action in program.actions[rank]]
     follows = next((stage for stage in reversed(known) if stage is not None), _first(program, rank))
     result = []
     for stage in reversed(known):
@@ -91,7 +91,7 @@ def _known(flight: tuple[float, float] | None) -> Iterable[tuple[float, float]]:
     return () if flight is None else (flight,)
 
 
-def _stage(program: Program, rank: int, action: Action) -> int | None:
+def stage_of(program: Program, rank: int, action: Action) -> int | None:
     """Return the position that an action is for by itself."""
     if action.kind == "load":
         return 0

@@ -35,6 +35,10 @@ In the order of the program. What batch norms tell other ranks happens within a 
 behind: the pass's own time is in one piece, as where a program is simulated."""
 
 
+Scope = Callable[[Program, Action], contextlib.AbstractContextManager[object]]
+"""Gives what an action runs within."""
+
+
 class ActionError(RuntimeError):
     """An action failed; names rank, stage, micro-batch and action. The cause is chained."""
 
@@ -68,6 +72,7 @@ class Executor:
         self.blocks, self.communicators, self.updater = blocks, communicators, updater
         self.seed, self.dtype, self.device = seed, dtype, device
         self.observer: Observer | None = None
+        self.scope: Scope | None = None
         self._meets = False
         """Whether the action is one that happens within a pass."""
         self._within: list[tuple[Action, float]] = []
@@ -128,7 +133,11 @@ class Executor:
         action = program.actions[self.rank][number]
         state.at += 1
         with self._named(program, action):
-            self._act(state, action)
+            if self.scope is None:
+                self._act(state, action)
+            else:
+                with self.scope(program, action):
+                    self._act(state, action)
             self._free(state, number)
 
     def _begin(

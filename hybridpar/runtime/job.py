@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,7 +34,7 @@ from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.compiled import check_for, compile_blocks
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.evaluation import Evaluation, Totals
-from hybridpar.runtime.executor import Executor, Observer
+from hybridpar.runtime.executor import Executor, Observer, Scope
 from hybridpar.runtime.feed import Elsewhere, Feed, StepBatch
 from hybridpar.runtime.groups import check_groups
 from hybridpar.runtime.loss import Loss, check_mixes
@@ -50,6 +50,8 @@ from hybridpar.runtime.undo import Undo
 from hybridpar.runtime.update import EngineFactory, OptimizerFactory, Updater
 from hybridpar.train_section import Compiling, LossScale
 
+Watcher = Callable[[StepBatch, Callable[[], float]], float]
+"""Runs a training step: gets this rank's part of it and what runs it, and returns its loss."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -140,6 +142,7 @@ class Job:
         """Steps that were run."""
         self.rate = rate
         """Learning rate by step; None leaves it to the optimizer."""
+        self._watchers: list[Watcher] = []
         self._communicators, self._next_sample = communicators, 0
         self._reader = Reader(rank, self.chain)
         self._uncompressed = replace(plan, recipe=replace(plan.recipe, compression=None))
@@ -285,6 +288,19 @@ class Job:
         """Call ``observer`` after every action from now on; None: no longer."""
         self._executor.observer = observer
 
+    def enclose(self, scope: Scope | None) -> None:
+        """Run every action within what ``scope`` gives from now on; None: no longer."""
+        self._executor.scope = scope
+
+    @contextlib.contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Let ``watcher`` run the training steps within a ``with`` block: by the function that it is given."""
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
+
     def program(self, mode: Mode = "train", samples: int | None = None) -> Program:
         """Return the program of this rank's plan replica in a step of ``samples``, by default the global batch.
 
@@ -348,9 +364,15 @@ class Job:
         if self.rate is not None:
             self._updater.set_rate(self.rate(self.steps))
         given = self._own(batch, "train", samples)
-        metrics = self._run(given, "train")
+        run = partial(self._train, given)
+        for watcher in self._watchers:
+            run = partial(watcher, given, run)
+        return run()
+
+    def _train(self, batch: StepBatch) -> float:
+        metrics = self._run(batch, "train")
         self.steps += 1
-        self._next_sample = given.first_sample + given.samples
+        self._next_sample = batch.first_sample + batch.samples
         return metrics.loss
 
     def evaluate(self, batches: Iterable[WholeBatch]) -> Evaluation:

@@ -22,7 +22,6 @@ from hybridpar.runtime.manifest import Position
 from hybridpar.runtime.origin import Origin
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.stop import Agreement, Stop
-from hybridpar.runtime.timekeeper import Timekeeper
 
 SKIPPED_IN_A_ROW = 20
 """So many steps without finite gradients, each at half of the scale before, end the training."""
@@ -45,7 +44,6 @@ class Loop:
         begin: how far the training has come already.
         early: may end the training before ``steps``, after an evaluation.
         callbacks: the user's; they may ask for the end before ``steps``.
-        timekeeper: records some of the steps; None: none.
         monitor: the sampler of this rank's node; what it has to tell is said after a step. None: there is none.
     """
 
@@ -65,7 +63,6 @@ class Loop:
         eval_every_steps: int | None = None,
         early: EarlyStop | None = None,
         callbacks: Callbacks | None = None,
-        timekeeper: Timekeeper | None = None,
         monitor: Monitor | None = None,
     ) -> None:
         self.job, self.process, self.feed, self.test_feed = job, process, feed, test_feed
@@ -73,7 +70,7 @@ class Loop:
         self.steps, self.begin, self.early = steps, begin, early
         self.eval_every, self.eval_every_steps = eval_every, eval_every_steps
         self.callbacks, self._end = callbacks or Callbacks(()), Agreement(process, "end")
-        self.timekeeper, self.monitor = timekeeper, monitor
+        self.monitor = monitor
         self.log = Log(skipped=job.scaler.skipped if job.scaler else None)
         self._since_s = 0.0
         if early is not None and early.over:
@@ -134,7 +131,7 @@ class Loop:
 
     def _step(self, epoch: int, batch: StepBatch) -> None:
         step, rate = self.job.steps, self.job.learning_rate
-        loss = self._run(batch)
+        loss = self.job.step(batch)
         now_s = time.perf_counter()
         self._note(step, epoch, loss, rate, batch.samples, now_s - self._since_s)
         self._since_s = now_s
@@ -142,12 +139,6 @@ class Loop:
         self._hear_monitor()
         if self.callbacks and self._end.after(self.job.steps):
             self._end_early("a callback asked for the end")
-
-    def _run(self, batch: StepBatch) -> float:
-        keeper = self.timekeeper
-        if keeper is not None and self.job.steps in keeper.steps:
-            return keeper.step(batch)
-        return self.job.step(batch)
 
     def _note(self, step: int, epoch: int, loss: float, rate: float | None, samples: int, step_s: float) -> None:
         """Write a step down."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hybridpar.planning.program import Action, Program
@@ -17,7 +18,7 @@ from hybridpar.runtime.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
 
 
 class Timekeeper:
-    """Runs the steps of a window and records them, on one rank; all ranks have one of the same window.
+    """Watches the steps of a window and records them, on one rank; all ranks have one of the same window.
 
     Outside the window nothing is observed. Before its first step the ranks compare their clocks. The record is
     written after the window's last step, or by ``close``, so that writing disturbs no step that is recorded.
@@ -36,13 +37,15 @@ class Timekeeper:
         self._offset: Offset | None = None
         self._timings: list[StepTiming] = []
 
-    def step(self, batch: StepBatch) -> float:
-        """Run the job's next step, which is one of the window, and return its loss."""
+    def __call__(self, batch: StepBatch, run: Callable[[], float]) -> float:
+        """Run the job's next step, record it if it is one of the window, and return its loss."""
+        number = self._job.steps
+        if number not in self.steps:
+            return run()
         if self._offset is None:
             self._offset = compare(self._process)
-        number = self._job.steps
         watch: Stopwatch = CudaStopwatch() if self._job.device.type == "cuda" else HostStopwatch()
-        loss = self._watched(watch, batch)
+        loss = self._watched(watch, run)
         length_s = round(time.perf_counter() - watch.start_s, 7)
         actions, completions = watch.read()
         waited_s = None if batch.waited_s is None else round(batch.waited_s, 7)
@@ -53,7 +56,7 @@ class Timekeeper:
             self.close()
         return loss
 
-    def _watched(self, watch: Stopwatch, batch: StepBatch) -> float:
+    def _watched(self, watch: Stopwatch, run: Callable[[], float]) -> float:
         before = self._job.observer
 
         def note(program: Program, action: Action, start_s: float, end_s: float) -> None:
@@ -64,7 +67,7 @@ class Timekeeper:
         self._job.observe(note)
         self._groups.completed = watch.complete
         try:
-            return self._job.step(batch)
+            return run()
         finally:
             self._job.observe(before)
             self._groups.completed = None

@@ -51,6 +51,7 @@ from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
 from hybridpar.runtime.stop import Stop
 from hybridpar.runtime.timekeeper import Timekeeper
+from hybridpar.runtime.tracer import Tracer
 from hybridpar.schema import from_data, to_data
 
 
@@ -73,7 +74,7 @@ def train(
     SIGTERM ends the training after a step, with a checkpoint if there are any; every rank then gets None.
 
     Writes ``config.yaml``, ``plan.json``, ``profile.json``, ``cluster.yaml``, ``metrics.jsonl``,
-    ``evaluations.jsonl``, ``timeline/``, ``tensorboard/``, ``monitor*.jsonl``, ``checkpoints/`` and
+    ``evaluations.jsonl``, ``timeline/``, ``trace/``, ``tensorboard/``, ``monitor*.jsonl``, ``checkpoints/`` and
     ``summary.json`` into the run directory. Nothing is selected on the test split, unless ``checkpoint.best`` asks
     for the checkpoint that does best there.
 
@@ -223,12 +224,13 @@ class _Training:
                 eval_every_steps=config.train.eval_every_steps,
                 early=early,
                 callbacks=Callbacks(self.callbacks),
-                timekeeper=self._start_timekeeper(stack, job, communicators),
                 monitor=monitor,
             )
+            tracer = self._watch(stack, job, communicators)
             log = loop.run()
             saver.wait()
             monitor.close()
+            self._end_trace(tracer, journal)
             if journal is not None and (log.stopped or log.ended_early):
                 journal.say(keeper.farewell() if log.stopped else f"ended early: {log.ended_early}")
             memory = process.gather(job.memory_bytes())
@@ -266,16 +268,33 @@ class _Training:
             compiling=config.train.compiling,
         )
 
-    def _start_timekeeper(
-        self, stack: contextlib.ExitStack, job: Job, communicators: ProcessGroups
-    ) -> Timekeeper | None:
-        window = self.config.train.timeline
-        if window is None:
+    def _watch(self, stack: contextlib.ExitStack, job: Job, communicators: ProcessGroups) -> Tracer | None:
+        """Have steps timed and traced, as far as they are to be."""
+        timeline, trace = self.config.train.timeline, self.config.monitor.trace.steps
+        if timeline is not None:
+            keeper = Timekeeper(job, communicators, self.process, self.folder, self._steps(job, timeline))
+            stack.enter_context(job.watched(keeper))
+            stack.callback(keeper.close)
+        if trace is None:
             return None
-        steps = range(job.steps + window[0], min(job.steps + window[1], self.steps))
-        keeper = Timekeeper(job, communicators, self.process, self.folder, steps)
-        stack.callback(keeper.close)
-        return keeper
+        tracer = Tracer(job, self.folder, self._steps(job, trace))
+        stack.enter_context(job.watched(tracer))
+        stack.callback(tracer.close)
+        return tracer
+
+    def _steps(self, job: Job, window: tuple[int, int]) -> range:
+        """Return a window's steps, counted from this process's first, as far as the training has them."""
+        return range(job.steps + window[0], min(job.steps + window[1], self.steps))
+
+    def _end_trace(self, tracer: Tracer | None, journal: Journal | None) -> None:
+        """Close the tracer, and say why there is no trace, if there is none."""
+        if tracer is None:
+            return
+        tracer.close()
+        reasons: list[str | None] = self.process.gather(tracer.reason)
+        reason = next((r for r in reasons if r is not None), None)
+        if journal is not None and reason is not None:
+            journal.say(reason)
 
     def _make_saver(self, judge: Judge | None) -> Saver:
         process, home = self.process, self.folder / folders.FOLDER

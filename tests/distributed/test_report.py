@@ -13,6 +13,7 @@ from hybridpar.report.comparison import compare, programs_of
 from hybridpar.report.overlay import FILES
 from hybridpar.report.run import Run
 from hybridpar.runtime.callback import Callback
+from hybridpar.runtime.executor import Executor
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.journal import StepRecord
 from tests.support.command import run
@@ -153,15 +154,15 @@ def test_a_line_that_is_cut_off_is_left_out_and_a_wrong_one_is_named(folder: Pat
 
 def test_outside_the_window_nothing_is_observed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = []
-    step = Job.step
+    run = Executor.run
 
-    def seen(job: Job, *given: object, **more: object) -> float:
-        watched.append(job.observer is not None)
-        return step(job, *given, **more)  # type: ignore[arg-type]
+    def seen(executor: Executor, *given: object, **more: object) -> object:
+        watched.append(executor.observer is not None)
+        return run(executor, *given, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Job, "step", seen)
-    train_here(tmp_path, "train.steps=5", "train.timeline=[1,3]")
-    assert watched == [False, True, True, False, False]
+    monkeypatch.setattr(Executor, "run", seen)
+    train_here(tmp_path, "train.steps=5", "train.timeline=[1,3]", "train.eval_every=null")
+    assert watched[:5] == [False, True, True, False, False]
 
 
 class Counts(Callback):

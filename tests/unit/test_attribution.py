@@ -14,6 +14,7 @@ from hybridpar.planning.timeline import Flight
 from hybridpar.report.attribution import attribute
 from hybridpar.report.comparison import compare
 from hybridpar.report.device_use import UNKNOWN, DeviceUse, Stage, Turns, unmixed
+from hybridpar.report.kernels import Kernel, KernelUse, RankKernels, swept
 from hybridpar.report.parts import Parts, stage_parts, stages_of
 from tests.support.reports import SLOWER, run_of
 from tests.unit.test_course import by_hand, find, plan_of, predicted
@@ -85,7 +86,29 @@ def test_predicted_and_measured_are_told_by_stage() -> None:
         waited_s = [p.communication_s + p.bubble_s for p in (stage.predicted, stage.measured)]
         assert waited_s[1] == pytest.approx(SLOWER * waited_s[0])
         assert stage.use is UNKNOWN
+        assert stage.kernels is None
         assert found.of(stage.stage) == (stage,)
+
+
+def test_traces_of_a_stages_ranks_are_put_together(tmp_path: Path) -> None:
+    run = run_of(str(tmp_path))
+    comparison = compare(run)
+    assert comparison is not None
+    (tmp_path / "trace").mkdir()
+    for rank, stages in ((0, {"front": use(2.0, 0.2)}), (1, {"front": use(6.0, 0.6), "tail": use(1.0, 0.9)})):
+        RankKernels(rank, run.plan.fingerprint, "kineto", (21,), KernelUse(), stages).save(tmp_path)
+    found = attribute(run, comparison)
+    front, middle, tail = (s.kernels for s in found.stages)
+    assert front is not None
+    assert front.occupancy == pytest.approx((2 * 0.2 + 6 * 0.6) / 8)
+    assert front.busy == pytest.approx(8.0 / 20.0)
+    assert middle is None
+    assert tail is not None
+    assert tail.busy == pytest.approx(0.1), "only one of its ranks was traced"
+
+
+def use(busy_s: float, occupancy: float) -> KernelUse:
+    return swept([Kernel(0.0, busy_s, "a", occupancy)], 0.0, 10.0)[0]
 
 
 # Devices
