@@ -6,8 +6,6 @@ from collections import Counter
 
 import pytest
 
-from hybridpar.model.trace import trace
-from scripts.bench.runtime.models import IMAGE, balanced, build
 from scripts.bench.turns import compare, order
 
 
@@ -25,13 +23,3 @@ def test_the_ratio_is_taken_round_by_round() -> None:
     ratio = compare([1.0, 1.0, 1.0, 1.0, 3.0], [1.0] * 5)
     assert ratio.median == 1.0
     assert 1.0 == ratio.low <= ratio.high <= 3.0
-
-
-@pytest.mark.parametrize("parts", [4, 8])
-def test_a_chain_is_cut_into_runs_of_about_equal_work(parts: int) -> None:
-    chain = trace(build("resnet18"), IMAGE, "resnet18").chain
-    bounds = balanced(chain, parts)
-    assert [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
-    assert bounds[-1][1] == len(chain.layers)
-    work = [sum(layer.flops_per_sample for layer in chain.layers[slice(*b)]) for b in bounds]
-    assert max(work) < 2.5 * sum(work) / parts

@@ -6,11 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybridpar.model.chain import Chain
-from hybridpar.model.trace import trace
 from hybridpar.planning.plan import Plan, Segment, Stage, validate
-from scripts.bench.runtime.models import CHAIN_OF_LINEARS, IMAGE, IN_SHAPE, balanced, build
+from scripts.bench.balance import balanced
+from scripts.bench.cluster.contestants.ddp import DataParallel
+from scripts.bench.cluster.contestants.floor import Floor
+from scripts.bench.cluster.contestants.tensor_head import TensorHead
+from scripts.bench.cluster.contestants.torch_pipeline import GPipe, Interleaved, OneForwardOneBackward
+from scripts.bench.runtime.models import CHAIN_OF_LINEARS, work_of
 from scripts.bench.runtime.options import OF_REPLICAS, OPTIONS, variants
-from scripts.bench.runtime.rivals import SCHEDULES, DataParallel, HandWritten, Loop, Ours, Pipelining, Rival
+from scripts.bench.runtime.rivals import Ours, Rival
+from scripts.bench.work import Work
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Contest:
     global_batch: int
     micro_batch: int
     stages: Callable[[Setting, Chain], tuple[Stage, ...]]
-    others: Callable[[Setting], list[Rival]]
+    others: Callable[[Setting, Work], list[Rival]]
 
 
 def _alone(setting: Setting, chain: Chain) -> tuple[Stage, ...]:
@@ -51,7 +56,7 @@ def _front(setting: Setting, chain: Chain) -> tuple[Stage, ...]:
 
 
 def _middle(setting: Setting, chain: Chain) -> tuple[Stage, ...]:
-    parts = balanced(chain, 4 * setting.segments)
+    parts = balanced([layer.flops_per_sample for layer in chain.layers], 4 * setting.segments)
     segments = tuple(Segment(layers, (number % 4,)) for number, layers in enumerate(parts))
     return (Stage("middle", setting.micro_batch, segments),)
 
@@ -63,18 +68,31 @@ def _front_tail(setting: Setting, chain: Chain) -> tuple[Stage, ...]:
     return front, Stage("tail", setting.global_batch, (Segment((cut, last), ranks),), ways)
 
 
-def _loops(setting: Setting) -> list[Rival]:
-    return [Loop(setting.model, setting.micro_batch)]
+def _loops(setting: Setting, work: Work) -> list[Rival]:
+    return [Rival("plain loop", Floor(work, setting.micro_batch))]
 
 
-def _nobody(setting: Setting) -> list[Rival]:
-    del setting
+def _nobody(setting: Setting, work: Work) -> list[Rival]:
+    del setting, work
     return []
 
 
-def _pipelines(setting: Setting) -> list[Rival]:
-    count = setting.global_batch // setting.micro_batch
-    return [Pipelining(setting.model, schedule, count) for schedule in SCHEDULES]
+def _data_parallel(setting: Setting, work: Work) -> list[Rival]:
+    del setting
+    return [Rival("DistributedDataParallel", DataParallel(work))]
+
+
+def _pipelines(setting: Setting, work: Work) -> list[Rival]:
+    schedules = {"GPipe": GPipe, "1F1B": OneForwardOneBackward, "interleaved 1F1B": Interleaved}
+    return [
+        Rival(f"pipelining, {name}", schedule(work, setting.micro_batch, balance="counted"))
+        for name, schedule in schedules.items()
+    ]
+
+
+def _hand_written(setting: Setting, work: Work) -> list[Rival]:
+    del setting
+    return [Rival("by hand", TensorHead(work))]
 
 
 OF_OPTIONS = {
@@ -87,17 +105,17 @@ CONTESTS = {
     "actions": Contest(1, CHAIN_OF_LINEARS, 256, 1, _alone, _loops),
     "options": Contest(1, "resnet18", 32, 16, _alone, _nobody),
     "compression": Contest(4, "vgg11", 64, 16, _front, _nobody),
-    "front": Contest(4, "resnet18", 64, 16, _front, lambda setting: [DataParallel(setting.model)]),
+    "front": Contest(4, "resnet18", 64, 16, _front, _data_parallel),
     "middle": Contest(4, "vgg11", 64, 8, _middle, _pipelines),
-    "front_tail": Contest(4, "vgg11", 64, 16, _front_tail, lambda setting: [HandWritten(setting.model)]),
+    "front_tail": Contest(4, "vgg11", 64, 16, _front_tail, _hand_written),
 }
 
 
 def rivals(setting: Setting) -> list[Rival]:
     """Return a contest's rivals on this rank, ours first; every rank calls it alike."""
     contest = CONTESTS[setting.contest]
-    model = build(setting.model)
-    chain = trace(model, IN_SHAPE.get(setting.model, IMAGE), type(model).__name__).chain
+    work = work_of(setting.model, setting.global_batch)
+    chain = work.traced.chain
     plan = Plan(
         chain.model,
         chain.fingerprint,
@@ -110,4 +128,4 @@ def rivals(setting: Setting) -> list[Rival]:
     )
     validate(plan, chain)
     own = variants(setting.model, plan, setting.options)
-    return [Ours(setting.model, plan), *own, *contest.others(setting)]
+    return [Rival(Ours.name, Ours(work, plan)), *own, *contest.others(setting, work)]

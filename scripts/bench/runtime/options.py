@@ -10,19 +10,18 @@ from typing import Any
 import torch
 
 from hybridpar.model.chain import Autocast, MemoryFormat
-from hybridpar.model.trace import trace
 from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Plan, Recipe, validate
 from hybridpar.runtime.update import OptimizerFactory
 from hybridpar.train_section import Compiling, LossScale
-from scripts.bench.runtime.models import IMAGE, IN_SHAPE, build, optimizer
+from scripts.bench.runtime.models import RATE, work_of
 from scripts.bench.runtime.rivals import AGREEMENT, Ours, Rival
 
 LOWERED = 2.0**-5
 """Agreement of a lowered dtype: its roundings, of which batch norm makes more where samples are few."""
 LOSSY = 0.5
 """Agreement of gradients of low rank, which go another way from the first step on."""
-SGD: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
+SGD: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, lr=RATE, momentum=0.9)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Option:
     memory_format: MemoryFormat | None = None
     recompute: bool = False
     """In all stages."""
-    optimizer: OptimizerFactory = optimizer
+    optimizer: OptimizerFactory | None = None
+    """None: the default's."""
     scaling: LossScale | None = None
     compression: Compression | None = None
     compiling: Compiling | None = None
@@ -65,11 +65,11 @@ def variants(model: str, plan: Plan, chosen: Sequence[str]) -> list[Rival]:
 
 def _variant(model: str, plan: Plan, name: str, option: Option) -> Rival:
     settings: dict[str, Any] = {"autocast": option.autocast, "memory_format": option.memory_format}
-    module = build(model)
-    chain = trace(module, IN_SHAPE.get(model, IMAGE), type(module).__name__, **settings).chain
+    work = work_of(model, plan.global_batch, **settings)
     stages = tuple(replace(stage, recompute=option.recompute) for stage in plan.stages)
     recipe = Recipe(scaling=option.scaling is not None, compression=option.compression)
-    own = replace(plan, chain=chain.fingerprint, stages=stages, recipe=recipe)
-    validate(own, chain)
-    settings |= {"optimizer": option.optimizer, "scaling": option.scaling, "compiling": option.compiling}
-    return Ours(model, own, name, option.agreement, **settings)
+    own = replace(plan, chain=work.traced.chain.fingerprint, stages=stages, recipe=recipe)
+    validate(own, work.traced.chain)
+    settings |= {"optimizer": option.optimizer or work.sgd}
+    settings |= {"scaling": option.scaling, "compiling": option.compiling}
+    return Rival(name, Ours(work, own, **settings), option.agreement)

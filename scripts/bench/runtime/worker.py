@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from scripts.bench.cgroups import join_own
 from scripts.bench.runtime.contests import Setting, rivals
-from scripts.bench.runtime.models import batch
+from scripts.bench.runtime.models import work_of
 from scripts.bench.runtime.rivals import Ours, Rival
 from scripts.bench.turns import Turn, order
 
@@ -27,7 +27,7 @@ def main() -> None:
     rounds, steps = int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     known = {rival.name: rival for rival in rivals(setting)}
-    x, y = batch(setting.model, setting.global_batch)
+    x, y = work_of(setting.model, setting.global_batch).samples(0)
     losses = {name: [_mean_loss(rival, x, y) for _ in range(AGREEING_STEPS)] for name, rival in known.items()}
     _require_agreement(losses, {name: rival.agreement for name, rival in known.items()})
     join_own()
@@ -35,7 +35,7 @@ def main() -> None:
     for number in range(rounds + 1):
         for name in order(list(known), number):
             turns[name].append(_turn(known[name], x, y, steps))
-    ours = known[Ours.name]
+    ours = known[Ours.name].trains
     assert isinstance(ours, Ours)
     actions = max(len(actions) for actions in ours.job.program().actions)
     if _rank() == 0:
@@ -49,7 +49,7 @@ def _turn(rival: Rival, x: torch.Tensor, y: torch.Tensor, steps: int) -> Turn:
         dist.barrier()
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        rival.step(x, y)
+        rival.trains.step(x, y)
     own = time.perf_counter() - began_s, time.process_time() - began_cpu_s
     everyone: list[tuple[float, float]] = [own] * _world()
     if _world() > 1:
@@ -58,13 +58,12 @@ def _turn(rival: Rival, x: torch.Tensor, y: torch.Tensor, steps: int) -> Turn:
 
 
 def _mean_loss(rival: Rival, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Run a step and return its loss over all samples, whatever part of it each rank was told."""
-    own = rival.step(x, y)
-    everyone = [own] * _world()
+    """Run a step and return its mean loss over all samples, of which every rank is told a share."""
+    share = rival.trains.step(x, y)
+    shares = [share] * _world()
     if _world() > 1:
-        dist.all_gather_object(everyone, own)
-    told = [loss for loss in everyone if loss]
-    return sum(told) / len(told)
+        dist.all_gather_object(shares, share)
+    return sum(shares)
 
 
 def _require_agreement(losses: dict[str, list[float]], agreement: dict[str, float]) -> None:
