@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hybridpar.advice.occupancy import HalfEmpty, half_empty
 from hybridpar.advice.replan import Replanner
 from hybridpar.planning.plan import Plan
+from hybridpar.report.attribution import Attribution
 from hybridpar.report.basis import Basis
 from hybridpar.report.comparison import Comparison
 from hybridpar.report.run import Run
@@ -22,6 +24,8 @@ class Evidence:
     planner: Replanner
     comparison: Comparison | None
     """None where no timeline was recorded."""
+    attribution: Attribution | None
+    """Likewise."""
 
     @property
     def plan(self) -> Plan:
@@ -40,6 +44,29 @@ class Evidence:
             f"in micro-batches of {stage.micro_batch} a rank of the {stage.kind} computed {in_time(found)} per "
             f"step (mean of {plural(steps, 'step')}; {in_time(expected)} predicted)"
         )
+
+    def half_empty(self, index: int) -> HalfEmpty | None:
+        """Judge a stage's occupancy; None where it is high, or its ranks have no GPU."""
+        if self.attribution is None:
+            return None
+        positions = self.planner.program.positions
+        own = [s for s in self.attribution.stages if positions[s.position].stage == index]
+        if all(self.run.timings[rank].gpu is None for s in own for rank in s.ranks):
+            return None
+        return half_empty(own)
+
+    def waited(self, part: str) -> float:
+        """Return the share of the step that a part takes, as the mean over all ranks; with a timeline only."""
+        assert self.attribution is not None
+        total_s = sum(getattr(s.measured, f"{part}_s") * len(s.ranks) for s in self.attribution.stages)
+        return float(total_s / (self.plan.world * self.attribution.measured_step_s))
+
+    def most_waited(self, part: str) -> str:
+        """Name the stage whose ranks a part of the step takes most of; with a timeline only."""
+        assert self.attribution is not None
+        most = max(self.attribution.stages, key=lambda s: s.measured.share(part) or 0.0)
+        found, expected = (parts.share(part) or 0.0 for parts in (most.measured, most.predicted))
+        return f"for the {most.stage} ({found:.0%} of its ranks' step; {expected:.0%} predicted)"
 
     def _passes_s(self, index: int, shares: tuple[StageShare, ...]) -> float:
         """Forward and backward of the stage's slowest position, mean over its ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybridpar.advice.evidence import Evidence
+from hybridpar.advice.occupancy import HalfEmpty
 from hybridpar.advice.replan import LEAST_GAIN, Outcome
 from hybridpar.planning.microbatches import best_micro_batch
 from hybridpar.planning.plan import Kind, Prediction
@@ -14,8 +15,18 @@ def other_sizes(known: Evidence) -> Advised:
     """Advise another micro-batch of every stage whose best one gains enough."""
     if known.comparison is None:
         return Advised()
-    found = ((index, _best(known, index)) for index in range(len(known.plan.stages)))
-    return Advised(tuple(_advice(known, index, outcome) for index, outcome in found if outcome is not None))
+    return Advised.merged(_other_size(known, index) for index in range(len(known.plan.stages)))
+
+
+def _other_size(known: Evidence, index: int) -> Advised:
+    outcome, empty, kind = _best(known, index), known.half_empty(index), known.plan.stages[index].kind
+    advices = () if outcome is None else (_advice(known, index, outcome, empty),)
+    if empty is None or (empty.verdict == "fault" and outcome is not None):
+        return Advised(advices)
+    if empty.verdict == "unknown":
+        return Advised(advices, lacking=(f"{kind}: {empty.text}",))
+    vain = ", but the planner predicts no gain of another micro-batch" if empty.verdict == "fault" else ""
+    return Advised(advices, remarks=(f"{kind}: {empty.text}{vain}",))
 
 
 def _best(known: Evidence, index: int) -> Outcome | None:
@@ -35,16 +46,19 @@ def _best(known: Evidence, index: int) -> Outcome | None:
     return max((o for o in found if o is not None), key=lambda o: o.forecast.gain, default=None)
 
 
-def _advice(known: Evidence, index: int, outcome: Outcome) -> Advice:
+def _advice(known: Evidence, index: int, outcome: Outcome, empty: HalfEmpty | None) -> Advice:
     stage = known.plan.stages[index]
     then = outcome.change.request.pin(stage.kind).micro_batch
     assert then is not None
     word = "larger" if then > stage.micro_batch else "smaller"
+    evidence = [known.computing(index), _predicted(known, outcome, stage.kind)]
+    if empty is not None and empty.verdict == "fault" and word == "larger":
+        evidence.append(empty.text)
     return Advice(
         "micro_batch",
         stage.kind,
         f"give the {stage.kind} a {word} micro-batch: {then} instead of {stage.micro_batch}",
-        (known.computing(index), _predicted(known, outcome, stage.kind)),
+        tuple(evidence),
         outcome.change.overrides,
         outcome.forecast,
     )

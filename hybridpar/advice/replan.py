@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from hybridpar.config import Config
 from hybridpar.errors import PlanError
+from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Kind, Plan, Prediction
 from hybridpar.planning.request import STAGES_OF, Pin, Request, Shape
 from hybridpar.planning.search import search
@@ -33,6 +34,25 @@ class Change:
             (*self.overrides, f"plan.{kind}.micro_batch={value}"),
         )
 
+    def free(self) -> Change | None:
+        """Return the change to a plan of any shape with nothing pinned; None where it is none."""
+        fields = ("layers", "degree", "ranks", "micro_batch", "shares", "sharding", "in_flight", "recompute")
+        dropped = [
+            f"plan.{kind}.{name}=null"
+            for kind, pin in self.request.pins.items()
+            for name in fields
+            if getattr(pin, name) is not None
+        ]
+        rules = [f"plan.{n}=null" for n in ("order", "bucket_bytes", "replicas") if getattr(self.request, n)]
+        request = replace(self.request, shape="auto", pins={}, order=None, bucket_bytes=None, replicas=None)
+        return None if request == self.request else Change(request, ("plan=auto", *dropped, *rules))
+
+    def lowered(self) -> Change:
+        """Return the change to gradients that are sent as bfloat16."""
+        recipe = replace(self.request.recipe, compression=Compression("bfloat16"))
+        overrides = (*self.overrides, "optimizer.compression=bfloat16")
+        return Change(replace(self.request, recipe=recipe), overrides)
+
     def batch(self, samples: int) -> Change:
         """Return the change with another global batch."""
         return Change(
@@ -54,7 +74,7 @@ class Replanner:
 
     def __init__(self, plan: Plan, basis: Basis, config: Config) -> None:
         """Simulate the run's own plan. Raises HybridparError where plan, basis and configuration do not fit."""
-        self.plan = plan
+        self.plan, self.config = plan, config
         self.trials = Trials(basis.chain, basis.profile, basis.cluster)
         self.program = self.trials.program(plan)
         self.now: Prediction = self.trials.prediction(self.program)
@@ -72,10 +92,10 @@ class Replanner:
         forecast = self.forecast(plan.prediction, plan.global_batch)
         return Outcome(change, plan, forecast) if forecast.gain >= LEAST_GAIN else None
 
-    def forecast(self, then: Prediction, batch: int) -> Forecast:
-        """Lay a prediction beside that of the run's own plan."""
+    def forecast(self, then: Prediction, batch: int, late_s: float = 0.0) -> Forecast:
+        """Lay a prediction beside that of the run's own plan, which takes ``late_s`` longer than it says."""
         return Forecast(
-            self.now.step_s,
+            self.now.step_s + late_s,
             then.step_s,
             self.plan.global_batch,
             batch,

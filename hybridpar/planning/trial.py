@@ -52,6 +52,10 @@ class Trials:
         slowest = min(program.plan.everywhere((rank,)), key=self.cluster.speed)
         return self._period_s(program, with_speeds(self.cluster, {slowest: speed}))
 
+    def step_with_speeds_s(self, program: Program, factors: Mapping[int, float]) -> float:
+        """Return the step time where some ranks' devices have a factor times their speed."""
+        return self._period_s(program, with_speeds(self.cluster, factors))
+
     def _period_s(self, program: Program, cluster: Cluster) -> float:
         return step_time(program, Costs(self.profile, cluster))
 

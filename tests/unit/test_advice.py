@@ -10,10 +10,19 @@ import pytest
 from hybridpar.advice.advise import advise
 from hybridpar.config import compose, load
 from hybridpar.errors import ConfigError
+from hybridpar.planning.search import assess
 from hybridpar.report.advice import Advice, Advised, Forecast, advice_finding
 from hybridpar.report.comparison import compare
 from hybridpar.report.run import Run
-from tests.support.advised import ASKED, planned, simulated_run, summarised
+from tests.support.advised import (
+    ASKED,
+    on_gpus,
+    planned,
+    sampled,
+    simulated_run,
+    summarised,
+    waiting_for_samples,
+)
 
 FAST = "{latency_s: 1.0e-7, bytes_per_s: 1.0e+11}"
 PIPELINE = (
@@ -94,7 +103,7 @@ def test_without_a_timeline_nothing_is_said_of_micro_batches(tmp_path: Path) -> 
     run = replace(simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4"), timings=())
     advised = told(run)
     assert not advised.advices
-    assert any("micro-batches: no timeline was recorded" in text for text in advised.lacking)
+    assert any("micro-batches, waits and throttling: no timeline was recorded" in text for text in advised.lacking)
     assert any("train.timeline=[10,13]" in text for text in advised.lacking)
 
 
@@ -144,6 +153,122 @@ def test_a_batch_that_would_not_fit_by_what_was_measured_is_not_advised(tmp_path
     advised = told(run)
     assert not advised.advices
     assert any("no larger global batch is predicted to fit" in text for text in advised.remarks)
+
+
+# Waits
+
+SLOW = ("cluster.links.rack.bytes_per_s=1e7",)
+ALONE = ("cluster.nodes=[{devices: 1, count: 4}]",)
+
+
+def test_who_waits_for_communication_is_told_what_sends_less(tmp_path: Path) -> None:
+    asked = ("plan=data_parallel", *ALONE, *SLOW)
+    run = simulated_run(tmp_path, *asked)
+    found = of_kind(told(run), "communication")
+    assert {a.overrides for a in found} == {("plan=auto",), ("optimizer.compression=bfloat16",)}
+    for advice in found:
+        assert "of the step for communication that nothing hid, most of it for the front" in advice.evidence[0]
+        assert advice.effect.then_s == simulated_run(tmp_path, *asked, *advice.overrides).step_s
+        assert advice.effect.gain > 0.02
+
+
+def test_idle_ranks_of_a_pinned_pipeline_are_told_of_a_better_plan(tmp_path: Path) -> None:
+    asked = (*PIPELINE, "plan.middle.micro_batch=64")
+    run = simulated_run(tmp_path, *asked)
+    (advice,) = of_kind(told(run), "bubble")
+    assert "of the step for other ranks that had not come so far" in advice.evidence[0]
+    assert advice.overrides == ("plan=auto", "plan.middle.degree=null", "plan.middle.micro_batch=null")
+    assert advice.effect.then_s == simulated_run(tmp_path, *asked, *advice.overrides).step_s
+
+
+def test_waiting_without_a_remedy_is_a_remark(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path, *ALONE, *SLOW, "optimizer.compression=bfloat16")
+    advised = told(run)
+    assert not of_kind(advised, "communication")
+    (remark,) = (text for text in advised.remarks if "for communication that nothing hid" in text)
+    assert (
+        "the planner knows no faster plan of this global batch; twice the bandwidth between nodes: step" in remark
+    )
+
+
+# Input
+
+
+def test_who_waits_for_samples_is_told_how_many_cores_read_fast_enough(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path, "plan=data_parallel")
+    assert run.step_s is not None
+    rate = 16 / run.step_s
+    run = waiting_for_samples(run, share=0.5, read_s=rate / 2.5)
+    (advice,) = of_kind(told(run), "input")
+    assert advice.overrides == ("data.workers=3",)
+    assert "3 cores for each of 4 ranks" in advice.evidence[1]
+    assert advice.effect.now_s == pytest.approx(1.5 * run.plan.prediction.step_s)  # type: ignore[union-attr]
+    assert advice.effect.then_s == run.plan.prediction.step_s  # type: ignore[union-attr]
+    assert not of_kind(told(waiting_for_samples(run, share=0.05, read_s=rate / 2.5)), "input")
+
+
+def test_without_the_speed_of_the_loader_no_number_of_cores_is_named(tmp_path: Path) -> None:
+    run = waiting_for_samples(simulated_run(tmp_path, "plan=data_parallel"), share=0.5, read_s=None)
+    advised = told(run)
+    assert not of_kind(advised, "input")
+    assert any(text.startswith("input: reading ranks waited") for text in advised.lacking)
+
+
+def test_enough_workers_are_not_advised_again(tmp_path: Path) -> None:
+    run = waiting_for_samples(simulated_run(tmp_path, "plan=data_parallel", "data.workers=2"), 0.5, 1e9)
+    advised = told(run)
+    assert not of_kind(advised, "input")
+    assert any("and 2 workers read: fewer cores are free" in text for text in advised.remarks)
+
+
+# Devices
+
+
+def test_throttled_gpus_are_named_with_what_full_clocks_would_give(tmp_path: Path) -> None:
+    run = on_gpus(simulated_run(tmp_path, "plan=data_parallel"))
+    held = [("thermal",), (), (), ()]
+    sampled(run, throttle=held, sm_clock_hz=[0.8e9, 1e9, 1e9, 1e9], sm_clock_max_hz=1e9)
+    (advice,) = of_kind(told(run), "throttled")
+    assert advice.what == "cool the throttled GPUs"
+    assert "1 GPU throttled; the worst, of rank 0, in 100% of its samples, mostly by thermal" in advice.evidence[0]
+    assert not advice.overrides
+    (_, subject, plan) = planned("plan=data_parallel")
+    slowed = replace(
+        subject.cluster, nodes=(replace(subject.cluster.nodes[0], speed=(0.8, 1.0)), *subject.cluster.nodes[1:])
+    )
+    assessed = assess(plan, subject.chain, subject.profile, slowed).prediction
+    assert assessed is not None
+    assert advice.effect.now_s == assessed.step_s
+    assert advice.effect.then_s == run.step_s
+    sampled(run, throttle=("application_clocks",), sm_clock_hz=0.8e9, sm_clock_max_hz=1e9)
+    assert not of_kind(told(run), "throttled"), "somebody set these clocks"
+
+
+LOW = ("plan=front_tail", "plan.tail.micro_batch=4", "plan.front.ranks=[0,1]", "plan.tail.ranks=[2,3]")
+
+
+def test_a_half_empty_gpu_is_evidence_for_a_larger_micro_batch(tmp_path: Path) -> None:
+    run = on_gpus(simulated_run(tmp_path, *LOW))
+    figures = {"occupancy": 0.1, "graphics_activity": 0.5, "tensor_activity": 0.05, "dram_activity": 0.1}
+    sampled(run, **figures)
+    (advice,) = (a for a in of_kind(told(run), "micro_batch") if a.stage == "tail")
+    assert advice.evidence[-1] == (
+        "occupancy was 20% while it computed (gpm, whole run), tensor cores 10% and memory 20% active"
+    )
+
+
+def test_low_occupancy_is_no_fault_with_busy_tensor_cores_and_no_evidence_without_them(tmp_path: Path) -> None:
+    run = on_gpus(simulated_run(tmp_path, *LOW))
+    sampled(run, occupancy=0.1, graphics_activity=0.5, tensor_activity=0.4, dram_activity=0.1)
+    advised = told(run)
+    assert not any("occupancy" in text for a in advised.advices for text in a.evidence)
+    assert any("no fault with its tensor cores 80% active" in text for text in advised.remarks)
+    sampled(run, occupancy=0.1, graphics_activity=0.5)
+    advised = told(run)
+    assert not any("occupancy" in text for a in advised.advices for text in a.evidence)
+    assert any("not how active tensor cores and memory were" in text for text in advised.lacking)
+    sampled(run, utilisation=1.0)
+    assert "tail: occupancy is in no sample that can be told apart" in " ".join(told(run).lacking)
 
 
 # How it is told
