@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from hybridpar.planning.blocks import positions
@@ -18,15 +19,28 @@ class Communicator(NamedTuple):
     """One communicator of all replicas together; otherwise every replica has its own."""
 
 
+def connections(plan: Plan) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of ranks of a plan replica of which the first may send to the second in a forward.
+
+    In a backward it is the other way round. Ranks of neighbouring positions, and the shards of one.
+    """
+    places = positions(plan)
+    beside = [*pairwise(places), *((p, p) for p in places if p.sharded)]
+    return tuple(sorted({(a, b) for p, q in beside for a in p.ranks for b in q.ranks if a != b}))
+
+
 def communicators(plan: Plan) -> tuple[Communicator, ...]:
     """Return the communicators that a rank of a plan replica knows.
 
-    Exchanges have one communicator per pass and way (to a higher or a lower rank), so that between two ranks each
-    carries messages one way only and their order is the program's.
+    Exchanges have one communicator per pass and way (to a higher or a lower rank) that anything goes, so that
+    between two ranks each carries messages one way only and their order is the program's.
     """
     replica, across = tuple(range(plan.replica_world)), plan.replicas > 1
-    ways = [f"{direction}.{way}" for direction in ("forward", "backward") for way in ("up", "down")]
-    result = [Communicator("control", replica, across), *(Communicator(way, replica) for way in ways)]
+    ups = {source < target for source, target in connections(plan)}
+    ways = [(f"forward.{way}", way == "up") for way in ("up", "down")]
+    ways += [(f"backward.{way}", way == "down") for way in ("up", "down")]
+    result = [Communicator("control", replica, across)]
+    result += [Communicator(name, replica) for name, up in ways if up in ups]
     for position in positions(plan):
         if position.sharded:
             result.append(Communicator("tail", position.ranks))

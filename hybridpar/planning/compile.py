@@ -16,7 +16,16 @@ from hybridpar.planning.order import Flow, Task
 from hybridpar.planning.order import sequence as task_sequence
 from hybridpar.planning.parameters import parameter_count
 from hybridpar.planning.plan import Plan
-from hybridpar.planning.program import METRICS, STATISTICS, Action, Content, Mode, Operation, Program
+from hybridpar.planning.program import (
+    METRICS,
+    STATISTICS,
+    Action,
+    Content,
+    Mode,
+    Operation,
+    OperationKind,
+    Program,
+)
 from hybridpar.planning.reductions import Reductions
 from hybridpar.planning.script import Script
 from hybridpar.planning.zero import is_zero, part_elements
@@ -141,7 +150,8 @@ class _Compiler:
             if any(length(chunk[index]) > 0 for chunk in intervals):
                 self.script.act(rank, Action("load"))
         if self.mode != "predict":
-            labels = self._control("label", LABEL_BYTES * self.step_samples * self.chain.labels)
+            size = LABEL_BYTES * self.step_samples * self.chain.labels
+            labels = self._control("label", size, self._tellers(self.positions[0]))
             for rank in self.world:
                 self.script.start(rank, labels)
         for rank in self.world:
@@ -165,17 +175,29 @@ class _Compiler:
         self.script.close()
 
     def _report(self, rank: int) -> None:
+        content: Content
         if self.mode == "predict":
-            size = 2 * self.best * BEST_BYTES * self.step_samples * self.chain.labels
-            self.script.start(rank, self._control("best", size))
+            content, size = "best", 2 * self.best * BEST_BYTES * self.step_samples * self.chain.labels
         else:
-            self.script.start(rank, self._control("metrics", METRIC_BYTES * len(METRICS)))
+            content, size = "metrics", METRIC_BYTES * len(METRICS)
+        self.script.start(rank, self._control(content, size, self._tellers(self.positions[-1])))
 
-    def _control(self, content: Content, size: int) -> Operation:
-        """Return the one operation of its kind in a step, between all ranks."""
+    def _tellers(self, position: Position) -> tuple[int, ...]:
+        """Return the ranks that tell the others of a position's samples: of all shards only the first one."""
+        if position.sharded:
+            return position.ranks[:1]
+        chunks = self.chunks[position.index]
+        return tuple(r for i, r in enumerate(position.ranks) if any(length(chunk[i]) for chunk in chunks))
+
+    def _control(self, content: Content, size: int, tellers: tuple[int, ...]) -> Operation:
+        """Return the one operation of its kind in a step, between all ranks: a sum, unless one alone tells all."""
+        kind: OperationKind = "all_reduce"
+        ranks = self.world
+        if len(tellers) == 1 and not self.across:
+            kind, ranks = "broadcast", (*tellers, *(r for r in ranks if r not in tellers))
         return self.script.once(
             content,
-            lambda: self.script.operation("all_reduce", content, "control", self.world, size, across=self.across),
+            lambda: self.script.operation(kind, content, "control", ranks, size, across=self.across),
         )
 
     # One method per kind of task
@@ -256,7 +278,7 @@ class _Compiler:
             if rank in position.ranks:
                 self.reductions.finish(rank, position)
         self.script.act(rank, Action("norm"))
-        self.script.start(rank, self._control("norm", NORM_BYTES))
+        self.script.start(rank, self._control("norm", NORM_BYTES, self.world))
 
     def _update(self, task: Task) -> None:
         (rank,), position = task.ranks, self.positions[task.block]

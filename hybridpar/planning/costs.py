@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
-from hybridpar.cluster.collectives import all_gather, all_reduce, point_to_point, reduce_scatter
+from hybridpar.cluster.collectives import all_gather, all_reduce, broadcast, point_to_point, reduce_scatter
 from hybridpar.cluster.topology import Cluster, Collective
 from hybridpar.model.chain import Chain
 from hybridpar.planning.blocks import Block, Position, Span
@@ -43,6 +43,7 @@ _PASSES = {"forward", "backward", "score", "loss"}
 HOST_ACTIONS = {*_PASSES, *WORKS, "norm", "update", "start"}
 """Actions that cost the executor a device's ``action_s``."""
 _COLLECTIVES: dict[str, Collective] = {
+    "broadcast": "broadcast",
     "all_reduce": "all_reduce",
     "reduce_scatter": "reduce_scatter",
     "all_gather": "all_gather",
@@ -220,6 +221,8 @@ class Costs:
         if key not in self._operations:
             if kind == "send":
                 seconds = point_to_point(self.cluster, ranks[0], ranks[1], size)
+            elif kind == "broadcast":
+                seconds = broadcast(self.cluster, ranks, size)
             elif kind == "all_reduce":
                 seconds = all_reduce(self.cluster, ranks, size)
             elif kind == "reduce_scatter":
@@ -332,13 +335,15 @@ def _sharing(plan: Plan, position: Position) -> int:
 def wire_bytes(operation: Operation, replicas: int = 1) -> int:
     """Return the bytes that leave all participants together, in so many plan replicas.
 
-    Collectives are rings (Patarasu and Yuan, 2009). An operation across replicas is one of all of them together;
-    of any other every replica has its own.
+    Collectives are rings (Patarasu and Yuan, 2009), but a broadcast is a tree. An operation across replicas is one
+    of all of them together; of any other every replica has its own.
     """
     n = len(operation.ranks) * (replicas if operation.across else 1)
     times = 1 if operation.across else replicas
     if operation.kind == "send":
         return times * operation.bytes
+    if operation.kind == "broadcast":
+        return times * (n - 1) * operation.bytes
     if operation.kind in {"all_gather", "sharded_update"}:
         return times * n * (n - 1) * operation.bytes
     if operation.kind == "reduce_scatter":

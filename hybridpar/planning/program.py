@@ -20,7 +20,7 @@ from hybridpar.planning.plan import Plan
 Mode = Literal["train", "evaluate", "predict"]
 """predict: labels and losses are left out, and every rank gets the classes of the largest logits."""
 
-OperationKind = Literal["send", "all_reduce", "reduce_scatter", "all_gather", "sharded_update"]
+OperationKind = Literal["send", "broadcast", "all_reduce", "reduce_scatter", "all_gather", "sharded_update"]
 
 Content = Literal[
     "activation",
@@ -78,7 +78,7 @@ STATISTICS: dict[Mode, int] = {"train": 3, "evaluate": 3 + 2 * 5, "predict": 0}
 evaluation also the five largest logits and their classes; for a prediction only as many as are asked for."""
 
 METRICS = ("loss_sum", "weight", "samples", "top1", "top5")
-"""What the metrics operation sums over all ranks, in float64."""
+"""What the metrics operation sums over all ranks that see logits, for every rank, in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Operation:
     content: Content
     communicator: str
     ranks: tuple[int, ...]
-    """Of a send: (source, target)."""
+    """Of a send: (source, target). Of a broadcast the first one is who gives."""
     bytes: int
     block: int | None = None
     micro_batch: int | None = None

@@ -12,8 +12,8 @@ SEND_LAG = 2
 """A send is waited for after this many further computations of its rank: late enough to overlap, early enough to
 free its buffer."""
 
-OTHER, PASSES, RECEIVES = range(3)
-"""What the arrangement of a rank's actions goes by: forwards and backwards, and starts of receives."""
+OTHER, PASSES, RECEIVES, ARRIVALS = range(4)
+"""What the arrangement of a rank's actions goes by: forwards and backwards, starts and waits of receives."""
 WAYS = {
     (content, up): f"{way}.{'up' if up else 'down'}"
     for content, way in (("activation", "forward"), ("gradient", "backward"))
@@ -90,13 +90,15 @@ class Script:
         if operation.alone:
             return
         self._unwaited[rank][operation.index] = None
-        receives = operation.kind == "send" and operation.ranks[1] == rank
-        self._emitted.append((rank, self._starts[operation.index], RECEIVES if receives else OTHER))
+        self._emitted.append(
+            (rank, self._starts[operation.index], RECEIVES if _receives(rank, operation) else OTHER)
+        )
 
     def wait(self, rank: int, operation: int) -> None:
         """Wait for an operation that the rank has started."""
         del self._unwaited[rank][operation]
-        self._emitted.append((rank, self._waits[operation], OTHER))
+        arrives = _receives(rank, self.operations[operation])
+        self._emitted.append((rank, self._waits[operation], ARRIVALS if arrives else OTHER))
 
     def wait_once(self, rank: int, operation: int) -> None:
         """Wait for an operation, unless the rank has done so or never started it."""
@@ -131,24 +133,37 @@ class Script:
         """Return every rank's actions, and the ranks of all actions in one order that none of them waits against.
 
         Every receive starts before the computation that precedes it, so that the data can flow meanwhile. All
-        receives move by one computation, so their order per communicator stays.
+        receives move by one computation, so their order per communicator stays. They also start before the waits
+        for what that computation receives: behind them the announcement would reach the sender while it writes the
+        message before into the same connection, and meanwhile gloo's thread there asks for events in vain.
         """
         actions: list[list[Action]] = [[] for _ in self.world]
         numbers: list[tuple[int, int]] = []
-        since_last: list[list[Action]] = [[] for _ in self.world]
-        since: list[list[tuple[int, int]]] = [[] for _ in self.world]
+        last: list[list[Action]] = [[] for _ in self.world]
+        last_numbers: list[list[tuple[int, int]]] = [[] for _ in self.world]
+        awaiting = [False] * len(self.world)
+        """Whether what is last are waits for receives, whose computation comes next."""
+
+        def settle(rank: int) -> None:
+            actions[rank] += last[rank]
+            numbers.extend(last_numbers[rank])
+            last[rank], last_numbers[rank] = [], []
+
         for number, (rank, action, role) in enumerate(self._emitted):
             if role == RECEIVES:
                 actions[rank].append(action)
-                numbers.append((since[rank][0][0] if since[rank] else number, rank))
+                numbers.append((last_numbers[rank][0][0] if last[rank] else number, rank))
                 continue
-            if role == PASSES:
-                actions[rank] += since_last[rank]
-                numbers += since[rank]
-                since_last[rank], since[rank] = [], []
-            since_last[rank].append(action)
-            since[rank].append((number, rank))
+            if role != OTHER:
+                if not awaiting[rank]:
+                    settle(rank)
+                awaiting[rank] = role == ARRIVALS
+            last[rank].append(action)
+            last_numbers[rank].append((number, rank))
         for rank in self.world:
-            actions[rank] += since_last[rank]
-            numbers += since[rank]
+            settle(rank)
         return tuple(map(tuple, actions)), tuple([rank for _, rank in sorted(numbers)])
+
+
+def _receives(rank: int, operation: Operation) -> bool:
+    return operation.kind == "send" and operation.ranks[1] == rank

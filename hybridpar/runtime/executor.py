@@ -374,9 +374,11 @@ class Executor:
             pending = self.communicators.reduce_scatter(operation, scatter.messages)
             state.pending[operation.index] = Started(pending, scatter.flat)
         else:
-            tensor = self._reduced(state, operation)
+            tensor = self._shared(state, operation)
             last = operation.content == "sum" and lies_last(state, operation.block or 0)
-            pending = self.communicators.all_reduce(operation, in_memory(tensor, last=last))
+            gives = operation.kind == "broadcast"
+            begin = self.communicators.broadcast if gives else self.communicators.all_reduce
+            pending = begin(operation, in_memory(tensor, last=last))
             state.pending[operation.index] = Started(pending, tensor)
 
     def _start_transfer(self, state: StepState, operation: Operation) -> None:
@@ -394,8 +396,8 @@ class Executor:
             pending = self.communicators.receive(operation, tensor)
         state.pending[operation.index] = Started(pending, tensor, in_place)
 
-    def _reduced(self, state: StepState, operation: Operation) -> torch.Tensor:
-        """Return the tensor that an all-reduce sums in place."""
+    def _shared(self, state: StepState, operation: Operation) -> torch.Tensor:
+        """Return the tensor that an all-reduce sums in place, or a broadcast fills."""
         block = operation.block or 0
         if operation.content == "label":
             return state.labels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import itertools
 import json
 import os
 import socket
@@ -23,7 +22,7 @@ from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type:
 
 from hybridpar.errors import HybridparError, LaunchError, PlanError, StuckError
 from hybridpar.host import keep_freed_memory
-from hybridpar.planning.blocks import positions
+from hybridpar.planning.communicators import connections
 from hybridpar.planning.communicators import groups as groups_of
 from hybridpar.planning.plan import Plan
 from hybridpar.runtime.communicators import ProcessGroups
@@ -377,9 +376,8 @@ def _warm_up(plan: Plan, rank: int, groups: dict[str, dist.ProcessGroup], device
     for name, members in groups_of(plan):
         if rank in members and not name.startswith(("forward.", "backward.")):
             groups[name].allreduce([token]).wait()
-    places, rank = positions(plan), plan.locate(rank)[1]
-    pairs = sorted({(a, b) for p, q in itertools.pairwise(places) for a in p.ranks for b in q.ranks if a != b})
-    for source, target in pairs:
+    rank = plan.locate(rank)[1]
+    for source, target in connections(plan):
         way, back = ("up", "down") if source < target else ("down", "up")
         for name, ends in ((f"forward.{way}", (source, target)), (f"backward.{back}", (target, source))):
             if rank == ends[0]:

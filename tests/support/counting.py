@@ -109,6 +109,10 @@ class Counting:
         self._note("receive", operation, tensor)
         return self.inner.receive(operation, tensor)
 
+    def broadcast(self, operation, tensor):
+        self._note("broadcast", operation, tensor)
+        return self.inner.broadcast(operation, tensor)
+
     def all_reduce(self, operation, tensor):
         self._note("all_reduce", operation, tensor)
         return self.inner.all_reduce(operation, tensor)

@@ -110,8 +110,9 @@ class Machine:
 def _move(opened: _Open) -> None:
     operation, tensors = opened.operation, opened.tensors
     own = [tensors[r] for r in opened.ranks]
-    if operation.kind == "send":
-        own[1][0].copy_(own[0][0])
+    if operation.kind in {"send", "broadcast"}:  # from the first one
+        for t in own[1:]:
+            t[0].copy_(own[0][0])
     elif operation.kind == "all_reduce":
         total = torch.stack([t[0] for t in own]).sum(0)
         for t in own:
@@ -154,6 +155,9 @@ class Endpoint:
     def receive(self, operation: Operation, tensor: torch.Tensor) -> _Started:
         assert tensor.is_contiguous()
         return self._begin(operation, [tensor.fill_(float("nan"))])
+
+    def broadcast(self, operation: Operation, tensor: torch.Tensor) -> _Started:
+        return self._begin(operation, [tensor])
 
     def all_reduce(self, operation: Operation, tensor: torch.Tensor) -> _Started:
         return self._begin(operation, [tensor])

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -10,7 +11,7 @@ from hybridpar.model.chain import Chain, Layer, Linear, Parameter
 from hybridpar.planning.blocks import blocks, positions
 from hybridpar.planning.boundary import boundaries
 from hybridpar.planning.check import check, queue_of
-from hybridpar.planning.communicators import communicators, groups
+from hybridpar.planning.communicators import communicators, connections, groups
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.order import default_caps
 from hybridpar.planning.plan import Recipe, Segment, Stage
@@ -91,6 +92,33 @@ def test_labels_are_gathered_once_by_all_ranks_before_anything_else():
         waits = [i for i, a in enumerate(own) if a.kind == "wait" and a.operation == labels.index]
         scores = [i for i, a in enumerate(own) if a.kind == "score"]
         assert waits == [scores[0] - 1]
+
+
+def test_a_rank_that_alone_reads_labels_or_sees_logits_tells_the_others():
+    """A sum in which all others have zeros takes gloo many messages more."""
+    segments = (Segment((0, 3), (2,)), Segment((3, 5), (0,)), Segment((5, LAST), (1,)))
+    program = compiled(plan_of(Stage("middle", 2, segments), world=3))
+    control = {o.content: (o.kind, o.ranks) for o in program.operations if o.communicator == "control"}
+    assert control == {"label": ("broadcast", (2, 0, 1)), "metrics": ("broadcast", (1, 0, 2))}
+
+
+def test_the_first_shard_tells_what_all_shards_know():
+    plan = tail_of(("column", "row", "column"), recipe=Recipe(clipping=True))
+    control = {o.content: (o.kind, o.ranks) for o in compiled(plan).operations if o.communicator == "control"}
+    assert control["metrics"] == ("broadcast", (0, 1))
+    assert control["label"] == control["norm"] == ("all_reduce", (0, 1))
+
+
+def test_a_small_step_s_only_replica_with_samples_tells():
+    plan = plan_of(Stage("front", 2, (Segment((0, LAST), (2, 0, 1)),)), world=3)
+    kinds = [{o.kind for o in compiled(plan, samples=n).operations if o.communicator == "control"} for n in (1, 2)]
+    assert kinds == [{"broadcast"}, {"all_reduce"}]
+
+
+def test_replicas_sum_even_what_one_rank_of_each_knows():
+    segments = (Segment((0, 3), (0,)), Segment((3, LAST), (1,)))
+    program = compiled(plan_of(Stage("middle", 2, segments), world=4, replicas=2))
+    assert {o.kind for o in program.operations if o.communicator == "control"} == {"all_reduce"}
 
 
 def test_only_ranks_with_samples_load():
@@ -288,11 +316,21 @@ def test_one_forward_one_backward_alternates_after_its_warm_up():
     assert default_caps(positions(program.plan), BATCH) == (3, 2)
 
 
-def test_receives_start_before_the_computation_ahead_of_them():
+def _receives(program, rank, action, kind):
+    if action.kind != kind or action.operation is None:
+        return False
+    operation = program.operations[action.operation]
+    return operation.kind == "send" and operation.ranks[1] == rank
+
+
+def test_receives_start_before_the_computation_ahead_of_them_and_what_it_waits_for():
+    """A receive that starts behind a wait is announced while the sender still writes the message before."""
     segments = (Segment((0, 3), (0,)), Segment((3, LAST), (1,)))
     program = compiled(plan_of(Stage("middle", 2, segments), world=2))
     for rank, own in enumerate(program.actions):
         computed, posted = 0, {}
+        for a, b in pairwise(own):
+            assert not (_receives(program, rank, a, "wait") and _receives(program, rank, b, "start"))
         for action in own:
             computed += action.kind in {"forward", "backward"}
             if action.operation is None or program.operations[action.operation].kind != "send":
@@ -378,6 +416,21 @@ def test_communicators_have_one_plan_derived_order():
         ("tail", (3, 0, 2)),
     ]
     assert groups(plan) == tuple(c[:2] for c in communicators(plan))
+
+
+def test_there_is_no_communicator_for_a_way_that_nothing_goes():
+    segments = (Segment((0, 3), (0,)), Segment((3, LAST), (1,)))
+    pipeline = plan_of(Stage("middle", 2, segments), world=2)
+    assert [c.name for c in communicators(pipeline)] == ["control", "forward.up", "backward.down"]
+    front = plan_of(Stage("front", 2, (Segment((0, LAST), (0, 1)),)), world=2)
+    assert [c.name for c in communicators(front)] == ["control", "gradients:front"]
+
+
+def test_shards_of_a_tail_send_to_each_other():
+    plan = tail_of(("column", "column", "row"), ranks=(1, 2), front=(0,))
+    assert connections(plan) == ((0, 1), (0, 2), (1, 2), (2, 1))
+    sends = {o.ranks for o in compiled(plan).operations if o.content == "activation"}
+    assert (1, 2) in sends
 
 
 def test_replicas_meet_in_gradients_and_control_and_have_all_else_for_themselves():
