@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 _ROOT = Path(__file__).resolve().parents[2]
+_CODE = ("hybridpar", "models", "conf", "scripts/bench")
 
 
 def machine() -> str:
@@ -22,9 +24,23 @@ def machine() -> str:
     return f"{cores} cores of {named}{size}, {platform.system()} {platform.release()}"
 
 
-def software() -> str:
-    """Return the commit of this tree, and the versions of Python and torch."""
-    commit = subprocess.run(
+def commit() -> str:
+    """Return the commit of this tree, and whether it was changed since."""
+    said = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    return f"hybridpar {commit or 'without git'}, Python {platform.python_version()}, torch {torch.__version__}"
+    return said or "without git"
+
+
+def code() -> str:
+    """Return twelve digits that change with any file of this tree that is measured or measures."""
+    found = hashlib.sha256()
+    for path in sorted(p for part in _CODE for p in (_ROOT / part).rglob("*") if p.suffix in {".py", ".yaml"}):
+        found.update(f"{path.relative_to(_ROOT)}\0".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def software() -> str:
+    """Return the commit of this tree, and the versions of Python and torch."""
+    return f"hybridpar {commit()}, Python {platform.python_version()}, torch {torch.__version__}"

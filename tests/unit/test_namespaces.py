@@ -9,23 +9,9 @@ import sys
 
 import pytest
 
-from scripts.bench.cgroups import CgroupError, Cgroups
+from scripts.bench.cgroups import Cgroups
 from scripts.launch.namespaces import Hosts, HostsError
-
-
-def missing() -> str | None:
-    """Why there can be no hosts here, None where there can."""
-    try:
-        Hosts(1, "1gbit").close()
-        Cgroups([0.5], memory_bytes=10**9).close()
-    except (HostsError, CgroupError) as e:
-        return str(e)
-    return None
-
-
-REASON = missing()
-needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-
+from tests.support.hosts import needs_hosts
 
 _LISTEN = """
 import socket

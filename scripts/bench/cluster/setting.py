@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from hybridpar.errors import ConfigError
+
+ALONE_CORES = 1.0
+"""Of a rank that is not held back: one thread cannot use more."""
+_UNITS = {
+    "gbit_per_s": "g",
+    "inside_gbit_per_s": "g_inside",
+    "image": "px",
+    "classes": "classes",
+    "cores": "cores",
+    "memory_mb": "mb",
+    "seed": "seed",
+}
+"""Of what a setting's name tells beside model, images and ranks."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +65,28 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """A word for files and tables: ``vgg16-16-4x1-3.3g``."""
+        """A word for files and tables, with what is not as usual: ``vgg16-16-4x1-3.3g``."""
         parts = [self.model, str(self.images_per_rank), f"{self.hosts}x{self.ranks_per_host}"]
-        parts += [f"{self.gbit_per_s:g}g"] if self.gbit_per_s is not None else []
-        parts += [f"{self.memory_mb}mb"] if self.memory_mb is not None else []
+        usual = {f.name: f.default for f in fields(self)}
+        for name, unit in _UNITS.items():
+            value = getattr(self, name)
+            parts += [f"{value:g}{unit}"] if value != usual[name] else []
         return "-".join(parts)
+
+    @property
+    def links_name(self) -> str:
+        """A word for the links between the ranks, whatever they compute."""
+        return replace(self, model="links", images_per_rank=1, image=64, classes=1000, seed=0).name
+
+    @property
+    def devices(self) -> Setting:
+        """The setting with all that does not change what a layer takes on a rank left out."""
+        return replace(self, images_per_rank=1, gbit_per_s=None, inside_gbit_per_s=None, memory_mb=None, seed=0)
+
+    @property
+    def work(self) -> Setting:
+        """The setting with links, cores and memory left out: what is the same for the losses."""
+        return replace(self, gbit_per_s=None, inside_gbit_per_s=None, memory_mb=None, cores=ALONE_CORES)
 
     @property
     def overrides(self) -> list[str]:
