@@ -151,8 +151,9 @@ def group_of(base: Path, rank: int) -> Path:
 
 
 def join_own() -> None:
-    """Move this process, a worker of torchrun, into its rank's group."""
-    join(group_of(Path(os.environ[_VARIABLE]), int(os.environ["RANK"])))
+    """Move this process, a worker, into its rank's group, where it was started with one."""
+    if _VARIABLE in os.environ:
+        join(group_of(Path(os.environ[_VARIABLE]), int(os.environ["RANK"])))
 
 
 def join(folder: Path) -> None:

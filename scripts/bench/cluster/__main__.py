@@ -13,8 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.bench.cluster.contestants import CONTESTANTS, find
-
 from hybridpar.errors import ConfigError, HybridparError
 from hybridpar.schema import to_data
 from scripts.bench.about import code, commit, machine, software
@@ -23,6 +21,7 @@ from scripts.bench.cgroups import CgroupError, Cgroups
 from scripts.bench.children import ROOT
 from scripts.bench.cluster.agreement import Agreements, known
 from scripts.bench.cluster.cell import Cell, Conditions
+from scripts.bench.cluster.contestants import CONTESTANTS, find
 from scripts.bench.cluster.field import Field
 from scripts.bench.cluster.folder import Folder
 from scripts.bench.cluster.plans import Planner

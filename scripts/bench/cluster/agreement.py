@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.bench.cluster.contestants import find
-from scripts.bench.cluster.task import Task
-
 from hybridpar.errors import ConfigError
 from hybridpar.schema import read_json, to_data
 from scripts.bench.cluster import parity
 from scripts.bench.cluster.cell import Conditions, Entry
+from scripts.bench.cluster.contestants import find
 from scripts.bench.cluster.folder import Folder
 from scripts.bench.cluster.runner import Runner, Steps
 from scripts.bench.cluster.setting import Setting
+from scripts.bench.cluster.task import Task
 from scripts.bench.files import write_json
 
 

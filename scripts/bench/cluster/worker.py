@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hybridpar.api import process
 from hybridpar.runtime.memory import MemoryMeter
 from hybridpar.runtime.process import Place
+from scripts.bench.cgroups import join_own
 from scripts.bench.cluster.contestants import find
 from scripts.bench.cluster.task import Seen, Task
 from scripts.bench.cluster.training import work_of
@@ -49,6 +50,7 @@ def run(task: Task, seen: Seen) -> None:
     work = work_of(task.setting, dropout=not task.losses)
     meter = MemoryMeter(torch.device("cpu"))
     contestant = find(task.contestant)(work, **task.options)  # type: ignore[call-arg]
+    join_own()  # starting up is not measured, and need not be slow
     shares = [contestant.step(*work.samples(step)) for step in range(max(task.losses, task.warm_up))]
     seen.losses = _summed(shares[: task.losses])
     before = _transferred()
