@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,17 +11,13 @@ from hybridpar.commands.output import console, note, write
 from hybridpar.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hybridpar.report.advice import Advised
-    from hybridpar.report.comparison import Comparison
-    from hybridpar.report.run import Run
+    from hybridpar.report.account import Account
 
 
 def report(arguments: Sequence[str]) -> None:
     """Lay predicted over measured, and advise: ``report RUN [RUN2 ...] [out=FILE.html] [pictures=FOLDER]``."""
-    from hybridpar.advice.advise import advise  # noqa: PLC0415
     from hybridpar.report import run_text  # noqa: PLC0415
-    from hybridpar.report.comparison import compare  # noqa: PLC0415
-    from hybridpar.report.run import Run  # noqa: PLC0415
+    from hybridpar.report.account import Account  # noqa: PLC0415
 
     options = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "pictures=")))
     folders = [Path(a).expanduser() for a in arguments if not a.startswith(("out=", "pictures="))]
@@ -29,18 +26,18 @@ def report(arguments: Sequence[str]) -> None:
             f"report {' '.join(arguments)}: takes the folders of one or more runs, out=FILE.html for a page, and "
             "pictures=FOLDER for pictures of one run's step"
         )
-    compared = [(run, compare(run)) for run in map(Run.load, folders)]
-    advised = [advise(run, comparison) for run, comparison in compared]
-    _report_files(compared, advised, options.get("out"), options.get("pictures"))
-    run_text.show(compared, advised, console())
+    accounts = [_advised(Account.load(folder)) for folder in folders]
+    _report_files(accounts, options.get("out"), options.get("pictures"))
+    run_text.show(accounts, console())
 
 
-def _report_files(
-    runs: Sequence[tuple[Run, Comparison | None]],
-    advised: Sequence[Advised],
-    out: str | None,
-    pictures: str | None,
-) -> None:
+def _advised(account: Account) -> Account:
+    from hybridpar.advice.advise import advise  # noqa: PLC0415
+
+    return replace(account, advised=advise(account.run, account.comparison))
+
+
+def _report_files(accounts: Sequence[Account], out: str | None, pictures: str | None) -> None:
     """Write the page and the pictures that are asked for."""
     from hybridpar.report.figure import require_matplotlib  # noqa: PLC0415
     from hybridpar.report.findings import missing  # noqa: PLC0415
@@ -48,14 +45,14 @@ def _report_files(
     from hybridpar.report.page import page  # noqa: PLC0415
 
     if pictures is not None:
-        (run, comparison), *others = runs
+        first, *others = accounts
         if others:
             raise ConfigError(f"pictures={pictures}: are of one run's step; ask for them run by run")
-        if comparison is None:
-            raise ConfigError(f"pictures={pictures}: {missing(run)}")
-        draw(comparison, Path(pictures))
+        if first.comparison is None:
+            raise ConfigError(f"pictures={pictures}: {missing(first.run)}")
+        draw(first.comparison, Path(pictures))
         note(f"pictures saved to {pictures}: {', '.join(FILES)}")
     if out is not None:
         require_matplotlib("out")
-        write(out, page(runs, advised))
+        write(out, page(accounts))
         note(f"page saved to {out}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridpar.monitor.record import Event, Gap, GpuSample, HostSample, read
+from hybridpar.monitor.record import Event, Gap, GpuSample, HostSample, Record, read
 
 
 @dataclass(frozen=True)
@@ -95,39 +95,59 @@ def summarise(*paths: Path, since_s: float = -math.inf, until_s: float = math.in
         HybridparError: as ``read`` does.
 
     """
-    everything, hosts = _Tally(), dict[str, _HostTally]()
-    gpus, gaps = dict[tuple[str, int | None, str | None], _Tally](), dict[str, None]()
-    events, times_s = list[Event](), list[float]()
+    tally = Tally(since_s, until_s)
     for path in paths:
         for record in read(path) if path.exists() else ():
-            if isinstance(record, Gap):
-                gaps[record.reason] = None
-            elif not since_s <= record.time_s <= until_s:
-                continue
-            elif isinstance(record, Event):
-                events.append(record)
+            tally.add(record)
+    return tally.summary()
+
+
+class Tally:
+    """Takes the records of a recording one by one; what it amounts to is known at any time."""
+
+    def __init__(self, since_s: float = -math.inf, until_s: float = math.inf) -> None:
+        self._since_s, self._until_s = since_s, until_s
+        self._everything = _GpuTally()
+        self._gpus: dict[tuple[str, int | None, str | None], _GpuTally] = {}
+        self._hosts: dict[str, _HostTally] = {}
+        self._events: list[Event] = []
+        self._gaps: dict[str, None] = {}
+        self._start_s, self._end_s = math.inf, -math.inf
+
+    def add(self, record: Record) -> None:
+        """Take a record; samples and events outside of the time are left out."""
+        if isinstance(record, Gap):
+            self._gaps[record.reason] = None
+        elif not self._since_s <= record.time_s <= self._until_s:
+            return
+        elif isinstance(record, Event):
+            self._events.append(record)
+        else:
+            self._start_s, self._end_s = min(self._start_s, record.time_s), max(self._end_s, record.time_s)
+            if isinstance(record, HostSample):
+                self._hosts.setdefault(record.host, _HostTally()).add(record)
             else:
-                times_s.append(record.time_s)
-                if isinstance(record, HostSample):
-                    hosts.setdefault(record.host, _HostTally()).add(record)
-                else:
-                    everything.add(record)
-                    gpus.setdefault((record.host, record.gpu, record.uuid), _Tally()).add(record)
-    if not times_s:
-        return None
-    ordered = sorted(gpus, key=lambda k: (k[0], math.inf if k[1] is None else k[1], k[2] or ""))
-    return Summary(
-        start_s=min(times_s),
-        end_s=max(times_s),
-        total=everything.aggregate() if gpus else None,
-        gpus=tuple(
-            GpuSummary(*key, gpus[key].memory_total_bytes, gpus[key].joined_sources(), gpus[key].aggregate())
-            for key in ordered
-        ),
-        hosts=tuple(hosts[name].aggregate(name) for name in sorted(hosts)),
-        events=tuple(events),
-        gaps=tuple(gaps),
-    )
+                self._everything.add(record)
+                self._gpus.setdefault((record.host, record.gpu, record.uuid), _GpuTally()).add(record)
+
+    def summary(self) -> Summary | None:
+        """Return what the samples amount to; None where there is none."""
+        if not self._gpus and not self._hosts:
+            return None
+        ordered = sorted(self._gpus, key=lambda k: (k[0], math.inf if k[1] is None else k[1], k[2] or ""))
+        return Summary(
+            start_s=self._start_s,
+            end_s=self._end_s,
+            total=self._everything.aggregate() if self._gpus else None,
+            gpus=tuple(_gpu(key, self._gpus[key]) for key in ordered),
+            hosts=tuple(self._hosts[name].aggregate(name) for name in sorted(self._hosts)),
+            events=tuple(self._events),
+            gaps=tuple(self._gaps),
+        )
+
+
+def _gpu(key: tuple[str, int | None, str | None], tally: _GpuTally) -> GpuSummary:
+    return GpuSummary(*key, tally.memory_total_bytes, tally.joined_sources(), tally.aggregate())
 
 
 class _Means:
@@ -149,7 +169,7 @@ class _Means:
         return {name: total / weights for name, (total, weights) in sorted(self._sums.items()) if weights}
 
 
-class _Tally:
+class _GpuTally:
     """Running sums over samples of GPUs."""
 
     def __init__(self) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
-from hybridpar.report.advice import Advised, advice_finding
-from hybridpar.report.comparison import Comparison
+from hybridpar.report.account import Account
 from hybridpar.report.curves import accuracy_figure, loss_figure, memory_figure, time_figure
+from hybridpar.report.devices import gpu_figures, host_figures
 from hybridpar.report.figure import svg_text
-from hybridpar.report.findings import Finding, beside, findings, missing
+from hybridpar.report.findings import Finding, beside
 from hybridpar.report.overlay import placement, timelines
 from hybridpar.report.palette import GRID, HEAVY, IDLE, INK, LINE, PALE_INK, PAPER
 from hybridpar.report.run import Run
@@ -39,6 +39,9 @@ _DARK = {
     "paper": "#1b1c1f",
     "heavy": "#d6d6d6",
 }
+
+SENTENCE = 30
+"""Characters from which on a text is one."""
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -67,6 +70,7 @@ th, td { padding: 0.2rem 0.9rem 0.2rem 0; text-align: right; vertical-align: top
 th { font-weight: 600; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--grid); }
 .text { text-align: left; white-space: normal; min-width: 5.5rem; }
+.long { min-width: 12rem; }
 section { margin-top: 2rem; }
 section + section { margin-top: 2.5rem; border-top: 3px solid var(--line); padding-top: 0.5rem; }
 </style>
@@ -78,17 +82,18 @@ $body
 """)
 
 
-def page(runs: Sequence[tuple[Run, Comparison | None]], advised: Sequence[Advised]) -> str:
-    """Return the page of some runs, with what is advised of each. matplotlib draws its figures.
+def page(accounts: Sequence[Account]) -> str:
+    """Return the page of some runs. matplotlib draws its figures.
 
     The same runs give the same page.
     """
     figures = _Figures()
-    names = ", ".join(run.name for run, _ in runs)
+    runs = [account.run for account in accounts]
+    names = ", ".join(run.name for run in runs)
     parts = [f"<h1>{_text(names)}</h1>"] if len(runs) > 1 else []
     if len(runs) > 1:
-        parts += [_table(beside(runs)), _curves([run for run, _ in runs], figures)]
-    parts += [_run(*own, told, figures, alone=len(runs) == 1) for own, told in zip(runs, advised, strict=True)]
+        parts += [_table(beside([(a.run, a.comparison) for a in accounts])), _curves(runs, figures)]
+    parts += [_run(account, figures, alone=len(runs) == 1) for account in accounts]
     light = " ".join(f"--{name}: {colour};" for colour, name in _COLOURS.items())
     dark = " ".join(f"--{name}: {colour};" for name, colour in _DARK.items())
     return _PAGE.substitute(title=_text(f"hybridpar: {names}"), light=light, dark=dark, body="\n".join(parts))
@@ -119,25 +124,34 @@ class _Figures:
         return re.sub(r'(url\(#|href="#)', rf"\g<1>f{self.count}-", text)
 
 
-def _run(run: Run, comparison: Comparison | None, advised: Advised, figures: _Figures, *, alone: bool) -> str:
-    overview, *others = findings(run, comparison)
-    parts = [f"<h1>{_text(run.name)}</h1>", _table(overview, titled=False), _table(advice_finding(advised))]
+def _run(account: Account, figures: _Figures, *, alone: bool) -> str:
+    overview, *others = account.findings
+    parts = [f"<h1>{_text(account.run.name)}</h1>", _table(overview, titled=False)]
+    parts += [f'<p class="pale">{_text(text)}</p>' for text in account.lacking]
+    if account.advice is not None:
+        parts.append(_table(account.advice))
     if alone:
-        parts.append(_curves([run], figures))
-    if comparison is None:
-        parts.append(f"<p>{_text(str(missing(run)))}</p>")
-    else:
+        parts.append(_curves([account.run], figures))
+    if account.comparison is not None:
         parts += [
             "<h2>the step, predicted and measured</h2>",
-            _wide(figures.svg(timelines(comparison), "timelines")),
+            _wide(figures.svg(timelines(account.comparison), "timelines")),
         ]
-    parts += [_table(finding) for finding in others]
-    memory = memory_figure(run)
-    if memory is not None:
-        parts.append(f'<div class="small">{figures.svg(memory, "memory per rank")}</div>')
-    if comparison is not None:
-        parts += ["<h2>placement</h2>", _wide(figures.svg(placement(comparison), "placement"))]
+    drawn = _drawn(account, figures)
+    parts += [_table(finding) + drawn.pop(finding.title, "") for finding in others]
+    if account.comparison is not None:
+        parts += ["<h2>placement</h2>", _wide(figures.svg(placement(account.comparison), "placement"))]
     return "<section>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _drawn(account: Account, figures: _Figures) -> dict[str, str]:
+    """Return the small figures that stand below a table, by its title."""
+    drawn: dict[str, list[str]] = {
+        "memory": [figures.svg(f, "memory per rank") for f in (memory_figure(account.run),) if f is not None],
+        "GPUs": [figures.svg(figure, label) for label, figure in gpu_figures(account.run, account.turns)],
+        "hosts": [figures.svg(figure, label) for label, figure in host_figures(account.run, account.turns)],
+    }
+    return {title: f'\n<div class="small">\n{"".join(own)}\n</div>' for title, own in drawn.items() if own}
 
 
 def _curves(runs: Sequence[Run], figures: _Figures) -> str:
@@ -165,10 +179,13 @@ def _table(finding: Finding, *, titled: bool = True) -> str:
 
 
 def _cells(finding: Finding, cells: Iterable[str], tag: str) -> str:
-    return "".join(
-        f"<{tag}{' class=text' if number < finding.texts else ''}>{_text(cell)}</{tag}>"
-        for number, cell in enumerate(cells)
-    )
+    kinds = [_kind(finding, number) for number in range(finding.texts)] + [""] * len(finding.columns)
+    return "".join(f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=False))
+
+
+def _kind(finding: Finding, column: int) -> str:
+    """A column of sentences keeps more of its width on a narrow screen."""
+    return " class=text" if all(len(row[column]) < SENTENCE for row in finding.rows) else ' class="text long"'
 
 
 def _text(text: str) -> str:

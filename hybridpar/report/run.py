@@ -14,6 +14,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.report import timing
 from hybridpar.report.basis import Basis
 from hybridpar.report.history import Evaluated, Evaluations, Step, Steps
+from hybridpar.report.recording import Recording
 from hybridpar.report.summary import Summary
 from hybridpar.report.timing import RankTiming
 from hybridpar.schema import read_json
@@ -33,6 +34,8 @@ class Run:
     """None as long as the run has not ended."""
     timings: tuple[RankTiming, ...]
     """By rank; none where no timeline was recorded under the plan."""
+    recording: Recording | None = None
+    """None where the monitor recorded no sample."""
 
     @property
     def name(self) -> str:
@@ -65,14 +68,16 @@ def _read(folder: Path) -> Run:
     path = folder / "plan.json"
     plan = read_json(Plan, path, RecordError) if basis is None else Plan.load(path, basis.chain)
     ended = (folder / "summary.json").exists()
+    steps = Steps.of(map(_step, _lines(folder / "metrics.jsonl")))
     return Run(
         folder,
         plan,
         basis,
-        Steps.of(map(_step, _lines(folder / "metrics.jsonl"))),
+        steps,
         Evaluations.of(map(_evaluated, _lines(folder / "evaluations.jsonl"))),
         Summary.load(folder / "summary.json") if ended else None,
         timing.load(folder, plan.world, plan.fingerprint),
+        Recording.load(folder, steps.ends),
     )
 
 

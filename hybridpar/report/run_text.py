@@ -7,25 +7,24 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from hybridpar.report.advice import Advised, advice_finding
-from hybridpar.report.comparison import Comparison
-from hybridpar.report.findings import Finding, beside, findings, missing
-from hybridpar.report.run import Run
+from hybridpar.report.account import Account
+from hybridpar.report.findings import Finding, beside
 from hybridpar.report.text import titled
 
 
-def show(runs: Sequence[tuple[Run, Comparison | None]], advised: Sequence[Advised], console: Console) -> None:
+def show(accounts: Sequence[Account], console: Console) -> None:
     """Print several runs side by side, then what there is to say of each, its advice last."""
-    if len(runs) > 1:
-        _print(beside(runs), console)
-    for number, ((run, comparison), told) in enumerate(zip(runs, advised, strict=True)):
+    if len(accounts) > 1:
+        _print(beside([(account.run, account.comparison) for account in accounts]), console)
+    for number, account in enumerate(accounts):
         if number:
             console.rule()
-        for finding in findings(run, comparison):
+        for finding in account.findings:
             _print(finding, console)
-        if comparison is None:
-            console.print(Text(str(missing(run))))
-        _print(advice_finding(told), console)
+        for text in account.lacking:
+            console.print(Text(text))
+        if account.advice is not None:
+            _print(account.advice, console)
 
 
 def _print(finding: Finding, console: Console) -> None:

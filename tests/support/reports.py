@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from hybridpar.cluster.topology import Cluster, Device, Link, Node
+from hybridpar.monitor.record import Record
 from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.costs import Costs
 from hybridpar.planning.plan import Plan, Segment, Stage
@@ -17,15 +19,20 @@ from hybridpar.report.basis import Basis
 from hybridpar.report.comparison import predict, programs_of
 from hybridpar.report.course import Course, Timed
 from hybridpar.report.history import Evaluated, Evaluations, Step, Steps
+from hybridpar.report.recording import Recording
 from hybridpar.report.run import Run
 from hybridpar.report.summary import GpuUse, Summary
+from hybridpar.report.thinning import Point
 from tests.support.plans import make_plan
+from tests.support.recordings import BEGIN_S, gpu_samples, host_samples, in_turns, uuid_of
 from tests.support.timing import records_of
 from tests.support.training import make_case
 
 CHAIN = make_case().traced.chain
 SLOWER = 1.5
 """Measured over predicted."""
+STEP_S = 0.1
+"""Of the training beside a recording."""
 
 
 @cache
@@ -95,3 +102,20 @@ def summary_of(name: str, plan: Plan, steps: int) -> Summary:
         gpu=GpuUse(reason="none"),
         total_s=1.0,
     )
+
+
+def ends(steps: int = 100) -> tuple[Point, ...]:
+    """The steps of a training that began with the recording."""
+    return Steps.of(Step(i, 1.0, 24, STEP_S, BEGIN_S + STEP_S * (i + 1)) for i in range(steps)).ends
+
+
+def on_gpus(run: Run) -> Run:
+    """The ranks of a run on GPUs of one node, two on each."""
+    timings = tuple(replace(t, host="node0", gpu=uuid_of(t.rank // 2), device="cuda") for t in run.timings)
+    return replace(run, timings=timings, recording=recorded(in_turns(gpu_samples(60), host_samples(60, range(4)))))
+
+
+def recorded(records: Sequence[Record]) -> Recording:
+    found = Recording.of(records, ends())
+    assert found is not None
+    return found

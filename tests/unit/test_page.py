@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from hybridpar.report.advice import Advised
+from hybridpar.report.account import Account
+from hybridpar.report.advice import Advice, Advised, Forecast
 from hybridpar.report.comparison import compare
-from hybridpar.report.findings import findings
 from hybridpar.report.history import Evaluations, Step, Steps
 from hybridpar.report.overlay import FILES, both_traces, draw, timelines
 from hybridpar.report.page import page
-from hybridpar.report.run import Run
 from hybridpar.report.trace import PROCESSES
-from tests.support.reports import SLOWER, run_of
+from tests.support.recordings import host_samples
+from tests.support.reports import SLOWER, on_gpus, recorded, run_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -31,12 +31,19 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def html() -> str:
     run = run_of()
-    return whole([run])
+    return page([Account.of(run)])
 
 
-def whole(runs: list[Run]) -> str:
-    """The page of some runs of which there is nothing to advise."""
-    return page([(run, compare(run)) for run in runs], [Advised()] * len(runs))
+@pytest.fixture(scope="module")
+def full() -> str:
+    """All that a page can have: two runs, one on GPUs and one on CPUs, both recorded, with advice."""
+    forecast = Forecast(0.1, 0.08, 24, 24, 2**30, 2**31, "estimated")
+    advice = Advice(
+        "micro_batch", "front", "take more " * 9, ("because of " * 9,), ("plan.front.micro_batch=8",), forecast
+    )
+    on_cpus = replace(run_of("cpus"), recording=recorded(list(host_samples(60, range(4)))))
+    accounts = [Account.of(on_gpus(run_of("gpus"))), Account.of(on_cpus)]
+    return page([replace(account, advised=Advised((advice,))) for account in accounts])
 
 
 class Reader(HTMLParser):
@@ -78,13 +85,12 @@ def test_a_page_needs_nothing_else_and_is_well_formed(html: str) -> None:
 
 def test_a_page_shows_what_the_terminal_says(html: str) -> None:
     run = run_of()
-    comparison = compare(run)
-    for finding in findings(run, comparison):
+    for finding in Account.of(run).findings:
         for row in finding.rows:
             for cell in row:
                 assert escape(cell) in html
     assert html.count("<svg ") == 6, "loss, accuracy, time of steps, timelines, memory, placement"
-    assert whole([run]) == html, "the same run gives the same page"
+    assert page([Account.of(run)]) == html, "the same run gives the same page"
 
 
 def test_everything_took_half_as_long_again() -> None:
@@ -97,14 +103,24 @@ def test_everything_took_half_as_long_again() -> None:
 
 def test_names_are_not_taken_for_markup() -> None:
     run = run_of("<b>&amp;")
-    text = whole([run])
+    text = page([Account.of(run)])
     assert "<b>" not in text
     assert "&lt;b&gt;&amp;amp;" in text
 
 
+def test_devices_hosts_and_networks_are_drawn(full: str) -> None:
+    Reader(full)
+    for label in ("utilisation and occupancy of node0 GPU 1", "distribution of the occupancy"):
+        assert full.count(f'aria-label="{label}"') == 1
+    for label in ("busy CPUs of node0", "network of node0"):
+        assert full.count(f'aria-label="{label}"') == 2
+    assert full.count("<h2>advice</h2>") == 2
+    assert "no monitor.jsonl" not in full
+
+
 def test_runs_stand_side_by_side() -> None:
     runs = [run_of("one"), run_of("two", steps=80)]
-    text = whole(runs)
+    text = page([Account.of(run) for run in runs])
     Reader(text)
     assert "side by side" in text
     assert text.count("<section>") == 2
@@ -112,7 +128,7 @@ def test_runs_stand_side_by_side() -> None:
 
 def test_a_page_of_a_run_that_has_just_begun() -> None:
     run = replace(run_of(), steps=Steps.of(()), evaluations=Evaluations.of(()), summary=None, timings=())
-    text = whole([run])
+    text = page([Account.of(run)])
     Reader(text)
     assert "no timeline was recorded under this plan" in text
 
@@ -120,7 +136,7 @@ def test_a_page_of_a_run_that_has_just_begun() -> None:
 def test_a_diverged_run_is_drawn() -> None:
     run = run_of()
     lost = Steps.of(Step(i, math.nan, 24, 0.1) for i in range(40))
-    Reader(page([(replace(run, steps=lost), None)], [Advised()]))
+    Reader(page([replace(Account.of(run), run=replace(run, steps=lost))]))
 
 
 def test_colours_have_names_that_a_dark_page_gives_other_values(html: str) -> None:
@@ -207,9 +223,9 @@ def browse(folder: Path, html: str, width: int, *, dark: bool = False) -> tuple[
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
 def test_a_browser_shows_it_without_errors_and_without_sideways_scrolling(
-    html: str, tmp_path: Path, width: int, dark: bool
+    full: str, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    content, view, errors = browse(tmp_path, html, width, dark=dark)
+    content, view, errors = browse(tmp_path, full, width, dark=dark)
     assert view == width
     assert content <= width
     assert not errors
