@@ -24,6 +24,7 @@ _API = {
     "OwnMetric": "hybridpar.api",
     "ParameterGroup": "hybridpar.optimizer_section",
     "Stream": "hybridpar.data.stream",
+    "recording": "hybridpar.api",
     "wrap": "hybridpar.api",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "Stream",
     "__version__",
     "plan",
+    "recording",
     "wrap",
 ]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -28,6 +29,8 @@ from hybridpar.model.inputs import Kinds, Shapes, all_shapes
 from hybridpar.model.linear import CosineLinear
 from hybridpar.model.named import Naming
 from hybridpar.model.trace import Traced, trace
+from hybridpar.monitor.sampler import Mode
+from hybridpar.monitor.settings import DEFAULT_INTERVAL_S
 from hybridpar.optimizer_section import ParameterGroup
 from hybridpar.planning.plan import Kind, Plan, Precision, Recipe, validate_recipe
 from hybridpar.planning.request import Effort, Pin, Request, Shape
@@ -35,16 +38,20 @@ from hybridpar.planning.search import search
 from hybridpar.profiling.analytic import estimate
 from hybridpar.profiling.measure import measure
 from hybridpar.profiling.record import Profile
+from hybridpar.report.basis import Basis
 from hybridpar.runtime import zero
 from hybridpar.runtime.cross_entropy import CrossEntropy
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.loss import Loss
 from hybridpar.runtime.margin import ArcFace, CosFace
+from hybridpar.runtime.own_loop import OwnLoop
 from hybridpar.runtime.own_loss import OwnLoss
 from hybridpar.runtime.own_metric import Function, OwnMetric
 from hybridpar.runtime.process import Process
 from hybridpar.runtime.update import OptimizerFactory
-from hybridpar.train_section import Compiling, LossScale
+from hybridpar.runtime.watching import Window
+from hybridpar.sections import MonitorConfig, TraceConfig
+from hybridpar.train_section import Compiling, LossScale, check_apart, check_window
 
 __all__ = [
     "ArcFace",
@@ -58,6 +65,7 @@ __all__ = [
     "ParameterGroup",
     "plan",
     "process",
+    "recording",
     "wrap",
 ]
 
@@ -129,7 +137,10 @@ def plan(
 
     def make() -> Plan:
         where = cluster or local(place.world)
-        return search(traced.chain, _profile(profile, traced, where, request, place), where, request).plan
+        layers = _profile(profile, traced, where, request, place)
+        found = search(traced.chain, layers, where, request).plan
+        _bases[found.fingerprint] = Basis(traced.chain, layers, where)
+        return found
 
     alone = place.world == 1 and cluster is not None
     return make() if alone else place.agree(make)
@@ -212,6 +223,52 @@ def wrap(
     )
 
 
+def recording(
+    job: Job,
+    folder: Path | str,
+    *,
+    timeline: Window | None = (10, 13),
+    trace: Window | None = None,
+    monitor: Mode = "auto",
+    interval_s: float = DEFAULT_INTERVAL_S,
+    profile: Profile | None = None,
+    cluster: Cluster | None = None,
+) -> OwnLoop:
+    """Record the steps of a loop of one's own into a folder that ``hybridpar report`` reads.
+
+    ::
+
+        with hybridpar.recording(job, "runs/mine"):
+            for batch in job.loader(dataset):
+                loss = job.step(batch)
+
+    Every rank enters it and does its steps within. A job that goes on (``job.go_on``) goes on in its folder.
+
+    Args:
+        job: from :func:`wrap`.
+        folder: of the run, on a disk that all ranks share; it is made.
+        timeline: steps, counted from the first, in which every action is timed; None: none.
+        trace: steps that torch's profiler looks at, kernel by kernel; None: none.
+        monitor: whether the nodes and their GPUs are sampled: auto, off or required.
+        interval_s: seconds between two samples.
+        profile: what the plan was made on; default: what :func:`plan` made it on in this process. A plan that was
+            loaded has none, and without one nothing of it can be predicted.
+        cluster: likewise.
+
+    Raises ConfigError for windows that are none or overlap, and, as it is entered, for a folder that cannot be
+    written or holds another run.
+    """
+    check_window("timeline", timeline)
+    settings = MonitorConfig(mode=monitor, interval_s=interval_s, trace=TraceConfig(trace))
+    check_apart(timeline, trace)
+    basis = _bases.get(job.plan.fingerprint)
+    if profile is not None and cluster is not None:
+        basis = Basis(job.chain, profile, cluster)
+    return OwnLoop(job, process(), Path(folder), timeline, settings, basis)
+
+
+_bases: dict[str, Basis] = {}
+"""What plans were made on, by their fingerprints."""
 _known: dict[int, tuple[nn.Module, Traced]] = {}
 
 

@@ -11,6 +11,7 @@ from hybridpar.model.chain import InputKind
 from hybridpar.monitor.settings import Options
 from hybridpar.planning.plan import Kind, OrderRule
 from hybridpar.planning.request import Effort, Pin, Shape
+from hybridpar.train_section import check_window
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,7 @@ class TraceConfig:
     """Those that are traced, from the first that this process runs, the last not included; None: none."""
 
     def __post_init__(self) -> None:
-        window = self.steps
-        fits = window is None or 0 <= window[0] < window[1]
-        remedy = "must be [first,last] with 0 <= first < last, or null"
-        require(fits, "monitor.trace.steps", list(window or ()), remedy)
+        check_window("monitor.trace.steps", self.steps)
 
 
 @dataclass(frozen=True)

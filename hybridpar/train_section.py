@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hybridpar.errors import require
+from hybridpar.errors import ConfigError, require
 from hybridpar.model.chain import Autocast, MemoryFormat
 from hybridpar.planning.plan import Kind, Precision
 
@@ -75,6 +75,21 @@ class Compiling:
         return self.stages is None or kind in self.stages
 
 
+def check_window(name: str, window: tuple[int, int] | None) -> None:
+    """Raise ConfigError, which names the field, for steps that are none."""
+    fits = window is None or 0 <= window[0] < window[1]
+    require(fits, name, list(window or ()), "must be [first,last] with 0 <= first < last, or null")
+
+
+def check_apart(timeline: tuple[int, int] | None, trace: tuple[int, int] | None) -> None:
+    """Raise ConfigError where steps are to be both timed and traced."""
+    if timeline is not None and trace is not None and max(timeline[0], trace[0]) < min(timeline[1], trace[1]):
+        raise ConfigError(
+            f"monitor.trace.steps: {list(trace)} overlaps train.timeline={list(timeline)}, whose times the "
+            "profiler would distort; choose other steps for one of them"
+        )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The training itself."""
@@ -115,9 +130,7 @@ class TrainConfig:
     """Steps in which every action is timed, from the first that this process runs, the last not included."""
 
     def __post_init__(self) -> None:
-        window = self.timeline
-        fits = window is None or 0 <= window[0] < window[1]
-        require(fits, "train.timeline", list(window or ()), "must be [first,last] with 0 <= first < last, or null")
+        check_window("train.timeline", self.timeline)
         for name in ("global_batch", "epochs", "steps", "eval_every", "eval_every_steps", "log_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "must be at least 1")

@@ -32,6 +32,7 @@ from hybridpar.runtime.loss import Loss, check_mixes
 from hybridpar.runtime.optimizer import make_factory
 from hybridpar.runtime.own_metric import OwnMetrics, make_metrics
 from hybridpar.runtime.process import Place
+from hybridpar.train_section import check_apart
 
 
 def check_config(config: Config, place: Place | None = None) -> None:
@@ -43,7 +44,7 @@ def check_config(config: Config, place: Place | None = None) -> None:
     if place.rank == 0:
         check_run_dir(config, restarted=place.restarts > 0)
         check_loggers(config.train.loggers)
-    _check_windows(config.train.timeline, config.monitor.trace.steps)
+    check_apart(config.train.timeline, config.monitor.trace.steps)
     make_factory(config.optimizer)
     make_loss(config.loss, config.model.classes)
     if config.optimizer.sharding in {"zero1", "zero2"}:
@@ -77,15 +78,6 @@ def check(config: Config, plan: Plan, chain: Chain, place: Place | None = None) 
     if config.train.compiling is not None:
         compiled.check_stages(config.train.compiling, plan)
     check_fits(config, plan)
-
-
-def _check_windows(timeline: tuple[int, int] | None, trace: tuple[int, int] | None) -> None:
-    """Raise ConfigError where steps are to be both timed and traced."""
-    if timeline is not None and trace is not None and max(timeline[0], trace[0]) < min(timeline[1], trace[1]):
-        raise ConfigError(
-            f"monitor.trace.steps: {list(trace)} overlaps train.timeline={list(timeline)}, whose times the "
-            "profiler would distort; choose other steps for one of them"
-        )
 
 
 def check_mixing(config: Config, chain: Chain, loss: Loss) -> None:

@@ -29,6 +29,9 @@ class Pending(Protocol):
 class Communicators(Protocol):
     """Starts operations. Tensors are contiguous and stay alive until the wait."""
 
+    completed: Callable[[Operation], None] | None
+    """Called by any thread when a collective is complete, on CUDA with a stream that waits for it."""
+
     def send(self, operation: Operation, tensor: torch.Tensor) -> Pending:
         """Start sending ``tensor`` to ``operation.ranks[1]``."""
         ...

@@ -257,6 +257,11 @@ class Job:
         return self._metrics.metrics
 
     @property
+    def communicators(self) -> Communicators:
+        """What connects it to the other ranks."""
+        return self._communicators
+
+    @property
     def reads(self) -> bool:
         """Whether this rank reads samples."""
         return self.place in positions(self.plan)[0].ranks

@@ -22,6 +22,7 @@ from hybridpar.config import Config
 from hybridpar.errors import ConfigError
 from hybridpar.runtime.boards import Board
 from hybridpar.runtime.evaluation import Evaluation
+from hybridpar.runtime.job import Job
 from hybridpar.runtime.manifest import FOLDER, Position, complete
 from hybridpar.schema import from_data
 
@@ -36,7 +37,8 @@ class StepRecord:
 
     step: int
     """From 0."""
-    epoch: int
+    epoch: int | None
+    """From 0; null: it is not known."""
     loss: float
     """null in the file where it is not finite."""
     lr: float | None
@@ -52,6 +54,26 @@ class StepRecord:
     """What the loss was scaled by for its gradients; null: it was not."""
     skipped: bool = False
     """The gradients were not all finite, so that the parameters stayed as they were."""
+
+
+def step_record(
+    job: Job, step: int, epoch: int | None, loss: float, rate: float | None, samples: int, step_s: float
+) -> StepRecord:
+    """Return what there is to note of a step that a job has just run."""
+    scaler = job.scaler
+    return StepRecord(
+        step,
+        epoch,
+        loss,
+        rate,
+        samples,
+        step_s,
+        samples / step_s,
+        time.time(),
+        job.plan.fingerprint,
+        loss_scale=scaler.used if scaler else None,
+        skipped=scaler is not None and scaler.in_a_row > 0,
+    )
 
 
 class Journal:
@@ -99,7 +121,8 @@ class Journal:
         rate = "" if record.lr is None else f"lr {record.lr:.3g}  "
         scale = "" if record.loss_scale is None else f"scale {record.loss_scale:g} ({self._skipped} skipped)  "
         speed = f"{record.samples_per_s:.1f} samples/s"
-        text = f"epoch {record.epoch + 1}  loss {record.loss:.4f}  {rate}{scale}{speed}"
+        epoch = "" if record.epoch is None else f"epoch {record.epoch + 1}  "
+        text = f"{epoch}loss {record.loss:.4f}  {rate}{scale}{speed}"
         self._latest_s.append(record.step_s)
         if self._progress is not None:
             self._progress.update(self._task, advance=1, description=text)

@@ -15,7 +15,7 @@ from hybridpar.runtime.early_stop import EarlyStop
 from hybridpar.runtime.evaluation import Evaluation
 from hybridpar.runtime.feed import Feed, StepBatch
 from hybridpar.runtime.job import Job
-from hybridpar.runtime.journal import Journal, StepRecord
+from hybridpar.runtime.journal import Journal, step_record
 from hybridpar.runtime.keeper import Keeper
 from hybridpar.runtime.log import WARM_UP_STEPS, Log
 from hybridpar.runtime.manifest import Position
@@ -147,20 +147,8 @@ class Loop:
         first = self.begin.step
         if step < first + min(WARM_UP_STEPS, max(1, (self.steps - first) // 5)):
             self.log.measured_since_s = time.time()
+        record = step_record(self.job, step, epoch, loss, rate, samples, step_s)
         scaler = self.job.scaler
-        record = StepRecord(
-            step,
-            epoch,
-            loss,
-            rate,
-            samples,
-            step_s,
-            samples / step_s,
-            time.time(),
-            self._plan,
-            loss_scale=scaler.used if scaler else None,
-            skipped=scaler is not None and scaler.in_a_row > 0,
-        )
         self.log.skipped = scaler.skipped if scaler else None
         if self.journal is not None:
             self.journal.step(record)

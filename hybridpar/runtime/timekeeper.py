@@ -10,7 +10,6 @@ from pathlib import Path
 from hybridpar.planning.program import Action, Program
 from hybridpar.report.timing import RankTiming, StepTiming
 from hybridpar.runtime.clocks import Offset, compare
-from hybridpar.runtime.communicators import ProcessGroups
 from hybridpar.runtime.feed import StepBatch
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.process import Process, gpu_uuid
@@ -25,14 +24,13 @@ class Timekeeper:
 
     Args:
         job: whose steps.
-        groups: its communicators, which tell when collectives are complete.
         process: of this rank.
         folder: of the run.
         steps: that are recorded, counted as the job counts them.
     """
 
-    def __init__(self, job: Job, groups: ProcessGroups, process: Process, folder: Path, steps: range) -> None:
-        self._job, self._groups, self._process, self._folder = job, groups, process, folder
+    def __init__(self, job: Job, process: Process, folder: Path, steps: range) -> None:
+        self._job, self._process, self._folder = job, process, folder
         self.steps = steps
         self._offset: Offset | None = None
         self._timings: list[StepTiming] = []
@@ -65,12 +63,12 @@ class Timekeeper:
                 before(program, action, start_s, end_s)
 
         self._job.observe(note)
-        self._groups.completed = watch.complete
+        self._job.communicators.completed = watch.complete
         try:
             return run()
         finally:
             self._job.observe(before)
-            self._groups.completed = None
+            self._job.communicators.completed = None
 
     def close(self) -> None:
         """Write what was recorded and not written yet."""

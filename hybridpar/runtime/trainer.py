@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hybridpar.config import Config
 from hybridpar.data import datasets
@@ -20,7 +17,6 @@ from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.deferred import Source
 from hybridpar.model.trace import Traced
-from hybridpar.monitor import sampler
 from hybridpar.monitor.sampler import Monitor
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
@@ -46,12 +42,12 @@ from hybridpar.runtime.loop import Loop
 from hybridpar.runtime.manifest import Position, Subject
 from hybridpar.runtime.optimizer import make_rate
 from hybridpar.runtime.own_metric import make_metrics
-from hybridpar.runtime.process import Process, gpu_uuid
+from hybridpar.runtime.process import Process
 from hybridpar.runtime.resume import Resume
 from hybridpar.runtime.saver import Saver
 from hybridpar.runtime.stop import Stop
-from hybridpar.runtime.timekeeper import Timekeeper
 from hybridpar.runtime.tracer import Tracer
+from hybridpar.runtime.watching import start_monitor, watch_steps
 from hybridpar.schema import from_data, to_data
 
 
@@ -188,7 +184,7 @@ class _Training:
         config, process = self.config, self.process
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Stop(process))
-            monitor = self._start_monitor(stack)
+            monitor = stack.enter_context(start_monitor(process, self.folder, config.monitor))
             communicators = process.connect(self.plan, checkpoints=config.checkpoint.every is not None)
             job = self._make_job(traced, source, communicators)
             feed = job.loader(
@@ -226,7 +222,8 @@ class _Training:
                 callbacks=Callbacks(self.callbacks),
                 monitor=monitor,
             )
-            tracer = self._watch(stack, job, communicators)
+            windows = config.train.timeline, config.monitor.trace.steps
+            tracer = watch_steps(stack, job, process, self.folder, *windows, last=self.steps)
             log = loop.run()
             saver.wait()
             monitor.close()
@@ -268,24 +265,6 @@ class _Training:
             compiling=config.train.compiling,
         )
 
-    def _watch(self, stack: contextlib.ExitStack, job: Job, communicators: ProcessGroups) -> Tracer | None:
-        """Have steps timed and traced, as far as they are to be."""
-        timeline, trace = self.config.train.timeline, self.config.monitor.trace.steps
-        if timeline is not None:
-            keeper = Timekeeper(job, communicators, self.process, self.folder, self._steps(job, timeline))
-            stack.enter_context(job.watched(keeper))
-            stack.callback(keeper.close)
-        if trace is None:
-            return None
-        tracer = Tracer(job, self.folder, self._steps(job, trace))
-        stack.enter_context(job.watched(tracer))
-        stack.callback(tracer.close)
-        return tracer
-
-    def _steps(self, job: Job, window: tuple[int, int]) -> range:
-        """Return a window's steps, counted from this process's first, as far as the training has them."""
-        return range(job.steps + window[0], min(job.steps + window[1], self.steps))
-
     def _end_trace(self, tracer: Tracer | None, journal: Journal | None) -> None:
         """Close the tracer, and say why there is no trace, if there is none."""
         if tracer is None:
@@ -301,20 +280,6 @@ class _Training:
         if process.rank == 0:
             folders.clean(home)
         return Saver(home, self.config.checkpoint, process.rank, process.groups.get("checkpoint"), judge)
-
-    def _start_monitor(self, stack: contextlib.ExitStack) -> Monitor:
-        """Start the sampler of this node and its GPUs in one of its processes; all ranks call this."""
-        process, settings = self.process, self.config.monitor
-        place = process.place
-        pids = process.tell([place.node, os.getpid()]) if settings.mode != "off" else []
-        if place.local_rank:
-            return Monitor(None, None)
-        uuids: list[str] = []
-        if process.device.type == "cuda":
-            uuids = [gpu_uuid(torch.device("cuda", i)) for i in range(place.local_world)]
-        path = self.folder / ("monitor.jsonl" if process.rank == 0 else f"monitor-{place.node}.jsonl")
-        own = {rank: pid for rank, (node, pid) in enumerate(pids) if node == place.node}
-        return stack.enter_context(sampler.start(path, settings.options, settings.mode, uuids, own))
 
     def _open_journal(self, stack: contextlib.ExitStack, monitor: Monitor) -> Journal | None:
         """Open the journal on rank 0."""

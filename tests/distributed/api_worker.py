@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -64,6 +65,20 @@ def main() -> hybridpar.Job:
         precision="float64",
     )
     job = hybridpar.wrap(model, plan, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
+    run = Path(folder, "run")
+    recording = (
+        hybridpar.recording(job, run, timeline=(2, 5), trace=(6, 8)) if feeding == "recorded" else nullcontext()
+    )
+    with recording:
+        losses = train(job, dataset, feeding)
+    result = job.evaluate(job.loader(dataset, train=False))
+    known = {"rank": job.rank, "losses": losses, "top1": result.top1, "samples": result.samples}
+    known |= {"kinds": [s.kind for s in plan.stages], "world": plan.world, "parameters": sorted(job.parameters)}
+    (Path(folder) / f"{job.rank}.json").write_text(json.dumps(known))
+    return job
+
+
+def train(job: hybridpar.Job, dataset: Blobs, feeding: str) -> list[float]:
     losses = []
     if feeding == "whole":
         x = dataset.images.double()
@@ -77,11 +92,7 @@ def main() -> hybridpar.Job:
         for epoch in range(EPOCHS):
             loader.set_epoch(epoch)
             losses += [job.step(batch) for batch in loader]
-    result = job.evaluate(job.loader(dataset, train=False))
-    known = {"rank": job.rank, "losses": losses, "top1": result.top1, "samples": result.samples}
-    known |= {"kinds": [s.kind for s in plan.stages], "world": plan.world, "parameters": sorted(job.parameters)}
-    (Path(folder) / f"{job.rank}.json").write_text(json.dumps(known))
-    return job
+    return losses
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hybridpar.report import kernels
+from hybridpar.report.comparison import compare
+from hybridpar.report.run import Run
 from tests.distributed.api_worker import BATCH, EPOCHS, SAMPLES, Blobs, make_model
+from tests.support import command
 
 WORKER = Path(__file__).with_name("api_worker.py")
 ROOT = WORKER.parents[2]
@@ -91,3 +95,24 @@ def test_whole_batches_on_every_rank(tmp_path: Path) -> None:
     """Every rank is given the whole step and takes its own samples; the last step of an epoch is smaller."""
     losses = losses_of(run(2, tmp_path, "pipeline", "whole"))
     assert losses == pytest.approx(single_process(), rel=1e-9)
+
+
+def test_a_recorded_loop_makes_a_run_that_the_report_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = run(2, tmp_path, "three_stage", "recorded")
+    losses = losses_of(ranks)
+    found = Run.load(tmp_path / "run")
+    lines = [json.loads(line) for line in (found.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == list(enumerate(losses))
+    assert {line["epoch"] for line in lines} == {None}
+    assert all(line["samples_per_s"] == pytest.approx(line["samples"] / line["step_s"]) for line in lines)
+    assert [tuple(s.step for s in record.steps) for record in found.timings] == [(2, 3, 4)] * 2
+    assert all(s.input_s is not None for s in found.timings[0].steps), "the front's rank reads"
+    comparison = compare(found)
+    assert comparison is not None
+    traced = kernels.load(found.folder, 2, found.plan.fingerprint)
+    assert [record.steps for record in traced] == [(7,)] * 2
+    out, _ = command.run(capsys, "report", str(found.folder))
+    assert "largest deviations" in out
+    assert "no step" not in out
