@@ -24,6 +24,14 @@ _INIT_REASONS = {
 }
 
 
+Further = Callable[[str | None, int | None], tuple[Meter, ...]]
+"""From a GPU's UUID, and of a MIG slice its GPU instance, to meters besides NVML's."""
+
+
+def _nothing_more(uuid: str | None, instance: int | None) -> tuple[Meter, ...]:  # noqa: ARG001 - of Further
+    return ()
+
+
 @dataclass(frozen=True)
 class _Device:
     """A GPU or MIG slice as NVML gives it."""
@@ -33,12 +41,20 @@ class _Device:
     handle: Any
     parent: Any
     """Of a slice, the handle of its GPU; else None."""
+    instance: int | None
+    """Of a slice, the id of its GPU instance."""
+
+    @property
+    def whole(self) -> tuple[str | None, int | None]:
+        """The GPU's UUID, and of a slice its GPU instance."""
+        return (_value(pynvml.nvmlDeviceGetUUID, self.parent) if self.parent else self.uuid), self.instance
 
 
-def open_nvml(uuids: Sequence[str] | None) -> Gpus | Unavailable:
+def open_nvml(uuids: Sequence[str] | None, more: Further = _nothing_more) -> Gpus | Unavailable:
     """Open NVML and the GPUs with the given UUIDs ("GPU-..." or "MIG-..."), or all GPUs of the node for None.
 
-    ``CUDA_VISIBLE_DEVICES`` plays no part: NVML does not know it, and UUIDs do not shift with it.
+    ``more`` gives further meters, of a GPU or slice. ``CUDA_VISIBLE_DEVICES`` plays no part: NVML does not know
+    it, and UUIDs do not shift with it.
     """
     try:
         pynvml.nvmlInit()
@@ -49,12 +65,12 @@ def open_nvml(uuids: Sequence[str] | None) -> Gpus | Unavailable:
     for at, key in enumerate(keys):
         device = _find(key)
         if isinstance(device, Unavailable):
-            gpus.append(Gpu(key, None, ()) if isinstance(key, int) else Gpu(None, key, ()))
+            gpus.append(Gpu(key, None, ()) if isinstance(key, int) else Gpu(None, key, more(key, None)))
             gaps.append(device.reason)
             continue
         meters, gap = _meters(device, (at, len(keys)))
         handles[at] = device.parent or device.handle
-        gpus.append(Gpu(device.index, device.uuid, meters))
+        gpus.append(Gpu(device.index, device.uuid, (*meters, *more(*device.whole))))
         gaps += [gap] if gap else []
     if not handles:
         _value(pynvml.nvmlShutdown)
@@ -83,7 +99,8 @@ def _find(key: str | int) -> _Device | Unavailable:
     uuid = uuid or _value(pynvml.nvmlDeviceGetUUID, handle)
     parent = _value(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle) if _is_slice(uuid) else None
     index = _value(pynvml.nvmlDeviceGetIndex, parent or handle) if index is None else index
-    return _Device(index, uuid, handle, parent)
+    instance = _value(pynvml.nvmlDeviceGetGpuInstanceId, handle) if parent else None
+    return _Device(index, uuid, handle, parent, instance)
 
 
 def _is_slice(uuid: str | None) -> bool:
@@ -93,8 +110,7 @@ def _is_slice(uuid: str | None) -> bool:
 def _meters(device: _Device, turn: tuple[int, int]) -> tuple[tuple[Meter, ...], str | None]:
     """Return what measures a device, and a sentence why that is not all."""
     try:
-        instance = pynvml.nvmlDeviceGetGpuInstanceId(device.handle) if device.parent else None
-        gpm = Gpm(device.parent or device.handle, instance)
+        gpm = Gpm(device.parent or device.handle, device.instance)
     except pynvml.NVMLError as e:
         label = device.uuid or f"GPU {device.index}"
         gap = f"{label} gives no occupancy, which needs Hopper or later: {e}"

@@ -15,14 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from hybridpar.errors import ConfigError
+from hybridpar.errors import ConfigError, HybridparError
 from hybridpar.monitor.answer import Answer, to_line
-from hybridpar.monitor.host import Host
 from hybridpar.monitor.log import Log
-from hybridpar.monitor.nvml import open_nvml
+from hybridpar.monitor.openmetrics import Export
 from hybridpar.monitor.record import Gap, Record
 from hybridpar.monitor.settings import Settings
-from hybridpar.monitor.source import Source, Unavailable
+from hybridpar.monitor.source import Source
+from hybridpar.monitor.sources import open_sources
 from hybridpar.schema import from_data
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         return
     try:
         reason = _serve(log, settings)
-    except OSError as e:
+    except (OSError, HybridparError) as e:
         reason = f"monitoring ended: {e}"
     except Exception as e:  # noqa: BLE001 - the boundary of the process: every failure becomes a sentence
         reason = f"the sampler failed: {type(e).__name__}: {e}"
@@ -47,31 +47,24 @@ def main() -> None:
     log.close()
 
 
-def open_sources(settings: Settings) -> tuple[list[Source], str | None]:
-    """Open everything that can be read on this node, and tell why there is no data of a GPU."""
-    sources: list[Source] = [Host(dict(settings.ranks))]
-    if settings.uuids == ():
-        return sources, "the job uses no GPU on this node"
-    gpus = open_nvml(settings.uuids)
-    if isinstance(gpus, Unavailable):
-        return sources, gpus.reason
-    return [*sources, gpus], None
-
-
 def _serve(log: Log, settings: Settings) -> str | None:
     """Sample until told to end; returns a sentence where it comes to that before."""
     sources, no_gpu = open_sources(settings)
+    path = settings.options.openmetrics
+    export = None if path is None else Export(Path(path), Path(settings.path).parent.name)
     try:
         gaps = [gap for source in sources for gap in source.gaps]
         log.write(map(_gap, [*gaps, no_gpu] if no_gpu else gaps))
         _answer(Answer("started", no_gpu))
-        return _sample(sources, log, settings)
+        return _sample(sources, log, export, settings)
     finally:
         for source in sources:
             source.close()
+        if export is not None:
+            export.close()
 
 
-def _sample(sources: list[Source], log: Log, settings: Settings) -> str | None:
+def _sample(sources: list[Source], log: Log, export: Export | None, settings: Settings) -> str | None:
     """Write samples at multiples of the interval after the start; a late tick is skipped and shifts no other."""
     start_s, tick, interval_s = time.monotonic(), 0, settings.options.interval_s
     while True:
@@ -80,6 +73,8 @@ def _sample(sources: list[Source], log: Log, settings: Settings) -> str | None:
         if _told_to_end(start_s + tick * interval_s, settings.parent):
             return None
         records = read_all(sources)
+        if export is not None:
+            records += export.step(records)
         for record in records:
             if isinstance(record, Gap):
                 _answer(Answer("gap", record.reason, record.lost))

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from hybridpar.errors import ConfigError, MonitorError
 from hybridpar.monitor.child import Child
+from hybridpar.monitor.record import read
 from hybridpar.monitor.settings import Options, Settings
 
 Mode = Literal["auto", "off", "required"]
@@ -112,6 +113,15 @@ def start(
         monitor.close()
         raise MonitorError(f"monitor=required, but {monitor.reason}; set monitor=auto to train without GPU data")
     return monitor
+
+
+def check(options: Options) -> None:
+    """Raise HybridparError where files that are named cannot be what they are to be, as far as a glance tells."""
+    if options.replay is not None and next(read(Path(options.replay)), None) is None:
+        raise ConfigError(f"monitor.replay: {options.replay} holds no records; give another recording")
+    folder = None if options.openmetrics is None else Path(options.openmetrics).absolute().parent
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(f"monitor.openmetrics: {options.openmetrics} cannot be made; make the folder {folder}")
 
 
 def _launch(settings: Settings, *, required: bool) -> Monitor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from hybridpar.errors import require
 
@@ -22,6 +23,12 @@ class Options:
     """Seconds between samples."""
     max_bytes: int = DEFAULT_MAX_BYTES
     """Bound of the file."""
+    dcgm: str | None = None
+    """URL of a dcgm-exporter that is asked for what NVML does not know; None: none is."""
+    openmetrics: str | None = None
+    """File for a node exporter, which has the latest samples; None: there is none."""
+    replay: str | None = None
+    """A monitor.jsonl that is played in the place of sampling; None: none is."""
 
     def __post_init__(self) -> None:
         fits = _MIN_INTERVAL_S <= self.interval_s <= 3600
@@ -29,6 +36,17 @@ class Options:
         require(fits, "monitor.interval_s", self.interval_s, remedy)
         remedy = f"is below {_MIN_BYTES}; give the file more room"
         require(self.max_bytes >= _MIN_BYTES, "monitor.max_bytes", self.max_bytes, remedy)
+        fits = self.dcgm is None or _is_address(self.dcgm)
+        require(fits, "monitor.dcgm", self.dcgm, "must be an address like http://localhost:9400/metrics, or null")
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL is one of HTTP with a host, and with a port that is a number if there is one."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hybridpar.data.sampler import Order
 from hybridpar.errors import ConfigError
 from hybridpar.model.chain import Chain
 from hybridpar.model.freeze import check_trained
+from hybridpar.monitor import sampler
 from hybridpar.optimizer_section import PowerSgdConfig
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.compression import Compression
@@ -44,6 +45,8 @@ def check_config(config: Config, place: Place | None = None) -> None:
     if place.rank == 0:
         check_run_dir(config, restarted=place.restarts > 0)
         check_loggers(config.train.loggers)
+    if place.local_rank == 0 and config.monitor.mode != "off":
+        sampler.check(config.monitor.options)
     check_apart(config.train.timeline, config.monitor.trace.steps)
     make_factory(config.optimizer)
     make_loss(config.loss, config.model.classes)

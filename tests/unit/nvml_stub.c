@@ -2,7 +2,7 @@
 
    GPU 0 has everything, GPU 1 is older than Hopper, and of GPU 2 only the UUID can be read.
    NVML_STUB names one variation. NVML_STUB_FAIL has calls fail: NAME/GPU:CODE@FROM,... from the FROM-th call of that
-   name on; * stands for any name and any GPU. NVML_STUB_REPORT names a file that receives the counts at shutdown. */
+   name on; * stands for any GPU, and for any name, from the FROM-th call for utilisation on. NVML_STUB_REPORT names a file that receives the counts at shutdown. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,7 +24,7 @@ typedef struct { char name[80]; int calls; } Counter;
 
 static Device devices[3] = {{0}, {1}, {2}};
 static const char *uuids[3] = {"GPU-00000000-aaaa", "GPU-11111111-bbbb", "GPU-22222222-cccc"};
-static int allocated, freed, windows, listening, waiting = 1;
+static int allocated, freed, windows, looks, listening, waiting = 1;
 static double shortest_s = 1e9;
 static Counter counters[64];
 
@@ -49,10 +49,11 @@ static int count(const char *name) {
 /* Count a call; returns how it is to fail, SUCCESS where it is not. */
 static int enter(const char *name, int gpu) {
     int calls = count(name), code, from;
+    if (!strcmp(name, "nvmlDeviceGetUtilizationRates")) looks = calls;
     char which[80], whose[8];
     for (const char *at = getenv("NVML_STUB_FAIL"); at && *at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL)
-        if (sscanf(at, "%79[^/]/%7[^:]:%d@%d", which, whose, &code, &from) == 4 && calls >= from
-            && (!strcmp(which, "*") || !strcmp(which, name)) && (!strcmp(whose, "*") || atoi(whose) == gpu))
+        if (sscanf(at, "%79[^/]/%7[^:]:%d@%d", which, whose, &code, &from) == 4
+            && ((!strcmp(which, "*") && looks >= from) || (!strcmp(which, name) && calls >= from)) && (!strcmp(whose, "*") || atoi(whose) == gpu))
             return code;
     return gpu == 2 ? LOST : SUCCESS;
 }

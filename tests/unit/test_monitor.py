@@ -1,19 +1,15 @@
-"""The GPU monitor against a stub NVML that the real binding loads, and without any driver."""
+"""The monitor's process, its file and what that amounts to; with a stub NVML, and without any driver."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -21,187 +17,15 @@ from hybridpar.errors import ConfigError, HybridparError, MonitorError
 from hybridpar.monitor import sampler
 from hybridpar.monitor.log import Log
 from hybridpar.monitor.process import next_tick
-from hybridpar.monitor.record import Gap, GpuSample, HostSample, Record, read, to_line
+from hybridpar.monitor.record import Gap, GpuSample, Record, read, to_line
 from hybridpar.monitor.sampler import start
 from hybridpar.monitor.settings import Options
 from hybridpar.monitor.summary import summarise
 from hybridpar.schema import to_data
+from hybridpar.sections import MonitorConfig
+from tests.support.monitoring import FAST, UUIDS, gaps, hosts, is_alive, samples, wait_for
 
 ROOT = Path(__file__).parents[2]
-UUIDS = ("GPU-00000000-aaaa", "GPU-11111111-bbbb", "GPU-22222222-cccc")
-WAIT_S = 30.0
-FAST = Options(interval_s=0.12)
-
-
-@pytest.fixture(scope="session")
-def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler to build the stub NVML with")
-    folder = tmp_path_factory.mktemp("nvml")
-    source = Path(__file__).with_name("nvml_stub.c")
-    flags = ("-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
-    command = [compiler, *flags, "-o", str(folder / "libnvidia-ml.so.1"), str(source)]
-    subprocess.run(command, check=True)
-    return folder
-
-
-@pytest.fixture
-def report(stub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Processes started from now on find the stub; it writes its counts to the file returned."""
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(stub_folder))
-    path = tmp_path / "stub.json"
-    monkeypatch.setenv("NVML_STUB_REPORT", str(path))
-    return path
-
-
-@pytest.fixture
-def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that is none, found before one that the machine may have."""
-    (tmp_path / "libnvidia-ml.so.1").write_text("")
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-
-
-def wait_for(what: Callable[[], Any]) -> Any:
-    end = time.monotonic() + WAIT_S
-    while time.monotonic() < end:
-        if value := what():
-            return value
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
-
-
-def samples(path: Path) -> list[GpuSample]:
-    return [r for r in read(path) if isinstance(r, GpuSample)] if path.exists() else []
-
-
-def hosts(path: Path) -> list[HostSample]:
-    return [r for r in read(path) if isinstance(r, HostSample)] if path.exists() else []
-
-
-def gaps(path: Path) -> list[str]:
-    return [r.reason for r in read(path) if isinstance(r, Gap)]
-
-
-def record(path: Path, ticks: int, uuids: tuple[str, ...] | None = None) -> list[list[GpuSample]]:
-    """Sample through the stub for some ticks; returns the samples of each."""
-    width = 3 if uuids is None else len(uuids)
-    with start(path, FAST, "required", uuids) as monitor:
-        wait_for(lambda: len(samples(path)) >= ticks * width)
-        assert monitor.reason is None
-    found = samples(path)
-    return [found[i : i + width] for i in range(0, len(found), width)]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-CLASSIC = {
-    "utilisation": 0.9,
-    "memory_utilisation": 0.1,
-    "memory_used_bytes": 6_000_000_000,
-    "memory_total_bytes": 80_000_000_000,
-    "sm_clock_hz": 1.4e9,
-    "sm_clock_max_hz": 1.98e9,
-    "memory_clock_hz": 2.6e9,
-    "temperature_c": 61.0,
-    "power_w": 350.5,
-    "power_limit_w": 700.0,
-    "energy_j": 1234.5,
-}
-COUNTED = {
-    "graphics_activity": 0.8,
-    "sm_activity": 0.7,
-    "occupancy": 0.2,
-    "occupancy_while_busy": 0.25,
-    "tensor_activity": 0.25,
-    "dram_activity": 0.5,
-    "pcie_sent_bytes_per_s": 10 * 2**20,
-    "pcie_received_bytes_per_s": 20 * 2**20,
-    "nvlink_sent_bytes_per_s": 30 * 2**20,
-    "nvlink_received_bytes_per_s": 40 * 2**20,
-}
-TRAFFIC = [name for name in COUNTED if name.endswith("_bytes_per_s")]
-
-
-def figures(sample: GpuSample) -> dict[str, Any]:
-    """What is known of a GPU, but for the reasons of its clocks."""
-    apart = {"time_s", "host", "gpu", "uuid", "window_s", "sources", "throttle"}
-    return {name: value for name, value in vars(sample).items() if name not in apart and value is not None}
-
-
-def test_stub_values_arrive_with_their_sources(report: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run" / "monitor.jsonl"
-    ticks = record(path, ticks=4)
-    hopper, older, lost = next(tick for tick in ticks[1:] if tick[0].occupancy is not None)
-    assert (hopper.gpu, hopper.uuid) == (0, UUIDS[0])
-    assert figures(hopper) == pytest.approx(CLASSIC | COUNTED)
-    assert hopper.window_s is not None
-    assert hopper.window_s >= 0.12
-    by_gpm = dict.fromkeys([*COUNTED, "window_s"], "gpm")
-    assert hopper.sources == dict.fromkeys([*CLASSIC, "throttle"], "nvml") | by_gpm
-    assert (hopper.throttle, older.throttle, lost.throttle) == (("power_cap",), (), None)
-    of_older = CLASSIC | {"utilisation": 0.4, "memory_used_bytes": 1_000_000_000}
-    steady = {name: value for name, value in figures(older).items() if name not in TRAFFIC}
-    assert steady == pytest.approx(of_older)
-    assert older.sources == dict.fromkeys([*CLASSIC, "throttle", *TRAFFIC], "nvml")
-    sent, received, sent_over_links, received_over_links = (getattr(older, name) for name in TRAFFIC)
-    assert received / sent == pytest.approx(2, rel=0.01)
-    assert received_over_links / sent_over_links == pytest.approx(4 / 3, rel=0.02)
-    assert sent_over_links / sent == pytest.approx(3.072, rel=0.02)
-    assert lost == GpuSample(time_s=hopper.time_s, host=hopper.host, gpu=2, uuid=UUIDS[2])
-    assert [reason.split()[0] for reason in gaps(path)] == [UUIDS[1], UUIDS[2], UUIDS[2]]
-    assert gaps(path)[-1] == f"{UUIDS[2]} gives no figures by nvml: GPU is lost"
-    counts = json.loads(report.read_text())
-    assert counts["allocated"] == counts["freed"] == 2
-    assert counts["listening"] == 0
-    assert counts["windows"] > 0
-    assert counts["shortest_s"] >= 0.12
-
-
-@pytest.mark.usefixtures("report")
-def test_uuids_choose_the_gpus_and_their_order(tmp_path: Path) -> None:
-    tick = record(tmp_path / "m.jsonl", 1, uuids=(UUIDS[1], "GPU-unknown", UUIDS[0]))[0]
-    assert [(s.gpu, s.uuid) for s in tick] == [(1, UUIDS[1]), (None, "GPU-unknown"), (0, UUIDS[0])]
-    assert tick[1].utilisation is None
-    assert any("GPU-unknown" in reason for reason in gaps(tmp_path / "m.jsonl"))
-
-
-@pytest.mark.usefixtures("report")
-def test_a_slice_is_read_through_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVML_STUB", "no_rates")
-    ticks = record(tmp_path / "m.jsonl", 4, uuids=("MIG-00000000-dddd",))
-    known = next(tick[0] for tick in ticks if tick[0].occupancy is not None)
-    assert (known.gpu, known.uuid) == (0, "MIG-00000000-dddd")
-    assert known.utilisation == pytest.approx(0.8)
-    assert known.sources["utilisation"] == "gpm"
-
-
-@pytest.mark.parametrize(
-    ("variation", "unknown"),
-    [
-        ("odd", {"tensor_activity", "dram_activity"}),
-        ("idle", {"occupancy_while_busy"}),
-        ("no_sample", {"occupancy", "graphics_activity", "occupancy_while_busy", "tensor_activity"}),
-        ("no_metrics", {"occupancy", "graphics_activity", "occupancy_while_busy", "tensor_activity"}),
-    ],
-)
-def test_what_a_call_refuses_is_none(
-    variation: str, unknown: set[str], report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NVML_STUB", variation)
-    found = [tick[0] for tick in record(tmp_path / "m.jsonl", 3, uuids=UUIDS[:1])]
-    best = max(found, key=lambda s: len(s.sources))
-    assert all(getattr(best, name) is None for name in unknown)
-    assert not unknown & set(best.sources)
-    assert best.utilisation == pytest.approx(0.9)
-    assert (best.occupancy is None) == ("occupancy" in unknown)
-    counts = json.loads(report.read_text())
-    assert counts["allocated"] == counts["freed"] == 2
 
 
 @pytest.mark.usefixtures("no_driver")
@@ -220,7 +44,7 @@ def test_without_driver_the_node_is_sampled_all_the_same(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("variation", "part"), [("no_module", "kernel module"), ("no_gpu", "no GPU")])
-@pytest.mark.usefixtures("report")
+@pytest.mark.usefixtures("nvml")
 def test_a_driver_without_gpus_says_so(
     variation: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,14 +83,14 @@ def test_a_path_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
     assert "cannot write" in (start(tmp_path).reason or "")
 
 
-@pytest.mark.usefixtures("report")
+@pytest.mark.usefixtures("nvml")
 def test_a_driver_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVML_STUB", "hang")
     monkeypatch.setattr(sampler, "START_TIMEOUT_S", 0.5)
     assert "did not answer" in (start(tmp_path / "m.jsonl").reason or "")
 
 
-@pytest.mark.usefixtures("report")
+@pytest.mark.usefixtures("nvml")
 def test_a_sampler_that_dies_is_news_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVML_STUB", "crash")
     with start(tmp_path / "m.jsonl", FAST) as monitor:
@@ -276,7 +100,7 @@ def test_a_sampler_that_dies_is_news_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert "exit status -6" in (monitor.reason or "")
 
 
-@pytest.mark.usefixtures("report")
+@pytest.mark.usefixtures("nvml")
 def test_a_sampler_that_dies_ends_what_requires_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVML_STUB", "crash")
     with (
@@ -292,7 +116,7 @@ def test_a_sampler_that_cannot_import_says_what(tmp_path: Path, monkeypatch: pyt
     assert "ImportError: no such binding" in (start(tmp_path / "m.jsonl").reason or "")
 
 
-def test_the_sampler_ends_with_its_parent_though_a_fork_holds_the_pipe(report: Path, tmp_path: Path) -> None:
+def test_the_sampler_ends_with_its_parent_though_a_fork_holds_the_pipe(nvml: Path, tmp_path: Path) -> None:
     script = (
         "import os, time\nfrom pathlib import Path\nfrom hybridpar.monitor.sampler import start\n"
         "from hybridpar.monitor.settings import Options\n"
@@ -311,7 +135,7 @@ def test_the_sampler_ends_with_its_parent_though_a_fork_holds_the_pipe(report: P
             assert is_alive(worker)
         finally:
             os.kill(worker, signal.SIGKILL)
-    counts = json.loads(report.read_text())
+    counts = json.loads(nvml.read_text())
     assert counts["allocated"] == counts["freed"] == 2
 
 
@@ -359,7 +183,7 @@ def test_a_file_without_room_for_one_tick_refuses_it(tmp_path: Path) -> None:
     log.close()
 
 
-@pytest.mark.usefixtures("report")
+@pytest.mark.usefixtures("nvml")
 def test_the_sampler_keeps_to_the_bound_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     bound = 65536
@@ -373,7 +197,7 @@ def test_the_sampler_keeps_to_the_bound_and_goes_on(tmp_path: Path) -> None:
     assert len(samples(path)) < before
 
 
-@pytest.mark.usefixtures("report")
+@pytest.mark.usefixtures("nvml")
 def test_a_line_cut_short_is_passed_over_and_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text(to_line(sample(1.0)) + to_line(sample(2.0))[:40])
@@ -439,6 +263,6 @@ def test_summary_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "off", "required"])
-def test_config_group_says_what_the_code_does(mode: str) -> None:
+def test_config_group_says_what_the_code_does(mode: sampler.Mode) -> None:
     config = yaml.safe_load((ROOT / "conf" / "monitor" / f"{mode}.yaml").read_text())
-    assert config == {**to_data(Options()), "mode": mode}
+    assert config == to_data(MonitorConfig(mode=mode))
