@@ -11,7 +11,7 @@ from hybridpar.planning.kept import kept
 from hybridpar.planning.layout import length
 from hybridpar.planning.parameters import bucket_elements, reduction_of
 from hybridpar.planning.program import METRICS, Program
-from hybridpar.planning.resident import NORM_ITEMSIZE, heap_of
+from hybridpar.planning.resident import NORM_ITEMSIZE, heap_of, summing_bytes
 from hybridpar.planning.workspaces import Bytes, Workspaces
 from hybridpar.planning.zero import ALIGNMENT, is_zero, rounds
 
@@ -56,7 +56,7 @@ class _Most:
         self._add_messages(total)
         holes = heap_of(self.workspaces, self.chain).most
         return [
-            holes * (total[rank] + sum(within[rank]) + self._fixed(rank))
+            holes + total[rank] + sum(within[rank]) + self._fixed(rank)
             for rank in range(program.plan.replica_world)
         ]
 
@@ -75,7 +75,8 @@ class _Most:
         control = (labels + len(METRICS) + len(program.positions)) * FIGURE_BYTES
         whole = max((p.count for layer in chain.layers for p in layer.parameters), default=0) * self.itemsize
         inputs = reads * math.prod(chain.in_shape) * max(self.itemsize, FIGURE_BYTES)
-        return inputs + control + whole + self.workspaces.profile.library_bytes
+        of_libraries = self.workspaces.profile.library_bytes + summing_bytes(program, rank)
+        return inputs + control + whole + of_libraries
 
     def _of_block(self, index: int, shard: int, sizes: tuple[tuple[int, int], ...]) -> tuple[float, Bytes]:
         """Return all bytes that a rank's calls of a block make, with its parameters, and the most workspace."""

@@ -23,6 +23,9 @@ from hybridpar.planning.zero import is_zero, keeps_no_bucket
 
 NORM_ITEMSIZE = 8 + 8
 """The norm of a gradient takes it in float64, and its squares."""
+SUMMING_BYTES, SUMMING_THREADS = 4 * 2**20, 2
+"""A host's backend keeps a buffer of at most so many bytes in each thread that works for a process group, for the
+pieces of a sum on their way (gloo's ring; measured with torch 2.14)."""
 NOTHING = Bytes(0.0, 0.0)
 _PASSES = 2
 """One that finds no gradients, and one that does."""
@@ -54,6 +57,15 @@ def _passing(workspaces: Workspaces, chain: Chain, micro_batch: int) -> float:
     return _Rank(compile_program(plan, chain, batch, "train"), 0, workspaces).step()[0].small
 
 
+def summing_bytes(program: Program, rank: int) -> int:
+    """Return what a host's backend keeps for the sums that a rank of the program's plan replica takes part in."""
+    largest: dict[str, int] = {}
+    for operation in program.operations:
+        if operation.kind == "all_reduce" and rank in operation.ranks and not operation.alone:
+            largest[operation.communicator] = max(largest.get(operation.communicator, 0), operation.bytes)
+    return SUMMING_THREADS * sum(min(size, SUMMING_BYTES) for size in largest.values())
+
+
 class _Rank:
     """One rank's peak."""
 
@@ -69,20 +81,26 @@ class _Rank:
         """Return the peak of making the parameters or of a step, whichever is higher."""
         small, large = self._persistent()
         passing, gradients_small = self.step()
-        taken = passing.small * self._holes()
-        library_bytes = self.workspaces.profile.library_bytes * self.workspaces.host
+        taken = passing.small + self._holes(passing.small)
+        of_libraries = self.workspaces.profile.library_bytes + summing_bytes(self.program, self.rank)
         most = small + large + gradients_small + taken + passing.large
-        return round(max(most, self._building()) + library_bytes)
+        return round(max(most, self._building()) + of_libraries * self.workspaces.host)
 
-    def _holes(self) -> float:
-        """Return the bytes that the heap takes per byte in use: every block has as much say as it makes."""
+    def _holes(self, passing: float) -> float:
+        """Return the bytes of holes among small ones that pass: every block has as much say as it makes."""
         heap = heap_of(self.workspaces, self.chain)
-        made, taken = 0.0, 0.0
+        made = counted = holes = 0.0
         for own in self.books.own.values():
             samples = max(own.samples)
             weight = sum(own.kept.inside(samples, self.itemsize)) + (own.in_bytes + own.out_bytes) * samples
-            made, taken = made + weight, taken + weight * heap.ratio(samples)
-        return taken / made if made else 1.0
+            filling = heap.at(samples)
+            made, counted, holes = (
+                made + weight,
+                counted + weight * filling.counted,
+                holes + weight * filling.holes,
+            )
+        whole = counted / made if made else 0.0
+        return holes / made * min(1.0, passing / whole) if whole else 0.0
 
     def step(self) -> tuple[Bytes, float]:
         """Return the peaks of what a step makes, and the small gradients that it leaves, which the peaks lack.

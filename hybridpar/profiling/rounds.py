@@ -37,8 +37,10 @@ LEAST_ROUNDS, MOST_ROUNDS, REFINE_SHARE = 3, 9, 0.6
 _VISIT_S, _VISIT_PASSES = 0.1, 5
 # Memory is watched at sizes whose pass takes up to this share of the time; it grows along a line from there.
 _WATCH_SHARE = 0.1
-# After so many passes of a size the heap hardly grows any more.
-_SETTLING_PASSES = 3
+# A heap has settled when so many passes in a row did not make it grow.
+_SETTLED_PASSES = 3
+# At most so many are made, those beyond as long as they take no more than a share of the time that is left.
+_MOST_SETTLING, _SETTLING_SHARE = 16, 0.03
 
 
 @dataclass
@@ -124,7 +126,8 @@ def _grow(
                 try:
                     made.extend([] if made else make(job, bench))
                     watching = gauge if next_s <= _WATCH_SHARE * _left_s(end_s) else None
-                    entry = _first_visit(bench, [p for p in made if p[0] in chosen], size, watching)
+                    settling_s = _SETTLING_SHARE * _left_s(end_s)
+                    entry = _first_visit(bench, [p for p in made if p[0] in chosen], size, watching, settling_s)
                 except torch.OutOfMemoryError:
                     why = "runs out of memory"
                 why = _agreed(bench, why)
@@ -230,8 +233,8 @@ def _visit_s(pass_s: float) -> float:
     return pass_s * (_timed(pass_s) + (_timed(pass_s) > 1))
 
 
-def _first_visit(bench: Bench, made: Made, size: int, gauge: Gauge | None) -> Entry:
-    """Warm up a size with one pass, which says how long it takes, after one that watches its memory."""
+def _first_visit(bench: Bench, made: Made, size: int, gauge: Gauge | None, settling_s: float) -> Entry:
+    """Warm up a size with one pass, which says how long it takes, after those that watch its memory."""
     entry = Entry(size, made)
     for strand, modules in made if gauge else ():
         assert gauge is not None
@@ -239,16 +242,28 @@ def _first_visit(bench: Bench, made: Made, size: int, gauge: Gauge | None) -> En
         resolution = 0 if bench.on_gpu else RESOLUTION_BYTES
         entry.watched[strand] = watched_pass(gauge, modules, layers, x, resolution)
     if gauge and not bench.on_gpu and len(made[0][0].layers) > 1:
-        entry.heap_bytes = _heap_bytes(bench, *made[0], size)
+        entry.heap_bytes = _heap_bytes(bench, *made[0], size, settling_s)
     entry.passes += visit(bench, entry, 0.0)
     return entry
 
 
-def _heap_bytes(bench: Bench, strand: Strand, modules: Sequence[nn.Module], size: int) -> int | None:
-    """Return the free bytes of the heap after passes of a chain: what they need, and what they cannot reuse."""
-    for _ in range(_SETTLING_PASSES):
+def _heap_bytes(
+    bench: Bench, strand: Strand, modules: Sequence[nn.Module], size: int, settling_s: float
+) -> int | None:
+    """Return the free bytes of the heap after passes of a chain: what they need, and what they cannot reuse.
+
+    A training's steps grow it for a while, as their blocks do not fall into the same holes every time.
+    """
+    end_s, found = time.perf_counter() + settling_s, list[int]()
+    while len(found) < _MOST_SETTLING and (len(found) < _SETTLED_PASSES or time.perf_counter() < end_s):
         timed_pass(bench, calls(bench, strand, modules, size), make_input(bench, strand, size))
-    return free_heap_bytes()
+        free = free_heap_bytes()
+        if free is None:
+            return None
+        found.append(free)
+        if len(found) > _SETTLED_PASSES and found[-1] <= found[-1 - _SETTLED_PASSES]:
+            break
+    return max(found)
 
 
 def visit(bench: Bench, entry: Entry, pass_s: float) -> list[list[float]]:

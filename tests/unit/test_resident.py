@@ -84,12 +84,21 @@ def test_what_the_heap_took_for_the_whole_chain_tells_what_it_takes_for_any_prog
     measured = replace(PROFILE, heap_bytes=(taken,) * len(sizes))
     host = Workspaces(measured, host=True)
     of_profile = resident._passing(host, SMALL, sizes[0])
-    assert resident.heap_of(host, SMALL).ratio(sizes[0]) == pytest.approx(taken / of_profile)
+    assert resident.heap_of(host, SMALL).at(sizes[0]) == (of_profile, taken - of_profile)
     more = peak_per_rank(program, host)[0] - peak_per_rank(program, plain)[0]
     (passing, _) = resident._Rank(program, 0, host).step()
-    assert more == pytest.approx((taken / of_profile - 1) * passing.small, abs=1)
+    assert more == pytest.approx((taken - of_profile) * min(1.0, passing.small / of_profile), abs=1)
     assert more > 0
     assert peak_per_rank(program, Workspaces(measured, host=False)) == peak_per_rank(program, DEVICE)
+
+
+def test_micro_batches_in_flight_share_their_holes() -> None:
+    """Of a part of the chain there are fewer."""
+    rank = resident._Rank(program_with(2, 0, 1), 0, workspaces := Workspaces(PROFILE, host=True))
+    workspaces.heap = Heap([(2, 100.0, 130.0)])
+    assert [rank._holes(passing) for passing in (0.0, 50.0, 100.0, 400.0)] == pytest.approx(
+        [0.0, 15.0, 30.0, 30.0]
+    )
 
 
 def test_of_several_micro_batch_sizes_each_counts_by_the_bytes_it_makes() -> None:
@@ -104,13 +113,27 @@ def test_of_several_micro_batch_sizes_each_counts_by_the_bytes_it_makes() -> Non
         sum(o.kept.inside(n, 8)) + (o.in_bytes + o.out_bytes) * n
         for o, n in zip(rank.books.own.values(), (2, 4), strict=True)
     )
-    assert rank._holes() == pytest.approx((2 * first + 6 * second) / (first + second))
+    assert rank._holes(99.0) == pytest.approx((10 * first + 50 * second) / (first + second))
 
 
 def test_a_heap_is_a_line_through_its_points() -> None:
-    heap = Heap([(8, 20.0, 30.0), (2, 10.0, 40.0), (16, 40.0, 20.0), (1, 0.0, 7.0)])
-    assert [heap.ratio(n) for n in (1, 2, 5, 8, 12, 16, 99)] == [4.0, 4.0, 2.75, 1.5, 1.25, 1.0, 1.0]
-    assert (heap.most, Heap().most, Heap().ratio(7)) == (4.0, 1.0, 1.0)
+    heap = Heap([(8, 20.0, 30.0), (2, 10.0, 40.0), (16, 40.0, 20.0)])
+    assert [heap.at(n).holes for n in (1, 2, 5, 8, 12, 16, 99)] == [30.0, 30.0, 20.0, 10.0, 5.0, 0.0, 0.0]
+    assert [heap.at(n).counted for n in (1, 5, 12)] == [10.0, 15.0, 30.0]
+    assert (heap.most, Heap().most, Heap().at(7)) == (30.0, 0.0, (0.0, 0.0))
+
+
+def test_a_host_s_backend_keeps_buffers_for_every_group_that_sums() -> None:
+    """Of the sums of a front's gradients and figures; a device's memory has none of it."""
+    for ranks, kept in (((0,), 0), ((0, 1), 1)):
+        plan = make_plan(SMALL, Stage("front", 2, (Segment((0, 3), ranks),)), world=len(ranks), global_batch=4)
+        program = compile_program(plan, SMALL, 4, "train")
+        largest: dict[str, int] = {}
+        for operation in program.operations:
+            if operation.kind == "all_reduce" and not operation.alone:
+                largest[operation.communicator] = max(operation.bytes, largest.get(operation.communicator, 0))
+        assert resident.summing_bytes(program, 0) == 2 * sum(largest.values())
+        assert bool(resident.summing_bytes(program, 0)) == bool(kept)
 
 
 def test_a_host_needs_at_least_what_a_device_needs() -> None:
