@@ -247,6 +247,7 @@ def _measured_now(
     from hybridpar.profiling.combine import combine  # noqa: PLC0415 - torch takes seconds to import
     from hybridpar.profiling.measure import measure  # noqa: PLC0415
     from hybridpar.runtime.optimizer import make_factory  # noqa: PLC0415
+    from hybridpar.watcher import watch_on  # noqa: PLC0415
 
     keep_freed_memory()
     optimizer = make_factory(config.optimizer)
@@ -264,6 +265,7 @@ def _measured_now(
         optimizer=optimizer,
         meet=meet,
         sharing=process.place.local_world if process else 1,
+        watch=watch_on(device) if config.profile.occupancy else None,
     )
     own = replace(
         own,

@@ -64,8 +64,12 @@ class ProfileConfig:
     """Shares of a linear layer's features that are timed."""
     budget_s: float = 60.0
     cache: bool = True
+    occupancy: bool = False
+    """Whether a measured profile also says how busy and how full the device was, by micro-batch size."""
 
     def __post_init__(self) -> None:
+        fits = self.kind == "measured" or not self.occupancy
+        require(fits, "profile.occupancy", self.occupancy, "is measured; use profile=measured")
         if self.path is not None and self.kind != "from_file":
             raise ConfigError(
                 f"profile.path: {self.path} is read by profile=from_file only; "

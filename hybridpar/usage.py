@@ -9,7 +9,7 @@ commands
   verify    compare two steps of train, layer by layer, with a single process; overrides and launch as of train;
             exit code 1 where they differ
   profile   measure time and memory of every layer on this machine and write them to out=FILE; under torchrun on
-            all ranks at once
+            all ranks at once; occupancy=true batches=[4,16,64]: also how busy and how full the device is
   probe     measure the links between the processes of a job and write the cluster to probe.out;
             torchrun --nproc-per-node 4 -m hybridpar probe
   report    lay what was predicted of runs over what was measured, action by action, and advise what to change:

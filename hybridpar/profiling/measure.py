@@ -26,6 +26,8 @@ from hybridpar.profiling.record import LayerProfile, Profile
 from hybridpar.profiling.rounds import Timed, run_job
 from hybridpar.profiling.rows import Row, entry, rounded
 from hybridpar.profiling.strands import Job, Strand, single, whole
+from hybridpar.profiling.study import Study
+from hybridpar.profiling.watch import SHARE, Watch, Watched, study_of, watch_strand
 from hybridpar.profiling.workspace import Gauge, find_gauge
 
 __all__ = ["FRACTIONS", "MICRO_BATCHES", "device_name", "measure"]
@@ -65,6 +67,7 @@ def measure(
     optimizer: MakeOptimizer = _sgd,
     meet: Meeting = alone,
     sharing: int = 1,
+    watch: Watch | None = None,
 ) -> Profile:
     """Time every layer of ``chain`` on ``device``: seconds of its forward and backward per micro-batch size.
 
@@ -83,7 +86,8 @@ def measure(
     The profile ends before the first micro-batch size that exceeds ``budget_s`` or the free memory; ``report`` is
     told so. The first size is always timed. ``optimizer`` makes the one whose step is timed. Several ranks may
     measure at once, ``sharing`` of them on one machine's memory: they begin each size together and agree on when
-    to stop through ``meet``.
+    to stop through ``meet``. ``watch`` looks on while further passes run, at every size that was timed, for a
+    share of the budget: the profile then holds a study.
 
     Raises ProfileError where ``modules`` do not fit ``chain``, ``dtype`` is unknown, or a layer does not fit into
     memory even at the first size.
@@ -99,7 +103,7 @@ def measure(
         bench.channels_last = chain.memory_format is not None
         if chain.autocast is not None:
             bench.autocast = getattr(torch, chain.autocast)
-        found = _Measurement(bench, modules, chain, shares, optimizer).run(sizes, budget_s)
+        found = _Measurement(bench, modules, chain, shares, optimizer, watch).run(sizes, budget_s)
     return found.profile(sizes)
 
 
@@ -113,8 +117,11 @@ class _Measurement:
         chain: Chain,
         fractions: tuple[float, ...],
         optimizer: MakeOptimizer,
+        watch: Watch | None,
     ) -> None:
         self.bench, self.chain, self.fractions, self.optimizer = bench, chain, fractions, optimizer
+        self.watch, self.watched = watch, Watched()
+        self.timing_share = 1.0 if watch is None else 1.0 - SHARE
         self.gauge: Gauge | None = find_gauge(bench)
         self.main = whole(chain)
         self.alone = [single(chain, i, fractions) for i in range(len(chain.layers))]
@@ -133,8 +140,10 @@ class _Measurement:
         """Time all strands in about ``budget_s``."""
         began, before_bytes = time.perf_counter(), library_bytes()
         try:
-            with run_job(self.bench, self.together, sizes, budget_s, self.gauge) as (timed, made):
+            timing_s = self.timing_share * budget_s
+            with run_job(self.bench, self.together, sizes, timing_s, self.gauge) as (timed, made):
                 self.timed = dict.fromkeys(self.together, timed)
+                self._look(self.main, timed, began + budget_s)
                 self.copy_s = timed.copy_s_per_byte
                 self.update_s = _time_update(self.bench, self.optimizer, made[0][1])
         except ProfileError as e:
@@ -150,18 +159,36 @@ class _Measurement:
         jobs = sorted(self.jobs.values(), key=lambda job: sum(s.layers[0].flops_per_sample * s.share for s in job))
         copy_s = []
         for number, job in enumerate(jobs):
-            share_s = max(0.0, end_s - time.perf_counter()) / (len(jobs) - number)
-            with run_job(self.bench, job, sizes, share_s, self.gauge) as (timed, _):
+            began = time.perf_counter()
+            share_s = max(0.0, end_s - began) / (len(jobs) - number)
+            with run_job(self.bench, job, sizes, self.timing_share * share_s, self.gauge) as (timed, _):
+                self._look(next(iter(job)), timed, began + share_s)
                 sizes = sizes[: len(timed.entries)]
                 self.timed |= dict.fromkeys(job, timed)
                 copy_s.append(timed.copy_s_per_byte)
         self.copy_s = max(copy_s)
+
+    def _look(self, strand: Strand, timed: Timed, end_s: float) -> None:
+        """Watch a strand until about ``end_s`` on the clock, if anybody watches."""
+        if self.watch is not None:
+            watch_strand(self.bench, self.watch, strand, timed.entries, end_s, self.watched)
+
+    def study(self, layers: Sequence[LayerProfile], count: int) -> Study | None:
+        """Return what was seen at the first ``count`` sizes, and note what stays unknown; None: nobody watched."""
+        if self.watch is None:
+            return None
+        for gap in self.watch.gaps:
+            self.bench.note(gap)
+        whole_timed = self.main in self.timed
+        places = [(self.main, i) if whole_timed else (self.alone[i][0], 0) for i in range(len(layers))]
+        return study_of(self.watch, self.watched, places, layers, count)
 
     def profile(self, sizes: tuple[int, ...]) -> Profile:
         """Write down what was measured of ``sizes``, and name what is to be doubted."""
         bench, layers = self.bench, self.layers()
         count = max(len(row) for layer in layers for row in layer.forward_s)
         _doubt(bench, layers, sizes[:count])
+        study = self.study(layers, count)
         return Profile(
             chain=self.chain.fingerprint,
             source="measured",
@@ -182,6 +209,7 @@ class _Measurement:
             made_with=f"torch {torch.__version__}, Python {platform.python_version()}"
             + (f", CUDA {torch.version.cuda}" if bench.on_gpu else ", 1 thread"),
             notes=tuple(bench.notes),
+            study=study,
         )
 
     def heap_bytes(self) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from hybridpar.errors import ProfileError
 from hybridpar.model.chain import Chain
+from hybridpar.profiling.study import Study
 from hybridpar.schema import from_data, read_json, to_data
 
 SCHEMA_VERSION = 3
@@ -101,6 +102,8 @@ class Profile:
     """Versions and threads."""
     notes: tuple[str, ...] = ()
     """Where the measurement ended early, and figures to doubt."""
+    study: Study | None = None
+    """What the device did at every micro-batch size; None: nobody looked."""
     described: Chain | None = None
     """The chain itself, so that a profile alone is enough to plan."""
     schema: int = SCHEMA_VERSION
@@ -135,6 +138,8 @@ class Profile:
             raise ProfileError(f"quota: {self.quota} is not above 0 and at most 1")
         for layer in self.layers:
             self._check_layer(layer)
+        if self.study is not None:
+            self.study.check(len(self.layers), len(self.micro_batches))
 
     def _check_layer(self, layer: LayerProfile) -> None:
         where = f"layer {layer.name}"

@@ -52,8 +52,8 @@ def step_name(step: int) -> str:
     return f"{PREFIX}/{_STEP}/{step}"
 
 
-class _Range(NamedTuple):
-    """An action in the trace, in microseconds."""
+class Range(NamedTuple):
+    """What ran for a stage, as an action does, in microseconds of the trace."""
 
     start_us: float
     end_us: float
@@ -100,7 +100,7 @@ def summed_up(trace: Event, rank: int, plan: str) -> RankKernels:
     counted = steps[1:] or steps
     ranges = sorted(_ranges(events), key=lambda r: (r.start_us, -r.end_us))
     on_gpu = any(e.get("cat") == "kernel" for e in events)
-    kernels = _gpu_kernels(events, ranges) if on_gpu else _cpu_kernels(events, ranges)
+    kernels = gpu_kernels(events, ranges) if on_gpu else _cpu_kernels(events, ranges)
     device, stages = swept(kernels, counted[0][0] / 1e6, counted[-1][1] / 1e6)
     source = "kineto" if on_gpu else "cpu"
     return RankKernels(rank, plan, source, tuple(step for _, _, step in counted), device, stages)
@@ -113,11 +113,11 @@ def _steps(events: Iterable[Event]) -> Iterator[tuple[float, float, int]]:
             yield event["ts"], event["ts"] + event["dur"], int(parts[2])
 
 
-def _ranges(events: Iterable[Event]) -> Iterator[_Range]:
+def _ranges(events: Iterable[Event]) -> Iterator[Range]:
     for event, parts in _annotations(events):
         if parts[1] != _STEP:
             stage = None if parts[1] == _WHOLE else parts[1]
-            yield _Range(event["ts"], event["ts"] + event["dur"], stage, parts[-1])
+            yield Range(event["ts"], event["ts"] + event["dur"], stage, parts[-1])
 
 
 def _annotations(events: Iterable[Event]) -> Iterator[tuple[Event, Sequence[str]]]:
@@ -126,7 +126,8 @@ def _annotations(events: Iterable[Event]) -> Iterator[tuple[Event, Sequence[str]
             yield event, event["name"].split("/")
 
 
-def _gpu_kernels(events: Sequence[Event], ranges: Sequence[_Range]) -> Iterator[Kernel]:
+def gpu_kernels(events: Sequence[Event], ranges: Sequence[Range]) -> Iterator[Kernel]:
+    """Yield the kernels of a trace's events; each is of the range in which it was launched, of those in order."""
     launches = {
         e["args"]["correlation"]: e["ts"]
         for e in events
@@ -149,7 +150,7 @@ def _gpu_kernels(events: Sequence[Event], ranges: Sequence[_Range]) -> Iterator[
         )
 
 
-def _cpu_kernels(events: Iterable[Event], ranges: Sequence[_Range]) -> Iterator[Kernel]:
+def _cpu_kernels(events: Iterable[Event], ranges: Sequence[Range]) -> Iterator[Kernel]:
     within = _Within(ranges)
     for event in events:
         action = within.at(event["ts"]) if event.get("cat") == "cpu_op" else None
@@ -163,12 +164,12 @@ def _cpu_kernels(events: Iterable[Event], ranges: Sequence[_Range]) -> Iterator[
 class _Within:
     """Finds the action at a time; what batch norms tell other ranks lies within another action."""
 
-    def __init__(self, ranges: Sequence[_Range]) -> None:
+    def __init__(self, ranges: Sequence[Range]) -> None:
         self._ranges = ranges
         self._starts = [r.start_us for r in ranges]
         self._reached = list(itertools.accumulate((r.end_us for r in ranges), max))
 
-    def at(self, time_us: float) -> _Range | None:
+    def at(self, time_us: float) -> Range | None:
         """Return the innermost action: of those that have begun, the last that has not ended."""
         number = bisect.bisect_right(self._starts, time_us) - 1
         while number >= 0 and time_us <= self._reached[number]:
