@@ -5,8 +5,9 @@ the sizes of a model's tensors and their order, so a profile measures it: the by
 of the whole chain, by micro-batch size. What is counted of the same passes is in use of it at once; the rest is
 holes.
 
-Micro-batches in flight share their holes: they are of equal sizes, and one fits where another was. So holes come on
-top of what is in use, however many they are; and of a part of the chain there are as many as it has of what passes.
+Micro-batches in flight share their holes: they are of equal sizes, and one fits where another was. So holes come
+on top of what is in use, however many they are; and of a part of the chain there are as many as it has of what
+passes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Heap:
         return max((filling.holes for filling in self._fillings), default=0.0)
 
     def at(self, micro_batch: int) -> Filling:
-        """Return it for a micro-batch size: beyond the measured ones that of the nearest; nothing if there are none."""
+        """Return it for a micro-batch size: beyond the measured ones that of the nearest; nothing without any."""
         sizes, fillings = self._sizes, self._fillings
         i = bisect_left(sizes, micro_batch)
         if i in {0, len(sizes)}:
