@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from tests.support.runs import ROOT
+from tests.support.processes import ROOT
 
 
 def test_ranks_tell_where_they_are_and_that_they_meet() -> None:

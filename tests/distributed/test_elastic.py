@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import ROOT
+from tests.support.processes import ROOT
+from tests.support.runs import by_command
 
 SMALL = (
     *("data=synthetic", "data.size=40", "data.test_size=8", "train.global_batch=8", "train.epochs=2"),
@@ -22,16 +23,8 @@ SMALL = (
 
 
 def train(ranks: int, *arguments: str) -> str:
-    """Run ``hybridpar train``, by torchrun where there are several ranks; return what it printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "hybridpar", "train", *SMALL, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """Run ``hybridpar train`` and return what it printed."""
+    done = by_command(ranks, "train", *SMALL, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import COMMON, ROOT
+from tests.support.processes import ROOT
+from tests.support.runs import COMMON
 
 pytestmark = [
     pytest.mark.slow,

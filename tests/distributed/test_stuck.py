@@ -20,7 +20,8 @@ from hybridpar.runtime.executor import ActionError
 from hybridpar.runtime.process import _limit, _stuck, is_timeout
 from hybridpar.runtime.saver import Saver
 from hybridpar.sections import CheckpointConfig
-from tests.support.runs import ROOT, WORKER
+from tests.support.processes import ROOT
+from tests.support.runs import WORKER
 
 TIMEOUT_S = 4
 

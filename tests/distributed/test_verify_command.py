@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.support.command import run
+from tests.support.runs import by_command
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "model=small_vgg",
     "model.options={width: 4, classifier_width: 8}",
@@ -22,21 +17,8 @@ SMALL = (
 )
 
 
-def verify(ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Run the command by torchrun."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "hybridpar", "verify", *SMALL, *overrides],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_three_stages_on_four_ranks_agree() -> None:
-    done = verify(4, "plan=three_stage", "optimizer.clip=1.0")
+    done = by_command(4, "verify", *SMALL, "plan=three_stage", "optimizer.clip=1.0")
     assert done.returncode == 0, done.stderr
     assert "small_vgg on 4 ranks against a single process, float64: 2 steps of 12, 8 samples" in done.stdout
     assert done.stdout.splitlines()[-1] == "all agree"
@@ -44,7 +26,15 @@ def test_three_stages_on_four_ranks_agree() -> None:
 
 def test_a_difference_ends_with_exit_code_1() -> None:
     """Not even rounding fits this tolerance."""
-    done = verify(2, "plan=front_tail", "verify.precision=float32", "verify.tolerance=1e-12", "optimizer=adamw")
+    done = by_command(
+        2,
+        "verify",
+        *SMALL,
+        "plan=front_tail",
+        "verify.precision=float32",
+        "verify.tolerance=1e-12",
+        "optimizer=adamw",
+    )
     assert done.returncode == 1, done.stderr
     assert "float32: 1 step of 12 samples" in done.stdout
     assert "first divergence: step 0: " in done.stdout

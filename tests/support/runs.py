@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hybridpar import cli
 from hybridpar.config import Config, compose
 from hybridpar.planner import load_model
 from hybridpar.report.summary import Summary
 from hybridpar.runtime import trainer
 from hybridpar.runtime.process import Process
+from tests.support import trainer_worker
+from tests.support.processes import ROOT, launch
 from tests.support.trainer_worker import make_plan
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
-ROOT = WORKER.parents[2]
 COMMON = (
     "model=small_vgg",
     "data=digits",
@@ -33,18 +35,20 @@ COMMON = (
 
 
 def run(
+    ranks: int, *arguments: str, timeout_s: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Train under a plan made by hand, in as many processes; a job that hangs fails the test."""
+    given = [str(WORKER), *arguments]
+    return launch(ranks, trainer_worker.main, argv=given, timeout_s=timeout_s, **environment)
+
+
+def run_by_torchrun(
     ranks: int, *arguments: str, restarts: int = 0, timeout_s: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Start the worker, by torchrun where there are several ranks; a job that hangs fails the test."""
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        f"--max-restarts={restarts}",
-    ]
+    """Do so by the launcher itself, where it matters what that does."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     return subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), str(WORKER), *arguments],
+        [sys.executable, "-m", *launcher, str(WORKER), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
@@ -53,26 +57,14 @@ def run(
     )
 
 
+def by_command(ranks: int, command: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of hybridpar on several ranks, or alone."""
+    return launch(ranks, cli.main, argv=["hybridpar", command, *overrides])
+
+
 def train_by_command(ranks: int, folder: Path, *overrides: str) -> tuple[dict[str, Any], list[float]]:
     """Train as a user does; return the plan and the losses of all steps."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *(launcher if ranks > 1 else []),
-            "-m",
-            "hybridpar",
-            "train",
-            *COMMON,
-            f"run.dir={folder}",
-            *overrides,
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = by_command(ranks, "train", *COMMON, f"run.dir={folder}", *overrides)
     assert done.returncode == 0, done.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return json.loads((folder / "plan.json").read_text()), [json.loads(line)["loss"] for line in lines]

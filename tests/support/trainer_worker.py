@@ -1,4 +1,4 @@
-"""One rank of a training of the small VGG under a plan made by hand; started by torchrun from test_trainer.py."""
+"""One rank of a training of the small VGG under a plan made by hand; as a script, or as a function."""
 
 from __future__ import annotations
 
@@ -84,7 +84,15 @@ def halt_rank(rank: int, how: str) -> None:
 
 
 def main() -> None:
-    shape, *overrides = sys.argv[1:]
+    """Train as ``sys.argv`` says; exit as a command does for a user's mistake."""
+    try:
+        _train(*sys.argv[1:])
+    except HybridparError as e:
+        sys.stderr.write(f"hybridpar: {e}\n")
+        raise SystemExit(2) from None
+
+
+def _train(shape: str, *overrides: str) -> None:
     if "BREAK_RANK" in os.environ:
         break_rank(int(os.environ["BREAK_RANK"]))
     if "HALT_RANK" in os.environ:
@@ -107,8 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HybridparError as e:
-        sys.stderr.write(f"hybridpar: {e}\n")
-        raise SystemExit(2) from None
+    main()
