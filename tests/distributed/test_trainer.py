@@ -211,7 +211,7 @@ def test_workers_of_an_evaluation_end_with_it(tmp_path: Path, monkeypatch: pytes
 
 
 def test_one_line_says_why_there_is_no_gpu_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train_here(tmp_path)
+    train_here(tmp_path, "monitor=auto")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "no GPU data: the job uses no GPU on this node"
     assert sum("GPU" in line for line in printed) == 1

@@ -74,7 +74,8 @@ def small(*overrides: str) -> Config:
     given = {o.partition("=")[0] for o in overrides}
     data = () if "data" in given else ("data=synthetic", "data.size=16", "data.test_size=8")
     model = () if "model" in given else ("model=small_vgg", "model.options={width: 4, classifier_width: 8}")
-    return compose([*data, *model, "monitor=off", "train.global_batch=8", "train.device=cpu", *overrides])
+    monitor = () if "monitor" in given else ("monitor=off",)
+    return compose([*data, *model, *monitor, "train.global_batch=8", "train.device=cpu", *overrides])
 
 
 def train_here(folder: Path, *overrides: str, micro_batch: int = 8) -> Summary:
