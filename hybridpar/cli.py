@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from hybridpar import __version__
-from hybridpar.commands import checking, measuring, planning, reading, training
+from hybridpar.commands import checking, measuring, planning, reading, training, watching
 from hybridpar.commands.planning import MULTIRUN
 from hybridpar.config import Config, compose
 from hybridpar.errors import ConfigError, HybridparError
@@ -91,6 +91,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "probe": _configured(measuring.probe),
     "export": training.export,
     "report": reading.report,
+    "monitor": watching.monitor,
     "doctor": _configured(checking.doctor),
     "config": _configured(checking.show_config),
 }

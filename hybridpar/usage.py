@@ -14,6 +14,8 @@ commands
             torchrun --nproc-per-node 4 -m hybridpar probe
   report    lay what was predicted of runs over what was measured, action by action, and advise what to change:
             report RUN [RUN2 ...] [out=report.html] [pictures=FOLDER]
+  monitor   show what a run does until it ends: stages, busy and occupancy bars, step time, advice:
+            monitor RUN [every=SECONDS] [once=true]
   export    write a checkpoint as a plain state dict: export RUN_OR_CHECKPOINT out=model.safetensors (or .pt)
   doctor    what is installed, what a job would run on, and what is wrong, with remedies; under torchrun also
             whether its ranks reach each other; exit code 1 where something is wrong

@@ -13,6 +13,7 @@ from hybridpar.report.run import Run
 from hybridpar.report.text import in_bytes, in_time, plural, spans
 from hybridpar.report.traffic import Crossing, Flows, crossings, flows_of
 from hybridpar.report.turns import Places, Turns, places_of
+from hybridpar.report.wording import size
 
 PARTS = ("busy", "communication", "bubble", "input", "other")
 USE = ("occupancy", "tensor", "memory")
@@ -152,7 +153,7 @@ def _network(run: Run, places: Places) -> Finding | None:
         for rank in range(min(run.plan.world, MOST_RANKS)):
             sent = sum(count for (source, _), count in flows.items() if source == rank)
             received = sum(count for (_, target), count in flows.items() if target == rank)
-            rows.append((f"rank {rank}", in_bytes(sent), "", "", in_bytes(received), "", ""))
+            rows.append((f"rank {rank}", size(sent), "", "", size(received), "", ""))
     rows += list(_interfaces(run, flows, places))
     if not rows:
         return None
@@ -209,8 +210,8 @@ def _pair(expected: float | None, moved: Moved, way: str) -> tuple[str, str, str
     found = counted / moved.steps if moved.steps else None
     off = f"{found / expected - 1:+.0%}" if found is not None and expected else ""
     return (
-        "unknown" if expected is None else in_bytes(expected),
-        "unknown" if found is None else in_bytes(found),
+        "unknown" if expected is None else size(expected),
+        "unknown" if found is None else size(found),
         off,
     )
 

@@ -50,17 +50,22 @@ class Run:
     @staticmethod
     def load(folder: Path) -> Run:
         """Read a run's folder. Raises RecordError where it is none, or holds a malformed file, which is named."""
-        if not folder.is_dir():
-            raise RecordError(f"there is no folder {folder}; give a run's, as the training named it at its end")
-        if not (folder / "plan.json").exists() or not (folder / "metrics.jsonl").exists():
-            raise RecordError(
-                f"{folder} is no run's folder: it lacks plan.json or metrics.jsonl, which a training writes as it "
-                "begins"
-            )
+        check_folder(folder)
         try:
             return _read(folder)
         except HybridparError as e:
             raise RecordError(f"{folder}: {e}") from e
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RecordError where a folder is not there, or no run's."""
+    if not folder.is_dir():
+        raise RecordError(f"there is no folder {folder}; give a run's, as the training named it at its end")
+    if not (folder / "plan.json").exists() or not (folder / "metrics.jsonl").exists():
+        raise RecordError(
+            f"{folder} is no run's folder: it lacks plan.json or metrics.jsonl, which a training writes as it "
+            "begins"
+        )
 
 
 def _read(folder: Path) -> Run:
@@ -68,21 +73,21 @@ def _read(folder: Path) -> Run:
     path = folder / "plan.json"
     plan = read_json(Plan, path, RecordError) if basis is None else Plan.load(path, basis.chain)
     ended = (folder / "summary.json").exists()
-    steps = Steps.of(map(_step, _lines(folder / "metrics.jsonl")))
+    steps = Steps.of(map(step_of, _lines(folder / "metrics.jsonl")))
     return Run(
         folder,
         plan,
         basis,
         steps,
-        Evaluations.of(map(_evaluated, _lines(folder / "evaluations.jsonl"))),
+        Evaluations.of(map(evaluated_of, _lines(folder / "evaluations.jsonl"))),
         Summary.load(folder / "summary.json") if ended else None,
         timing.load(folder, plan.world, plan.fingerprint),
         Recording.load(folder, steps.ends),
     )
 
 
-Line = tuple[str, int, dict[str, Any]]
-"""A file's name, the line's number, and what it holds."""
+Line = tuple[str, dict[str, Any]]
+"""Where it stands, and what it holds."""
 
 
 def _lines(path: Path) -> Iterator[Line]:
@@ -101,28 +106,30 @@ def _lines(path: Path) -> Iterator[Line]:
             except ValueError as e:
                 broken = f"{path.name} line {number} is not a JSON object: {e}"
             if not broken:
-                yield path.name, number, data
+                yield f"{path.name} line {number}", data
 
 
-def _step(line: Line) -> Step:
+def step_of(line: Line) -> Step:
+    """Return a line of ``metrics.jsonl``. Raises RecordError naming a field that is missing or no number."""
     return Step(
         int(_number(line, "step")),
         _number(line, "loss", math.nan),
         int(_number(line, "samples")),
         _number(line, "step_s"),
-        _number(line, "time_s") if "time_s" in line[2] else None,
+        _number(line, "time_s") if "time_s" in line[1] else None,
     )
 
 
-def _evaluated(line: Line) -> Evaluated:
+def evaluated_of(line: Line) -> Evaluated:
+    """Return a line of ``evaluations.jsonl``, likewise."""
     return Evaluated(int(_number(line, "step")), _number(line, "loss", math.nan), _number(line, "top1"))
 
 
 def _number(line: Line, name: str, unknown: float | None = None) -> float:
-    file, number, data = line
+    where, data = line
     value = data.get(name, "missing")
     if value is None and unknown is not None:
         return unknown
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(f"{file} line {number}: {name}: expected a number, got {value!r}")
+        raise RecordError(f"{where}: {name}: expected a number, got {value!r}")
     return value

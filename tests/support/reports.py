@@ -119,3 +119,17 @@ def recorded(records: Sequence[Record]) -> Recording:
     found = Recording.of(records, ends())
     assert found is not None
     return found
+
+
+def folder_of(folder: Path) -> Path:
+    """Write a run's folder, which has no steps yet, and has ended."""
+    run = run_of()
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    (folder / "plan.json").write_text(run.plan.to_json())
+    basis().save(folder)
+    assert run.summary is not None
+    run.summary.save(folder / "summary.json")
+    for record in run.timings:
+        record.save(folder)
+    return folder

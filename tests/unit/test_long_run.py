@@ -11,27 +11,14 @@ from hybridpar.report.account import Account
 from hybridpar.report.page import page
 from hybridpar.report.thinning import MOST_POINTS
 from scripts.bench.report import EVALUATIONS, lengthen
-from tests.support.reports import basis, run_of
+from tests.support.reports import folder_of
 
 MOST_PAGE_BYTES = 20e6
 
 
-def folder_of(tmp_path: Path) -> Path:
-    """A run's folder, without steps."""
-    run, folder = run_of(), tmp_path / "short"
-    folder.mkdir()
-    (folder / "plan.json").write_text(run.plan.to_json())
-    basis().save(folder)
-    assert run.summary is not None
-    run.summary.save(folder / "summary.json")
-    for record in run.timings:
-        record.save(folder)
-    return folder
-
-
 def check(tmp_path: Path, steps: int, monitor_bytes: int, gpus: int) -> None:
     folder = tmp_path / "long"
-    extremes = lengthen(folder_of(tmp_path), folder, steps, monitor_bytes, gpus)
+    extremes = lengthen(folder_of(tmp_path / "short"), folder, steps, monitor_bytes, gpus)
     account = Account.load(folder)
     run = account.run
     assert run.steps.count == steps
@@ -61,7 +48,7 @@ def test_a_page_of_a_million_steps_and_of_a_full_monitor_file(tmp_path: Path) ->
 
 def test_a_run_is_read_and_not_held(tmp_path: Path) -> None:
     folder = tmp_path / "long"
-    lengthen(folder_of(tmp_path), folder, 20_000, 2**19, 1)
+    lengthen(folder_of(tmp_path / "short"), folder, 20_000, 2**19, 1)
     held_bytes = (folder / "metrics.jsonl").stat().st_size
     tracemalloc.start()
     Account.load(folder)
