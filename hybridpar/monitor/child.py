@@ -6,12 +6,15 @@ import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from hybridpar.monitor.answer import Answer, parse
+from hybridpar.monitor.log import Log
+from hybridpar.monitor.record import Gap
 from hybridpar.monitor.settings import Settings
 from hybridpar.schema import to_data
 
@@ -25,6 +28,7 @@ class Child:
         self._rest, self._printed = b"", ""
         self._new: list[Answer] = []
         self._told_end = False
+        self._settings = settings
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             [sys.executable, "-P", "-m", "hybridpar.monitor.process", json.dumps(to_data(settings))],
             stdin=subprocess.PIPE,
@@ -48,8 +52,8 @@ class Child:
             if self._new:
                 return self._new.pop(0)
             if not open_:
-                return Answer("ended", self._last_words())
-        return Answer("ended", f"the sampler did not answer within {timeout_s:g} s")
+                return self._note(self._last_words())
+        return self._note(f"the sampler did not answer within {timeout_s:g} s")
 
     def news(self) -> list[Answer]:
         """Return the answers since the last call, without waiting; that the process is gone is one, once."""
@@ -58,16 +62,19 @@ class Child:
             pass
         new, self._new = self._new, []
         if ended and not self._told_end:
-            self._told_end = True
-            new.append(Answer("ended", self._last_words()))
+            new.append(self._note(self._last_words()))
         return new
 
     def ended(self) -> bool:
         """Whether the process is gone."""
         return self._process.poll() is not None
 
-    def end(self, grace_s: float) -> None:
-        """Ask the process to end, kill it after ``grace_s``, and leave it to the system where even that hangs."""
+    def end(self, grace_s: float) -> list[Answer]:
+        """Ask the process to end, kill it after ``grace_s``, and leave it to the system where even that hangs.
+
+        Returns what it told last.
+        """
+        new = self.news()
         assert self._process.stdin is not None
         self._process.stdin.close()
         for wait_s in (grace_s, 1.0):
@@ -75,7 +82,10 @@ class Child:
                 self._process.wait(wait_s)
                 break
             self._process.kill()
+            if not self._told_end:
+                new.append(self._note(f"the sampler hung and did not end within {grace_s:g} s"))
         self._answers.close()
+        return new
 
     def _receive(self, timeout_s: float) -> bool | None:
         """Read what the process has printed; None: nothing within a time, False: there is nothing more to come."""
@@ -91,6 +101,16 @@ class Child:
             elif line.strip():
                 self._printed = line.decode(errors="replace").strip()
         return bool(chunk)
+
+    def _note(self, reason: str) -> Answer:
+        """Write why the recording ends in the place of a process that could not."""
+        self._told_end = True
+        gap = Gap(time.time(), socket.gethostname(), reason)
+        with contextlib.suppress(OSError):  # of a disk that is full; the answer tells all the same
+            log = Log(Path(self._settings.path), self._settings.options.max_bytes)
+            log.write([gap])
+            log.close()
+        return Answer("ended", reason)
 
     def _last_words(self) -> str:
         """Say how a process ended that did not say so itself: its exit status, and what it printed last."""

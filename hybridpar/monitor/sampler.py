@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from hybridpar.errors import ConfigError, MonitorError
+from hybridpar.monitor.answer import Answer
 from hybridpar.monitor.child import Child
 from hybridpar.monitor.record import read
 from hybridpar.monitor.settings import Options, Settings
@@ -46,23 +47,25 @@ class Monitor:
         if self._child is None:
             return []
         answers = self._child.news()
-        for answer in answers:
-            if answer.kind == "ended":
-                self.reason = answer.reason
-            if self._required and (answer.kind == "ended" or answer.lost):
+        told = self._hear(answers)
+        for answer in answers if self._required else ():
+            if answer.kind == "ended" or answer.lost:
                 raise MonitorError(f"monitor=required, but {answer.reason}; set monitor=auto to go on without")
-        return [str(answer.reason) for answer in answers]
+        return told
 
-    def close(self) -> None:
-        """End the sampler, in seconds whatever state it is in. May be called twice.
+    def close(self) -> list[str]:
+        """End the sampler, in seconds whatever state it is in, and return news as ``news``. May be called twice.
 
         ``reason`` stays what it was: None after a sampler that had data of GPUs and ran to the end.
         """
-        if self._child is not None:
-            ended = [answer.reason for answer in self._child.news() if answer.kind == "ended"]
-            self.reason = ended[0] if ended else self.reason
-            self._child.end(CLOSE_TIMEOUT_S)
-            self._child = None
+        child, self._child = self._child, None
+        return [] if child is None else self._hear(child.end(CLOSE_TIMEOUT_S))
+
+    def _hear(self, answers: Sequence[Answer]) -> list[str]:
+        for answer in answers:
+            if answer.kind == "ended":
+                self.reason = answer.reason
+        return [str(answer.reason) for answer in answers]
 
     def __enter__(self) -> Monitor:
         return self

@@ -226,7 +226,9 @@ class _Training:
             tracer = watch_steps(stack, job, process, self.folder, *windows, last=self.steps)
             log = loop.run()
             saver.wait()
-            monitor.close()
+            for sentence in monitor.close():
+                if journal is not None:
+                    journal.say(f"monitor: {sentence}")
             self._end_trace(tracer, journal)
             if journal is not None and (log.stopped or log.ended_early):
                 journal.say(keeper.farewell() if log.stopped else f"ended early: {log.ended_early}")

@@ -17,7 +17,7 @@ from hybridpar.errors import ConfigError, HybridparError, MonitorError
 from hybridpar.monitor import sampler
 from hybridpar.monitor.log import Log
 from hybridpar.monitor.process import next_tick
-from hybridpar.monitor.record import Gap, GpuSample, Record, read, to_line
+from hybridpar.monitor.record import Gap, GpuSample, HostSample, Record, read, to_line
 from hybridpar.monitor.sampler import start
 from hybridpar.monitor.settings import Options
 from hybridpar.monitor.summary import summarise
@@ -98,6 +98,7 @@ def test_a_sampler_that_dies_is_news_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert "exit status -6" in news
         assert monitor.news() == []
     assert "exit status -6" in (monitor.reason or "")
+    assert gaps(tmp_path / "m.jsonl")[-1] == news
 
 
 @pytest.mark.usefixtures("nvml")
@@ -161,18 +162,21 @@ def sample(time_s: float, gpu: int = 0, **values: Any) -> GpuSample:
 
 def test_a_full_file_is_thinned_and_keeps_the_fullest_moment(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    log = Log(path, max_bytes=8000)
+    log = Log(path, max_bytes=40_000)
     assert log.write([Gap(0.0, "node0", "told once")])
     for tick in range(200):
-        assert log.write([sample(tick, memory_used_bytes=999 if tick == 4 else 10)])
-        assert path.stat().st_size <= 8000
+        node = HostSample(tick, "node0", memory_used_bytes=999 if tick == 6 else 10)
+        assert log.write([sample(tick, memory_used_bytes=999 if tick == 4 else 10), node])
+        assert path.stat().st_size <= 40_000
     log.close()
     times = [s.time_s for s in samples(path)]
     assert log.stride >= 8
     assert 4.0 in times
+    assert 6.0 in times
+    assert [h.time_s for h in hosts(path)] == times
     assert times[-1] == 199.0
     assert times == sorted(times)
-    assert min(t for t in times if t != 4.0) < 50
+    assert min(t for t in times if t not in {4.0, 6.0}) < 100
     assert gaps(path) == ["told once"]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -206,6 +210,16 @@ def test_a_line_cut_short_is_passed_over_and_cut_off(tmp_path: Path) -> None:
     log.write([sample(3.0)])
     log.close()
     assert samples(path) == [sample(1.0), sample(3.0)]
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_a_file_of_an_earlier_version_is_moved_away(tmp_path: Path) -> None:
+    """A run that goes on after an update: its recording goes on, too, and what cannot be read with it stays."""
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"kind": "sample", "schema": 1}\n')
+    with start(path, FAST, uuids=()):
+        wait_for(lambda: hosts(path))
+    assert (tmp_path / "m.jsonl.old").read_text() == '{"kind": "sample", "schema": 1}\n'
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     [
         (sampled, None),
         (kill, "the sampler ended with exit status -9"),
-        (halt, None),
+        (halt, "the sampler hung and did not end within 0.3 s"),
         (fill_disk, "monitoring ended: .*(File too large|No space left)"),
     ],
 )
@@ -99,6 +99,7 @@ def test_a_training_goes_on_whatever_becomes_of_its_sampler(
     assert len(lines) == (told is not None)
     if told is not None:
         assert re.search(told, lines[0])
+        assert re.search(told, gaps(folder / "monitor.jsonl")[-1]) or deed is fill_disk  # which has no room for it
     assert "no GPU data: the job uses no GPU" in shown
 
 
