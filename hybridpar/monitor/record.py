@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridpar.errors import HybridparError
-from hybridpar.schema import from_data, to_data
+from hybridpar.schema import from_data
 
 SCHEMA_VERSION = 2
 """2: samples of hosts, events, and of GPUs also clocks, power and traffic; in 1 a GPU's line was a "sample"."""
@@ -156,8 +156,8 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 def to_line(record: Record) -> str:
     """Return the record as one line of JSON, newline included."""
-    data = {"kind": _NAMES[type(record)], "schema": SCHEMA_VERSION, **to_data(record)}
-    return json.dumps(data, allow_nan=False) + "\n"
+    data = {"kind": _NAMES[type(record)], "schema": SCHEMA_VERSION, **vars(record)}
+    return json.dumps(data, allow_nan=False, default=vars) + "\n"
 
 
 def read(path: Path) -> Iterator[Record]:
