@@ -50,7 +50,7 @@ def _report_files(accounts: Sequence[Account], out: str | None, pictures: str | 
             raise ConfigError(f"pictures={pictures}: are of one run's step; ask for them run by run")
         if first.comparison is None:
             raise ConfigError(f"pictures={pictures}: {missing(first.run)}")
-        draw(first.comparison, Path(pictures))
+        draw(first.run, first.comparison, Path(pictures))
         note(f"pictures saved to {pictures}: {', '.join(FILES)}")
     if out is not None:
         require_matplotlib("out")

@@ -12,6 +12,7 @@ from hybridpar.report.attribution import Attribution, attribute
 from hybridpar.report.comparison import Comparison, compare
 from hybridpar.report.device_findings import device_findings, lacking
 from hybridpar.report.findings import Finding, findings, missing
+from hybridpar.report.kernel_findings import kernel_findings
 from hybridpar.report.run import Run
 from hybridpar.report.turns import Turns, turns_of
 
@@ -50,6 +51,7 @@ class Account:
         return (
             *findings(self.run, self.comparison),
             *device_findings(self.run, self.attribution, self.turns),
+            *kernel_findings(self.run),
         )
 
     @property

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hybridpar.report import kernels
 from hybridpar.report.comparison import Comparison
 from hybridpar.report.device_use import UNKNOWN, DeviceUse, device_uses
-from hybridpar.report.kernels import KernelUse, RankKernels
+from hybridpar.report.kernels import KernelUse, RankKernels, together
 from hybridpar.report.palette import stage_name
 from hybridpar.report.parts import Parts, mean_parts, stage_parts
 from hybridpar.report.run import Run
@@ -61,9 +60,9 @@ class Attribution:
 
 
 def attribute(run: Run, comparison: Comparison) -> Attribution:
-    """Return what a run's time went to. Raises HybridparError where a file of monitor or trace is malformed."""
+    """Return what a run's time went to. Raises HybridparError where a file of the monitor is malformed."""
     uses = device_uses(run, comparison)
-    traced = {r.rank: r for r in kernels.load(run.folder, run.plan.world, run.plan.fingerprint)}
+    traced = {trace.rank: trace for trace in run.traces}
     stages = []
     for replica, predicted in enumerate(comparison.predicted):
         program, first = predicted.program, replica * len(predicted.ranks)
@@ -93,4 +92,4 @@ def attribute(run: Run, comparison: Comparison) -> Attribution:
 
 def _kernels(traced: Mapping[int, RankKernels], stage: str, ranks: Sequence[int]) -> KernelUse | None:
     found = [traced[rank].stages[stage] for rank in ranks if rank in traced and stage in traced[rank].stages]
-    return kernels.together(found) if found else None
+    return together(found) if found else None

@@ -44,6 +44,8 @@ class Course:
     """Of the step in the steady state: from the end of the one before to its own."""
     inputs_s: tuple[float, ...] = ()
     """How long every rank waited for samples before its first action; empty: nobody did."""
+    zero_s: float = 0.0
+    """What its times are counted from, of a measured one by the clock of rank 0."""
 
     def of(self, *kinds: str) -> Iterator[tuple[int, Timed]]:
         """Iterate over rank and action of all actions of some kinds."""
@@ -146,6 +148,7 @@ def _step(
             flights[k],
             length_s,
             tuple(t.input_s or 0.0 for t in timings[k * width : (k + 1) * width]),
+            zero_s,
         )
         for k, program in enumerate(programs)
     )

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from hybridpar.planning.timeline import Span, Timeline
 from hybridpar.report.chart import timelines_figure
 from hybridpar.report.comparison import Comparison
+from hybridpar.report.counters import counters
 from hybridpar.report.course import Course
 from hybridpar.report.figure import prepare_folder, write_files
 from hybridpar.report.map import placement_figure
 from hybridpar.report.placement import placement_board
+from hybridpar.report.run import Run
 from hybridpar.report.timeline import timeline_scene, title
 from hybridpar.report.trace import as_json, traces
 from hybridpar.report.wording import duration
@@ -41,11 +43,12 @@ def placement(comparison: Comparison) -> Figure:
     return placement_figure(placement_board(comparison.predicted[0].program, comparison.basis.cluster))
 
 
-def both_traces(comparison: Comparison) -> dict[str, Any]:
-    """Return both timelines as a trace, waits included."""
+def both_traces(run: Run, comparison: Comparison) -> dict[str, Any]:
+    """Return both timelines as a trace, waits included, with what the monitor sampled meanwhile."""
     courses = {"predicted": comparison.predicted[0], "measured": comparison.measured[0]}
     whole = {name: _with_waits(course) for name, course in courses.items()}
-    return traces(comparison.predicted[0].program, whole, comparison.basis.cluster)
+    counted = {"measured": counters(run, comparison.measured[0])}
+    return traces(comparison.predicted[0].program, whole, comparison.basis.cluster, counted)
 
 
 def _with_waits(course: Course) -> Timeline:
@@ -54,12 +57,12 @@ def _with_waits(course: Course) -> Timeline:
     return Timeline(own.ends_s, sorted([*own.spans, *waits], key=lambda s: (s.rank, s.start_s)), own.flights)
 
 
-def draw(comparison: Comparison, folder: Path) -> tuple[Path, ...]:
+def draw(run: Run, comparison: Comparison, folder: Path) -> tuple[Path, ...]:
     """Write ``FILES`` into a folder, which is made, and return their paths.
 
     Raises ConfigError where the folder cannot be written or matplotlib is missing.
     """
     prepare_folder(folder)
     chart, board = timelines(comparison), placement(comparison)
-    trace = as_json(both_traces(comparison))
+    trace = as_json(both_traces(run, comparison))
     return write_files(folder, dict(zip(FILES, (chart, chart, board, board, trace), strict=True)))

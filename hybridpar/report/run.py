@@ -11,9 +11,10 @@ from typing import Any
 
 from hybridpar.errors import HybridparError, RecordError
 from hybridpar.planning.plan import Plan
-from hybridpar.report import timing
+from hybridpar.report import kernels, timing
 from hybridpar.report.basis import Basis
 from hybridpar.report.history import Evaluated, Evaluations, Step, Steps
+from hybridpar.report.kernels import RankKernels
 from hybridpar.report.recording import Recording
 from hybridpar.report.summary import Summary
 from hybridpar.report.timing import RankTiming
@@ -36,6 +37,8 @@ class Run:
     """By rank; none where no timeline was recorded under the plan."""
     recording: Recording | None = None
     """None where the monitor recorded no sample."""
+    traces: tuple[RankKernels, ...] = ()
+    """Of the ranks that have one under the plan."""
 
     @property
     def name(self) -> str:
@@ -83,6 +86,7 @@ def _read(folder: Path) -> Run:
         Summary.load(folder / "summary.json") if ended else None,
         timing.load(folder, plan.world, plan.fingerprint),
         Recording.load(folder, steps.ends),
+        kernels.load(folder, plan.world, plan.fingerprint),
     )
 
 

@@ -1,7 +1,8 @@
 """The timeline as a trace that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
 
 Format: trace events (Google, "Trace Event Format", 2016): a JSON object whose ``traceEvents`` are complete events
-("X", microseconds), metadata ("M") that names processes and threads, and flows ("s", "f") from sender to receiver.
+("X", microseconds), metadata ("M") that names processes and threads, flows ("s", "f") from sender to receiver, and
+counters ("C").
 A process is a node, or a node in one of several timelines. A rank has a thread for its computations and one for
 its communications, or several where communications of a rank overlap, as the events of a thread must not.
 """
@@ -17,6 +18,7 @@ from hybridpar.cluster.topology import Cluster
 from hybridpar.planning.compression import WORKS
 from hybridpar.planning.program import Action, Operation, Program
 from hybridpar.planning.timeline import Flight, Span, Timeline
+from hybridpar.report.counters import Counter
 from hybridpar.report.palette import stage_name
 
 Event = dict[str, Any]
@@ -32,14 +34,22 @@ def trace(program: Program, timeline: Timeline, cluster: Cluster) -> Event:
     return _trace(program, timeline, cluster, _events(program, timeline, cluster))
 
 
-def traces(program: Program, timelines: Mapping[str, Timeline], cluster: Cluster) -> Event:
+def traces(
+    program: Program,
+    timelines: Mapping[str, Timeline],
+    cluster: Cluster,
+    counted: Mapping[str, Sequence[Counter]] | None = None,
+) -> Event:
     """Return several timelines of a program in one trace, each from its first computation on.
 
     Processes are called after timeline and node: ``measured node0``. The figures about the trace are the first's.
+    ``counted`` are counters of some timelines, by these' names; what they hold before the begin of the first
+    computation becomes their value there.
     """
     events: list[Event] = []
     for number, (name, timeline) in enumerate(timelines.items()):
-        for event in _events(program, timeline, cluster):
+        counts = _counts((counted or {}).get(name, ()), cluster, _begin(timeline))
+        for event in [*_events(program, timeline, cluster), *counts]:
             event["pid"] += number * PROCESSES
             if "id" in event:
                 event["id"] += number * len(program.operations)
@@ -52,7 +62,7 @@ def traces(program: Program, timelines: Mapping[str, Timeline], cluster: Cluster
 
 
 def _events(program: Program, timeline: Timeline, cluster: Cluster) -> list[Event]:
-    begin = min((s.start_s for s in timeline.spans), default=0.0)
+    begin = _begin(timeline)
     events = _names(program, cluster)
     events += [_computation(program, cluster, span, begin) for span in timeline.spans]
     flights = sorted(timeline.flights, key=lambda f: (f.start_s, f.operation))
@@ -61,6 +71,25 @@ def _events(program: Program, timeline: Timeline, cluster: Cluster) -> list[Even
         events += _communication(program, cluster, flight, numbers, begin)
     events += _communication_names(program, cluster, threads, flights)
     return events
+
+
+def _begin(timeline: Timeline) -> float:
+    return min((s.start_s for s in timeline.spans), default=0.0)
+
+
+def _counts(counters: Iterable[Counter], cluster: Cluster, begin: float) -> list[Event]:
+    """Return counters as events ("C"); each holds until the next of its name."""
+    return [
+        {
+            "ph": "C",
+            "name": counter.name,
+            "pid": cluster.node_of[counter.rank],
+            "ts": max(round((at_s - begin) * 1e6, 6), 0.0),
+            "args": {"value": value},
+        }
+        for counter in counters
+        for at_s, value in counter.points
+    ]
 
 
 def _trace(program: Program, timeline: Timeline, cluster: Cluster, events: list[Event]) -> Event:

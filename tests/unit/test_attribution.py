@@ -94,9 +94,13 @@ def test_traces_of_a_stages_ranks_are_put_together(tmp_path: Path) -> None:
     run = run_of(str(tmp_path))
     comparison = compare(run)
     assert comparison is not None
-    (tmp_path / "trace").mkdir()
-    for rank, stages in ((0, {"front": use(2.0, 0.2)}), (1, {"front": use(6.0, 0.6), "tail": use(1.0, 0.9)})):
-        RankKernels(rank, run.plan.fingerprint, "kineto", (21,), KernelUse(), stages).save(tmp_path)
+    stages: list[dict[str, KernelUse]] = [
+        {"front": use(2.0, 0.2)},
+        {"front": use(6.0, 0.6), "tail": use(1.0, 0.9)},
+    ]
+    run = replace(
+        run, traces=tuple(RankKernels(k, "plan", "kineto", (21,), KernelUse(), s) for k, s in enumerate(stages))
+    )
     found = attribute(run, comparison)
     front, middle, tail = (s.kernels for s in found.stages)
     assert front is not None

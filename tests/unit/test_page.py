@@ -152,9 +152,10 @@ def test_colours_have_names_that_a_dark_page_gives_other_values(html: str) -> No
 
 
 def test_both_timelines_have_one_scale(tmp_path: Path) -> None:
-    comparison = compare(run_of())
+    run = run_of()
+    comparison = compare(run)
     assert comparison is not None
-    for path in draw(comparison, tmp_path):
+    for path in draw(run, comparison, tmp_path):
         assert path.stat().st_size > 1000
     assert {p.name for p in tmp_path.iterdir()} == set(FILES)
     svg = (tmp_path / "timelines.svg").read_text()
@@ -166,9 +167,10 @@ def test_both_timelines_have_one_scale(tmp_path: Path) -> None:
 
 
 def test_the_trace_has_both_timelines_as_processes() -> None:
-    comparison = compare(run_of())
+    run = run_of()
+    comparison = compare(run)
     assert comparison is not None
-    found = both_traces(comparison)
+    found = both_traces(run, comparison)
     events = json.loads(json.dumps(found))["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert names == {
