@@ -100,6 +100,8 @@ class Reduction:
     """All of them."""
     compression: Compression | None = None
     matrices: tuple[Matrix, ...] = ()
+    undone: bool = False
+    """Whether a step may be skipped, so that what the next one goes on from is copied before."""
 
     @property
     def compressed(self) -> bool:
@@ -146,7 +148,8 @@ class Reduction:
         if not self.matrices or self.compression is None:
             return ()
         errors = (self.elements - self.rest,) * self.compression.error_feedback
-        return tuple(n * itemsize for n in (*errors, self.left, self.right))
+        copies = (*errors, self.right) * self.undone
+        return tuple(n * itemsize for n in (*errors, self.left, self.right, *copies))
 
     def steps(self) -> tuple[Work, ...]:
         """Return what becomes of the gradients beside their sums."""
@@ -171,6 +174,8 @@ class Reduction:
         side = [m.columns if kind == "compress" else m.rows for m in self.matrices]
         turned = ORTHOGONALISE * sum(n * m.rank**2 for n, m in zip(side, self.matrices, strict=True))
         feedback = self.compression is not None and self.compression.error_feedback
-        if kind == "compress":  # the gradient is added to the error, and the sum is read
-            return product + turned, float((1 + 3 * feedback) * inside * itemsize)
+        if (
+            kind == "compress"
+        ):  # the gradient is added to the error, which may be copied before, and the sum is read
+            return product + turned, float((1 + (3 + 2 * self.undone) * feedback) * inside * itemsize)
         return (1 + feedback) * product + turned, float((1 + 2 * feedback) * inside * itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from hybridpar.model.chain import Chain
@@ -38,10 +39,12 @@ def reduction_of(plan: Plan, chain: Chain, position: Position, block: Block, ran
     compression = plan.recipe.compression
     if compression is None or not position.reduced:
         return Reduction(elements)
-    if not block.spans:
-        return _compressed(compression, chain, position.layers[0], block.layers, (), elements)
-    spans = block.spans[position.ranks.index(rank)]
-    return _compressed(compression, chain, block.layers[0], block.layers, spans, elements)
+    first, spans = position.layers[0], tuple[Span, ...]()
+    if block.spans:
+        first, spans = block.layers[0], block.spans[position.ranks.index(rank)]
+    return replace(
+        _compressed(compression, chain, first, block.layers, spans, elements), undone=plan.recipe.scaling
+    )
 
 
 @lru_cache(maxsize=4096)

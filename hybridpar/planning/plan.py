@@ -322,13 +322,6 @@ def _validate_compression(compression: Compression, recipe: Recipe) -> None:
     positive = 0 < compression.min_rate < math.inf
     _require(positive, f"{where}.min_rate", compression.min_rate, "must be above 0")
     _require(
-        compression.method != "power_sgd" or not recipe.scaling,
-        where,
-        compression.method,
-        "does not work with a scaled loss: what a skipped step loses would spoil the following ones; "
-        "set optimizer.compression=bfloat16, or train.loss_scale.enabled=false",
-    )
-    _require(
         recipe.sharding == "none",
         where,
         compression.method,

@@ -15,16 +15,20 @@ from hybridpar.runtime.modules import Owned
 class Compressor(Protocol):
     """What becomes of the gradients of one block before, between and after their sums."""
 
-    def compress(self) -> None:
-        """Make what is summed first, of this rank's gradients."""
+    def compress(self, scale: float) -> None:
+        """Make what is summed first, of this rank's gradients, which are those of a loss times ``scale``."""
         ...
 
     def factor(self) -> None:
         """Make the right factors from the sums of the left ones."""
         ...
 
-    def restore(self) -> None:
-        """Put the summed gradients into the bucket."""
+    def restore(self, scale: float) -> None:
+        """Put the summed gradients into the bucket, at their ``scale``."""
+        ...
+
+    def end(self, *, taken: bool) -> None:
+        """End a step that may be skipped: forget what it has left behind, unless it was ``taken``."""
         ...
 
     def part(self, content: Sum) -> torch.Tensor:
@@ -44,17 +48,18 @@ def order(compression: Compression | None, owned: Sequence[Owned]) -> list[Owned
 
 
 def compressor(
-    compression: Compression, bucket: torch.Tensor, owned: Sequence[Owned], seed: int
+    compression: Compression, bucket: torch.Tensor, owned: Sequence[Owned], seed: int, *, undoing: bool
 ) -> Compressor | None:
     """Return what compresses a bucket, whose gradients lie in ``order``; None where there is nothing to compress.
 
-    ``seed`` is that of the first right factors, which all ranks make alike.
+    ``seed`` is that of the first right factors, which all ranks make alike; ``undoing``: steps may be skipped.
     """
     if compression.method == "bfloat16":
         return _Lowered(bucket) if bucket.numel() else None
     found = [(o, compression.matrix(tuple(o.tensor.shape))) for o in owned]
     matrices = [(o, m) for o, m in found if m is not None]
-    return _LowRank(bucket, matrices, seed, feedback=compression.error_feedback) if matrices else None
+    feedback = compression.error_feedback
+    return _LowRank(bucket, matrices, seed, feedback=feedback, undoing=undoing) if matrices else None
 
 
 class _Lowered:
@@ -63,14 +68,19 @@ class _Lowered:
     def __init__(self, bucket: torch.Tensor) -> None:
         self._bucket, self._low = bucket, torch.empty_like(bucket, dtype=torch.bfloat16)
 
-    def compress(self) -> None:
+    def compress(self, scale: float) -> None:
+        del scale  # a rounding is the same at any power of two
         self._low.copy_(self._bucket)
 
     def factor(self) -> None:
         raise AssertionError("a bucket of bfloat16 has no factors")
 
-    def restore(self) -> None:
+    def restore(self, scale: float) -> None:
+        del scale
         self._bucket.copy_(self._low)
+
+    def end(self, *, taken: bool) -> None:
+        """Nothing stays behind."""
 
     def part(self, content: Sum) -> torch.Tensor:
         assert content == "lowered"
@@ -96,10 +106,21 @@ class _Factors(NamedTuple):
 
 
 class _LowRank:
-    """A bucket whose matrices, which lie first in it, are summed as products of two thin ones."""
+    """A bucket whose matrices, which lie first in it, are summed as products of two thin ones.
+
+    Errors are those of gradients that are not scaled, so that they may be added to those of the next step, whose
+    scale may be another one. A gradient that is not finite spoils errors and factors of all ranks: with
+    ``undoing`` they become what they were, if the step is skipped.
+    """
 
     def __init__(
-        self, bucket: torch.Tensor, matrices: Sequence[tuple[Owned, Matrix]], seed: int, *, feedback: bool
+        self,
+        bucket: torch.Tensor,
+        matrices: Sequence[tuple[Owned, Matrix]],
+        seed: int,
+        *,
+        feedback: bool,
+        undoing: bool,
     ) -> None:
         inside = sum(m.elements for _, m in matrices)
         self._whole, self._rest = bucket[:inside], bucket[inside:]
@@ -118,11 +139,17 @@ class _LowRank:
                 at[i] += rows * columns
             self._factors.append(_Factors(owned, *views))
             _draw(views[-1], f"{seed}/{owned.name}/{owned.start}")
+        kept = [*[self._error] * feedback, self._right]
+        self._copies = [(tensor, torch.empty_like(tensor)) for tensor in kept if undoing]
+        self._copied = False
 
-    def compress(self) -> None:
+    def compress(self, scale: float) -> None:
+        for tensor, copy in self._copies:
+            copy.copy_(tensor)
+        self._copied = True
         for f in self._factors:
             if self._feedback:
-                f.error.add_(f.whole)
+                f.error.add_(f.whole, alpha=1 / scale)
             _orthogonalise(f.right)
             torch.mm(f.error, f.right, out=f.left)
 
@@ -133,9 +160,15 @@ class _LowRank:
             if self._feedback:  # what this rank's own part of the sum does not hold
                 f.error.addmm_(f.left, f.right.t(), alpha=-1)
 
-    def restore(self) -> None:
-        for f in self._factors:
-            torch.mm(f.left, f.right.t(), out=f.whole)
+    def restore(self, scale: float) -> None:
+        for f in self._factors:  # without feedback the factors are at the scale of the gradients
+            f.whole.addmm_(f.left, f.right.t(), beta=0, alpha=scale if self._feedback else 1)
+
+    def end(self, *, taken: bool) -> None:
+        if self._copied and not taken:
+            for tensor, copy in self._copies:
+                tensor.copy_(copy)
+        self._copied = False
 
     def part(self, content: Sum) -> torch.Tensor:
         return {"left": self._left, "right": self._right, "rest": self._rest}[content]

@@ -146,7 +146,11 @@ class Updater:
         """Let a block's gradients lie in a bucket that is summed, whole or compressed."""
         ordered = order(compression, trained)
         bucket = self._buckets[block] = Bucket(ordered, lasting=True)
-        smaller = None if compression is None else compressor(compression, bucket.open(), ordered, seed)
+        smaller = (
+            None
+            if compression is None
+            else compressor(compression, bucket.open(), ordered, seed, undoing=self.scaler is not None)
+        )
         if smaller is not None:
             self.compressors[block] = smaller
 
@@ -204,6 +208,11 @@ class Updater:
                     result[parameter] = start - begin, part[start - first : stop - first]
         return result
 
+    @property
+    def _scale(self) -> float:
+        """What the loss of this step is multiplied by."""
+        return 1.0 if self.scaler is None else self.scaler.scale
+
     def scaled(self, gradient: torch.Tensor) -> torch.Tensor:
         """Scale the loss's gradient with respect to logits, in place."""
         return gradient if self.scaler is None else gradient.mul_(self.scaler.scale)
@@ -211,7 +220,7 @@ class Updater:
     def compress(self, block: int) -> None:
         """Make of a block's gradients, after its last backward, what is summed instead."""
         self.bucket(block)
-        self.compressors[block].compress()
+        self.compressors[block].compress(self._scale)
 
     def factor(self, block: int) -> None:
         """Make the right factors of a block's gradients, of the summed left ones."""
@@ -219,7 +228,7 @@ class Updater:
 
     def restore(self, block: int) -> None:
         """Make a block's summed gradients, of the sums of what they were compressed to."""
-        self.compressors[block].restore()
+        self.compressors[block].restore(self._scale)
 
     def summed(self, block: int, content: Sum) -> torch.Tensor:
         """Return a flat tensor to be summed over a block's replicas in place."""
@@ -287,7 +296,7 @@ class Updater:
         """Undo the scale of gradients and clip them, in one pass over them."""
         if squared_norm is None:
             return
-        scale, factor = 1.0 if self.scaler is None else self.scaler.scale, torch.ones_like(squared_norm)
+        scale, factor = self._scale, torch.ones_like(squared_norm)
         if self._max_norm is not None:
             factor = (self._max_norm / (squared_norm.sqrt() / scale + 1e-6)).clamp(max=1.0)
         factor = factor / scale
@@ -300,6 +309,8 @@ class Updater:
             return
         finite = _finite(squared_norm)
         self.scaler.update(finite=finite)
+        for compressed in self.compressors.values():
+            compressed.end(taken=finite)
         if self.undo is not None and not finite:
             self.undo.restore()
 

@@ -23,6 +23,7 @@ from hybridpar.planning.simulate import step_time
 from hybridpar.profiling.analytic import estimate
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.pieces import Stored, write
+from hybridpar.train_section import LossScale
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_memory import Unseen, lasting
 from tests.support.counting import Counting, expected_log, run_once
@@ -153,6 +154,25 @@ def test_full_rank_loses_nothing(name):
     assert_same(make(name, low_rank(1000)), case, reference((0.0, BATCH, None)), gloo=True)
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("name", ["front and tail", "plan replicas"])
+def test_a_scaled_loss_changes_nothing_and_a_skipped_step_leaves_nothing_behind(name, feedback):
+    """Of six steps the gradients of the fourth overflow: the others are those of a training without it."""
+    plain, scaled = make_case(steps=6), make_case(steps=6)
+    scaled.scaling = LossScale(init=2.0**24, growth_interval=2)
+    scaled.data[3][0][4:7] *= 1e305
+    del plain.data[3]
+    plan = make(name, low_rank(2, error_feedback=feedback), clipping=True)
+    plain.max_norm = scaled.max_norm = 0.3
+    expected = trained(plan, replace(plain, samples=(BATCH,) * 5, steps=5))
+    results = trained(replace(plan, recipe=replace(plan.recipe, scaling=True)), scaled)
+    losses = [m.loss for m in results[0][0]]
+    assert losses[:3] + losses[4:] == pytest.approx([m.loss for m in expected[0][0]], rel=1e-10)
+    values, found = (assemble([o for _, o, _ in r[: plan.replica_world]]) for r in (expected, results))
+    for parameter, value in values.items():
+        assert near(found[parameter], value), parameter
+
+
 @pytest.mark.parametrize("compression", [Compression("bfloat16"), low_rank(1), low_rank(2, error_feedback=False)])
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_who_hold_a_parameter_hold_the_same_bits(name, compression):
@@ -201,14 +221,16 @@ def test_bfloat16_is_the_sum_of_rounded_gradients(ranks):
 
 def test_memory_and_messages_are_those_of_the_program():
     """Live bytes of a second step and the bytes of every sum, whatever is compressed how."""
-    case = case_of(samples=(BATCH,))
-    kinds = Compression("bfloat16"), low_rank(2), low_rank(1, error_feedback=False)
-    for number, compression in enumerate(kinds):
-        plan = make("front and tail", compression, bucket_bytes=(700, 1, 5000)[number])
-        plan = replace(plan, recipe=replace(plan.recipe, optimizer_states=1))
+    plain, scaled = case_of(samples=(BATCH,)), case_of(samples=(BATCH,))
+    scaled.scaling = LossScale()
+    kinds = (Compression("bfloat16"), plain), (low_rank(2), plain), (low_rank(1, error_feedback=False), plain)
+    for number, (compression, case) in enumerate((*kinds, (low_rank(1), scaled))):
+        plan = make("front and tail", compression, bucket_bytes=(700, 1, 5000, 700)[number])
+        recipe = replace(plan.recipe, optimizer_states=1, scaling=case.scaling is not None)
+        plan = replace(plan, recipe=recipe)
         program = compile_program(plan, case.traced.chain, BATCH, "train")
 
-        def body(rank, endpoint, plan=plan, program=program):
+        def body(rank, endpoint, plan=plan, program=program, case=case):
             counting = Counting(endpoint)
             executor = make_executor(case, plan, rank, Unseen(counting))
             run_once(executor, case, program, rank)
@@ -232,6 +254,7 @@ def everything(executor):
     for compressor in executor.updater.compressors.values():
         names = ["_low"] if hasattr(compressor, "_low") else ["_error", "_left", "_right"]
         yield from (getattr(compressor, name) for name in names)
+        yield from (copy for _, copy in getattr(compressor, "_copies", ()))
 
 
 @pytest.mark.parametrize("seed", range(12))
