@@ -227,10 +227,11 @@ def assert_chunks(plan: Plan, case: Case, plain: Case, *, gloo: bool = False) ->
         # What comes before a norm has no gradient along its mean, so that a bias has none but rounding.
         assert near(gradients[name], expected, single.gradients), f"gradient of {name}"
     for rank, (_, blocks) in enumerate(results):  # type: ignore[misc]
-        _assert_buffers(chunks, blocks, rank, plan.locate(rank)[0])
+        assert_buffers(chunks, blocks, rank, plan.locate(rank)[0])
 
 
-def _assert_buffers(chunks: Chunks, blocks: dict[int, BlockModules], rank: int, replica: int) -> None:
+def assert_buffers(chunks: Chunks, blocks: dict[int, BlockModules], rank: int, replica: int) -> None:
+    """A rank's buffers are those of its plan replica in the single process."""
     for modules in blocks.values():
         for index, layer in zip(range(*modules.block.layers), modules.layers, strict=True):
             expected = chunks.buffers(index, replica)
