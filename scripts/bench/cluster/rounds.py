@@ -38,24 +38,23 @@ class Rounds:
 
     def run(self, fields: Sequence[tuple[Setting, list[Entry]]]) -> None:
         """Run all rounds of all settings."""
-        taken_s: dict[str, float] = {}
         for number in range(self.count):
             for setting, entries in fields:
-                if time.monotonic() + taken_s.get(setting.name, 0.0) > self.deadline_s and number > 0:
-                    self.say(f"{setting.name}: round {number + 1} would end too late")
-                    continue
-                began_s = time.monotonic()
                 self._round(number, setting, entries)
-                taken_s[setting.name] = time.monotonic() - began_s
 
     def _round(self, number: int, setting: Setting, entries: Sequence[Entry]) -> None:
+        """Run who is due in a round of a setting, unless it would end too late."""
         cells = {entry.name: self._cell(setting, entry) for entry in entries}
+        due = {name: cell for name, cell in cells.items() if self._due(number, cell, list(cells.values()))}
+        expected_s = sum(cell.rounds[-1].seconds for cell in due.values() if cell.rounds)
+        if number > 0 and time.monotonic() + expected_s > self.deadline_s:
+            self.say(f"{setting.name}: round {number + 1} would take {expected_s:.0f} s and end too late")
+            return
         for name in order(list(cells), number):
-            cell = cells[name]
-            if not cell.has(number) and cell.entry.problem is None and self._worthwhile(cell, cells):
-                cells[name] = self._turn(number, cell)
+            if name in due:
+                self._turn(number, due[name])
 
-    def _turn(self, number: int, cell: Cell) -> Cell:
+    def _turn(self, number: int, cell: Cell) -> None:
         setting, entry = cell.setting, cell.entry
         steps = Steps(self.conditions.warm_up, self.conditions.steps)
         taken = self.runner.run(f"{setting.name}-{entry.slug}-{number}", setting, entry, steps, number)
@@ -63,7 +62,6 @@ class Rounds:
         cell.save(self.folder.cell(setting, entry))
         said = taken.error or f"{statistics.median(taken.steps_s):.3f} s per step"
         self.say(f"round {number + 1}, {setting.name}: {entry.name} {said}")
-        return cell
 
     def _cell(self, setting: Setting, entry: Entry) -> Cell:
         """Return a cell, with the rounds that it has; one that cannot run is written down as it is."""
@@ -73,14 +71,14 @@ class Rounds:
             cell.save(path)
         return cell
 
-    def _worthwhile(self, cell: Cell, cells: dict[str, Cell]) -> bool:
-        """Whether another turn is needed: the first, of a rival that is not far behind, or after a success."""
+    def _due(self, number: int, cell: Cell, cells: Sequence[Cell]) -> bool:
+        """Whether an entry has a turn in a round: the first, or after a success that is not far behind."""
+        if cell.has(number) or cell.entry.problem is not None:
+            return False
         if not cell.rounds:
             return True
         if not cell.able or cell.entry.name in ALWAYS:
             return bool(cell.able)
         alone = self.runner.alone
-        times_s = [
-            statistics.median(c.steps_s) for c in cells.values() if c.able and not alone(c.entry.contestant)
-        ]
+        times_s = [statistics.median(c.steps_s) for c in cells if c.able and not alone(c.entry.contestant)]
         return alone(cell.entry.contestant) or statistics.median(cell.steps_s) <= BEHIND * min(times_s)
