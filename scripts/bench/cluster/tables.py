@@ -25,7 +25,7 @@ TABLES: dict[str, tuple[Setting, ...]] = {
     ),
     "models": tuple(replace(setting, gbit_per_s=g) for setting, g in product(MODELS, (1.0, 3.3, 10.0))),
     "ranks": (replace(EIGHT, hosts=2, ranks_per_host=4), replace(EIGHT, hosts=4, ranks_per_host=2)),
-    "memory": (replace(VGG16, memory_mb=1200),),
+    "memory": (replace(VGG16, memory_mb=1500),),
     "small": (Setting("small_vgg", images_per_rank=4, gbit_per_s=1.0, image=32, classes=10, hosts=2),),
 }
 
