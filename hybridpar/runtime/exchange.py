@@ -43,12 +43,12 @@ class Exchange:
     def source(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
         """Return the part of an output or input gradient that a transfer moves, as it lies in memory."""
         if content == "activation":
-            key, values = (boundary, transfer.source_micro_batch), state.outputs
-            features = self.features(state, boundary, "out")
+            key, values, side = (boundary, transfer.source_micro_batch), state.outputs, "out"
         else:
-            key, values = (boundary + 1, transfer.source_micro_batch), state.input_gradients
-            features = self.features(state, boundary + 1, "in")
-        part = self._part(state, values[key], key, (_axis(state, boundary), features), transfer)
+            key, values, side = (boundary + 1, transfer.source_micro_batch), state.input_gradients, "in"
+        part = values[key]
+        if not transfer.whole:
+            part = self._part(state, part, key, (boundary, side), transfer)
         return in_memory(part, last=lies_last(state, boundary))
 
     def target(self, state: StepState, content: str, boundary: int, transfer: Transfer) -> torch.Tensor:
@@ -57,21 +57,26 @@ class Exchange:
         Makes the buffer if need be.
         """
         if content == "activation":
-            key, values = (boundary + 1, transfer.target_micro_batch), state.inputs
-            features = self.features(state, boundary + 1, "in")
+            key, values, side = (boundary + 1, transfer.target_micro_batch), state.inputs, "in"
         else:
-            key, values = (boundary, transfer.target_micro_batch), state.gradients
-            features = self.features(state, boundary, "out")
+            key, values, side = (boundary, transfer.target_micro_batch), state.gradients, "out"
+        if transfer.whole:
+            part = values[key] = self._buffer(state, boundary, transfer.samples, transfer.features)
+            return in_memory(part, last=lies_last(state, boundary))
         if key not in values:
-            start, stop = state.program.interval(*key, self._rank)
-            before, chain = state.program.blocks[boundary], state.program.chain
-            shape = [stop - start, *chain.shape(before.point("out"))]
-            shape[_axis(state, boundary)] = features[1] - features[0]
-            dtype, last = crossing_dtype(before, chain, self._dtype), before.out_last(chain)
-            order = torch.channels_last if last else torch.contiguous_format
-            values[key] = torch.empty(shape, dtype=dtype, device=self._device, memory_format=order)
-        part = self._part(state, values[key], key, (_axis(state, boundary), features), transfer)
+            samples, features = state.program.interval(*key, self._rank), self.features(state, key[0], side)
+            values[key] = self._buffer(state, boundary, samples, features)
+        part = self._part(state, values[key], key, (boundary, side), transfer)
         return in_memory(part, last=lies_last(state, boundary))
+
+    def _buffer(self, state: StepState, boundary: int, samples: Interval, features: Interval) -> torch.Tensor:
+        """Make room for some samples and features of what crosses a boundary."""
+        before, chain = state.program.blocks[boundary], state.program.chain
+        shape = [samples[1] - samples[0], *chain.shape(before.point("out"))]
+        shape[_axis(state, boundary)] = features[1] - features[0]
+        dtype, last = crossing_dtype(before, chain, self._dtype), before.out_last(chain)
+        order = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=self._device, memory_format=order)
 
     def features(self, state: StepState, block: int, side: str) -> Interval:
         """Return which features of a block's input (``side`` "in") or output ("out") this rank has."""
@@ -80,14 +85,16 @@ class Exchange:
         return described.features(state.program.chain, shard, "in" if side == "in" else "out")
 
     def _part(
-        self, state: StepState, value: torch.Tensor, key: Key, along: tuple[int, Interval], t: Transfer
+        self, state: StepState, value: torch.Tensor, key: Key, place: tuple[int, str], t: Transfer
     ) -> torch.Tensor:
-        """Return a transfer's part of a value that has the features of an interval along a dim."""
-        dim, features = along
+        """Return a transfer's part of the value on a side of a boundary."""
+        boundary, side = place
+        features = self.features(state, key[0], side)
         start = state.program.interval(*key, self._rank)[0]
         rows = value[t.samples[0] - start : t.samples[1] - start]
         if t.features == features:
             return rows
+        dim = _axis(state, boundary)
         return rows.narrow(dim, t.features[0] - features[0], t.features[1] - t.features[0])
 
 

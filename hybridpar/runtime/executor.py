@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -132,13 +132,21 @@ class Executor:
         program, number = state.program, state.at
         action = program.actions[self.rank][number]
         state.at += 1
-        with self._named(program, action):
+        started = time.perf_counter() if self.observer else 0.0
+        try:
             if self.scope is None:
                 self._act(state, action)
             else:
                 with self.scope(program, action):
                     self._act(state, action)
+        except (HybridparError, ActionError):
+            raise
+        except Exception as e:
+            raise ActionError(f"{self.name} failed in '{program.describe(action)}': {e}") from e
+        if number in state.lookup.last_uses:
             self._free(state, number)
+        if self.observer:
+            self._observed(self.observer, program, action, started)
 
     def _begin(
         self, program: Program, step: int, inputs: torch.Tensor | None, labels: torch.Tensor | None
@@ -168,18 +176,6 @@ class Executor:
         """Where all shards of a tail read the same samples, only the first one reports them."""
         first = program.positions[0]
         return not first.sharded or first.ranks[0] == self.rank
-
-    @contextlib.contextmanager
-    def _named(self, program: Program, action: Action) -> Iterator[None]:
-        started = time.perf_counter() if self.observer else 0.0
-        try:
-            yield
-        except (HybridparError, ActionError):
-            raise
-        except Exception as e:
-            raise ActionError(f"{self.name} failed in '{program.describe(action)}': {e}") from e
-        if self.observer:
-            self._observed(self.observer, program, action, started)
 
     def _observed(self, observer: Observer, program: Program, action: Action, started: float) -> None:
         """Report an action that is over, and then what happened within it."""
@@ -432,5 +428,5 @@ class Executor:
             self._exchange.place(state, operation.content, block, operation.transfer, tensor)
 
     def _free(self, state: StepState, number: int) -> None:
-        for kind, key in state.lookup.last_uses.get(number, ()):
+        for kind, key in state.lookup.last_uses[number]:
             (state.outputs if kind == "activation" else state.input_gradients).pop(key, None)
