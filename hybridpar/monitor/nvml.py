@@ -24,6 +24,8 @@ _INIT_REASONS = {
 }
 
 
+_NEEDS = "which needs Hopper or later"
+
 Further = Callable[[str | None, int | None], tuple[Meter, ...]]
 """From a GPU's UUID, and of a MIG slice its GPU instance, to meters besides NVML's."""
 
@@ -39,9 +41,9 @@ class _Device:
     index: int | None
     uuid: str | None
     handle: Any
-    parent: Any
+    parent: Any = None
     """Of a slice, the handle of its GPU; else None."""
-    instance: int | None
+    instance: int | None = None
     """Of a slice, the id of its GPU instance."""
 
     @property
@@ -88,23 +90,36 @@ def open_nvml(uuids: Sequence[str] | None, more: Further = _nothing_more) -> Gpu
 
 def _find(key: str | int) -> _Device | Unavailable:
     """Find a GPU by UUID or by index."""
-    find: Callable[..., Any] = pynvml.nvmlDeviceGetHandleByIndex
-    index, uuid, label = (key, None, f"GPU {key}") if isinstance(key, int) else (None, key, key)
-    if isinstance(key, str):
-        find = pynvml.nvmlDeviceGetHandleByUUID
     try:
-        handle = find(key)
+        handle, name = _named(key)
     except pynvml.NVMLError as e:
-        return Unavailable(f"{label} gives no data: {e}")
-    uuid = uuid or _value(pynvml.nvmlDeviceGetUUID, handle)
-    parent = _value(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle) if _is_slice(uuid) else None
-    index = _value(pynvml.nvmlDeviceGetIndex, parent or handle) if index is None else index
-    instance = _value(pynvml.nvmlDeviceGetGpuInstanceId, handle) if parent else None
-    return _Device(index, uuid, handle, parent, instance)
+        return Unavailable(f"{f'GPU {key}' if isinstance(key, int) else key} gives no data: {e}")
+    uuid, index = (name, key) if isinstance(key, int) else (key, None)
+    if name is None or not name.startswith("MIG-"):
+        return _Device(_value(pynvml.nvmlDeviceGetIndex, handle) if index is None else index, uuid, handle)
+    parent = _value(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
+    instance = _value(pynvml.nvmlDeviceGetGpuInstanceId, handle)
+    if parent is None or instance is None:
+        return Unavailable(f"{key} gives no data: NVML does not tell of which GPU it is a MIG slice")
+    return _Device(_value(pynvml.nvmlDeviceGetIndex, parent), uuid, handle, parent, instance)
 
 
-def _is_slice(uuid: str | None) -> bool:
-    return uuid is not None and uuid.startswith("MIG-")
+def _named(key: str | int) -> tuple[Any, str | None]:
+    """Return NVML's handle and name of what has an index, or a UUID.
+
+    CUDA tells the digits of a slice's UUID as those of a GPU's (cuDeviceGetUuid_v2 in CUDA's driver API), so that
+    a slice may be asked for as ``GPU-...``.
+    """
+    if isinstance(key, int):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(key)
+        return handle, _value(pynvml.nvmlDeviceGetUUID, handle)
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(key), key
+    except pynvml.NVMLError:
+        name = key.replace("GPU-", "MIG-", 1)
+        if name == key:
+            raise
+        return pynvml.nvmlDeviceGetHandleByUUID(name), name
 
 
 def _meters(device: _Device, turn: tuple[int, int]) -> tuple[tuple[Meter, ...], str | None]:
@@ -112,8 +127,8 @@ def _meters(device: _Device, turn: tuple[int, int]) -> tuple[tuple[Meter, ...], 
     try:
         gpm = Gpm(device.parent or device.handle, device.instance)
     except pynvml.NVMLError as e:
-        label = device.uuid or f"GPU {device.index}"
-        gap = f"{label} gives no occupancy, which needs Hopper or later: {e}"
+        why = "which this user may not read" if e.value == pynvml.NVML_ERROR_NO_PERMISSION else _NEEDS
+        gap = f"{device.uuid or f'GPU {device.index}'} gives no occupancy, {why}: {e}"
         return (Classic(device.handle, traffic=True, turn=turn),), gap
     return (Classic(device.handle, traffic=False), gpm), None
 

@@ -110,7 +110,7 @@ int nvmlDeviceGetIndex(Device *device, unsigned *index) {
 
 int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(Device *slice, Device **parent) { *parent = slice; return SUCCESS; }
 
-int nvmlDeviceGetGpuInstanceId(Device *slice, unsigned *id) { (void)slice; *id = 7; return SUCCESS; }
+int nvmlDeviceGetGpuInstanceId(Device *slice, unsigned *id) { ENTER(slice->index); *id = 7; return SUCCESS; }
 
 int nvmlDeviceGetUtilizationRates(Device *device, Utilization *rates) {
     ENTER(device->index);

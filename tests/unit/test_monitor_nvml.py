@@ -85,13 +85,36 @@ def test_uuids_choose_the_gpus_and_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nvml")
-def test_a_slice_is_read_through_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("uuid", ["MIG-00000000-dddd", "GPU-00000000-dddd"])
+def test_a_slice_is_read_through_its_parent(uuid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA tells the digits of its UUID as if they were a GPU's."""
     monkeypatch.setenv("NVML_STUB", "no_rates")
-    ticks = record(tmp_path / "m.jsonl", 4, uuids=("MIG-00000000-dddd",))
+    ticks = record(tmp_path / "m.jsonl", 4, uuids=(uuid,))
     known = next(tick[0] for tick in ticks if tick[0].occupancy is not None)
-    assert (known.gpu, known.uuid) == (0, "MIG-00000000-dddd")
+    assert (known.gpu, known.uuid) == (0, uuid)
     assert known.utilisation == pytest.approx(0.8)
     assert known.sources["utilisation"] == "gpm"
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_slice_of_an_unknown_instance_never_stands_for_the_whole_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVML_STUB_FAIL", "nvmlDeviceGetGpuInstanceId/*:3@1")
+    with start(tmp_path / "m.jsonl", FAST, uuids=["MIG-00000000-dddd"]) as monitor:
+        assert "does not tell of which GPU it is a MIG slice" in (monitor.reason or "")
+
+
+@pytest.mark.usefixtures("nvml")
+@pytest.mark.parametrize(
+    ("code", "why"), [(4, "which this user may not read"), (3, "which needs Hopper or later")]
+)
+def test_why_there_is_no_occupancy(code: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVML_STUB_FAIL", f"nvmlGpmSampleGet/*:{code}@1")
+    ticks = record(tmp_path / "m.jsonl", 1, uuids=UUIDS[:1])
+    assert ticks[0][0].utilisation == 0.9
+    (gap,) = gaps(tmp_path / "m.jsonl")
+    assert gap.startswith(f"{UUIDS[0]} gives no occupancy, {why}: ")
 
 
 @pytest.mark.parametrize(
