@@ -27,7 +27,8 @@ def feeding(known: Evidence) -> Advised:
         remedy = "a profile from `hybridpar profile` with this data set says how fast a core reads"
         return Advised(lacking=(f"input: {measured}, but not how many cores reading needs; {remedy}",))
     rate = _samples_per_s(known)
-    cores, workers = math.ceil(rate / read_s), known.planner.config.data.workers
+    cores, config = math.ceil(rate / read_s), known.planner.config
+    workers = 0 if config is None else config.data.workers
     needed = (
         f"a reading rank uses {rate:.4g} samples/s in the predicted step, and a core reads {read_s:.4g} "
         f"({known.basis.profile.data}): {plural(cores, 'core')} for each of {plural(_readers(known), 'rank')}"
@@ -44,7 +45,7 @@ def _advice(known: Evidence, cores: int, waited_s: float, evidence: tuple[str, .
     return Advice(
         "input",
         known.plan.stages[0].kind,
-        f"read with {plural(cores, 'worker')} per reading rank instead of {known.planner.config.data.workers}",
+        f"read with {plural(cores, 'worker')} per reading rank",
         (
             *evidence,
             "the first of the predicted times is the planner's with the measured wait, which it knows not of",

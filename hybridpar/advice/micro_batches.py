@@ -67,7 +67,7 @@ def _advice(known: Evidence, index: int, outcome: Outcome, empty: HalfEmpty | No
 def _predicted(known: Evidence, outcome: Outcome, kind: Kind) -> str:
     """Say what the stage's busiest rank computes for it, now and then."""
     now, then = (_passes_s(p, kind) for p in (known.planner.now, outcome.plan.prediction))
-    return f"its busiest rank is predicted to compute {in_time(now)} per step now, {in_time(then)} then"
+    return f"by itself its busiest rank is predicted to compute {in_time(now)} per step now, {in_time(then)} then"
 
 
 def _passes_s(prediction: Prediction | None, kind: Kind) -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from hybridpar.report.attribution import StageAttribution
 from hybridpar.report.device_use import FIGURES
+from hybridpar.report.kernels import together
 
 LOW, BUSY = 0.5, 0.5
 """Occupancy below which a device counts as half empty; activity of its tensor cores or memory from which on it is
@@ -24,16 +25,20 @@ class HalfEmpty:
 
 def half_empty(stages: Sequence[StageAttribution]) -> HalfEmpty | None:
     """Judge the positions and plan replicas of a stage; None where their occupancy is high."""
-    known = {name: _mean(stages, name) for name in FIGURES}
-    occupancy, tensor, dram = (known[name] for name in FIGURES)
+    occupancy, tensor, dram = (_mean(stages, name) for name in FIGURES)
+    sources = dict.fromkeys(s.use.sources["occupancy"] for s in stages if "occupancy" in s.use.sources)
+    traced = together(s.kernels for s in stages if s.kernels is not None)
+    if occupancy is None:
+        occupancy, sources = traced.occupancy, {"kineto": None}
     if occupancy is None:
         return HalfEmpty(
             "unknown", "occupancy is in no sample that can be told apart (docs/report.md, attribution)"
         )
     if occupancy >= LOW:
         return None
-    sources = dict.fromkeys(s.use.sources["occupancy"] for s in stages if "occupancy" in s.use.sources)
     seen = f"occupancy was {occupancy:.0%} while it computed ({'; '.join(sources)})"
+    if traced.below_half is not None:
+        seen = f"{seen} and below 50% for {traced.below_half:.0%} of the time (kineto)"
     for name, activity in (("tensor cores", tensor), ("memory", dram)):
         if activity is not None and activity >= BUSY:
             return HalfEmpty("no fault", f"{seen}, which is no fault with its {name} {activity:.0%} active")

@@ -72,8 +72,11 @@ class Outcome:
 class Replanner:
     """Plans a run again under changes, as ``hybridpar plan`` with their overrides would."""
 
-    def __init__(self, plan: Plan, basis: Basis, config: Config) -> None:
-        """Simulate the run's own plan. Raises HybridparError where plan, basis and configuration do not fit."""
+    def __init__(self, plan: Plan, basis: Basis, config: Config | None) -> None:
+        """Simulate the run's own plan. Raises HybridparError where plan, basis and configuration do not fit.
+
+        Without a configuration the request is for a plan of the same shape and recipe, with nothing pinned.
+        """
         self.plan, self.config = plan, config
         self.trials = Trials(basis.chain, basis.profile, basis.cluster)
         self.program = self.trials.program(plan)
@@ -105,11 +108,15 @@ class Replanner:
         )
 
 
-def _asked(config: Config, plan: Plan) -> Change:
-    """Return the request behind a plan; of a plan from a file the request for one of its shape."""
-    if config.plan.shape != "from_file":
+def _asked(config: Config | None, plan: Plan) -> Change:
+    """Return the request behind a plan; where it is unknown, or a file, the request for a plan of its shape."""
+    if config is not None and config.plan.shape != "from_file":
         return Change(replace(config.request(), global_batch=plan.global_batch), ())
     kinds = tuple(stage.kind for stage in plan.stages)
     shape: Shape = next((s for s, own in STAGES_OF.items() if own == kinds), "auto")
-    asked = replace(config.plan, shape=shape, path=None, front=Pin(), middle=Pin(), tail=Pin())
-    return Change(replace(config, plan=asked).request(), (f"plan={shape}",))
+    if config is None:
+        request = Request(plan.global_batch, shape, plan.precision, plan.recipe)
+    else:
+        asked = replace(config.plan, shape=shape, path=None, front=Pin(), middle=Pin(), tail=Pin())
+        request = replace(config, plan=asked).request()
+    return Change(request, (f"plan={shape}",))

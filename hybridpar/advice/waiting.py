@@ -11,7 +11,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.planning.trial import scaled_levels
 from hybridpar.report.advice import Advice, Advised
 from hybridpar.report.explanation import WHERE
-from hybridpar.report.text import in_time
+from hybridpar.report.text import in_time, plural
 
 BOUND = 0.2
 """Share of the step, mean over all ranks, from which on a wait is what the step is bound by."""
@@ -59,7 +59,9 @@ def _advice(outcome: Outcome, wait: Wait, measured: str) -> Advice:
 
 
 def _described(plan: Plan) -> str:
-    stages = ", ".join(f"{s.kind} {s.degree} x micro-batch {s.micro_batch}" for s in plan.stages)
+    stages = ", ".join(
+        f"{s.kind} on {plural(len(s.ranks), 'rank')} in micro-batches of {s.micro_batch}" for s in plan.stages
+    )
     return stages if plan.replicas == 1 else f"{plan.replicas} replicas of {stages}"
 
 

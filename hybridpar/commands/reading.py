@@ -34,7 +34,7 @@ def report(arguments: Sequence[str]) -> None:
 def _advised(account: Account) -> Account:
     from hybridpar.advice.advise import advise  # noqa: PLC0415
 
-    return replace(account, advised=advise(account.run, account.comparison))
+    return replace(account, advised=advise(account))
 
 
 def _report_files(accounts: Sequence[Account], out: str | None, pictures: str | None) -> None:

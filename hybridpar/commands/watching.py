@@ -141,7 +141,6 @@ class Adviser:
         if sys.platform == "linux":
             os.nice(19)  # on Linux of this thread alone (nice(2), "C library/kernel differences")
         try:
-            account = Account.load(self._folder)
-            self.advised = advise(account.run, account.comparison)
+            self.advised = advise(Account.load(self._folder))
         except HybridparError as e:
             self.advised = Advised(lacking=(str(e),))

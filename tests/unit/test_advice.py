@@ -11,8 +11,10 @@ from hybridpar.advice.advise import advise
 from hybridpar.config import compose, load
 from hybridpar.errors import ConfigError
 from hybridpar.planning.search import assess
+from hybridpar.report.account import Account
 from hybridpar.report.advice import Advice, Advised, Forecast, advice_finding
 from hybridpar.report.comparison import compare
+from hybridpar.report.kernels import KernelUse, RankKernels
 from hybridpar.report.run import Run
 from tests.support.advised import (
     ASKED,
@@ -36,7 +38,7 @@ PIPELINE = (
 
 
 def told(run: Run) -> Advised:
-    return advise(run, compare(run))
+    return advise(Account.of(run))
 
 
 def of_kind(advised: Advised, kind: str) -> list[Advice]:
@@ -96,6 +98,15 @@ def test_of_a_plan_from_a_file_the_advice_names_its_shape(tmp_path: Path) -> Non
     assert advice.effect.then_s == simulated_run(tmp_path, *advice.overrides).step_s
 
 
+def test_a_run_that_went_otherwise_than_predicted_is_told_beside_the_advice(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4")
+    assert not told(run).remarks
+    slow = replace(run, steps=replace(run.steps, step_s=2 * run.plan.prediction.step_s))  # type: ignore[union-attr]
+    (remark,) = told(slow).remarks
+    assert "believe in which direction predictions point, not how far" in remark
+    assert not told(replace(slow, timings=())).remarks, "nothing is advised"
+
+
 # Evidence that is missing
 
 
@@ -109,11 +120,19 @@ def test_without_a_timeline_nothing_is_said_of_micro_batches(tmp_path: Path) -> 
 
 def test_a_run_that_cannot_be_planned_again_says_why(tmp_path: Path) -> None:
     run = simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4")
-    assert advise(replace(run, basis=None), None).lacking[0].startswith("no simulated timeline: the run kept no")
-    (tmp_path / "config.yaml").unlink()
+    assert told(replace(run, basis=None)).lacking[0].startswith("no simulated timeline: the run kept no")
+    (tmp_path / "config.yaml").write_text("model: [")
     (lacking,) = told(run).lacking
     assert lacking.startswith("the run cannot be planned again: ")
     assert "config.yaml cannot be read" in lacking
+
+
+def test_a_run_of_a_loop_of_ones_own_is_planned_again_by_its_plan_alone(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4")
+    (tmp_path / "config.yaml").unlink()
+    (advice,) = of_kind(told(run), "micro_batch")
+    assert advice.overrides[0] == "plan=front_tail"
+    assert advice.effect.then_s == simulated_run(tmp_path, *advice.overrides, "plan.effort=normal").step_s
 
 
 def test_a_configuration_is_read_back_as_it_was_composed(tmp_path: Path) -> None:
@@ -254,6 +273,20 @@ def test_a_half_empty_gpu_is_evidence_for_a_larger_micro_batch(tmp_path: Path) -
     (advice,) = (a for a in of_kind(told(run), "micro_batch") if a.stage == "tail")
     assert advice.evidence[-1] == (
         "occupancy was 20% while it computed (gpm, whole run), tensor cores 10% and memory 20% active"
+    )
+
+
+def test_a_trace_tells_how_long_occupancy_was_low(tmp_path: Path) -> None:
+    run = on_gpus(simulated_run(tmp_path, *LOW))
+    used = KernelUse(window_s=10.0, kernels=5, busy_s=8.0, known_s=8.0, occupied_s=2.4, below_half_s=6.0)
+    record = RankKernels(2, run.plan.fingerprint, "kineto", (1,), used, {"tail": used})
+    run = replace(run, traces=(record,))
+    seen = "occupancy was 30% while it computed (kineto) and below 50% for 75% of the time (kineto)"
+    assert f"tail: {seen}, but not how active tensor cores and memory were" in told(run).lacking
+    sampled(run, occupancy=0.1, graphics_activity=0.5, tensor_activity=0.05, dram_activity=0.1)
+    (advice,) = (a for a in of_kind(told(run), "micro_batch") if a.stage == "tail")
+    assert advice.evidence[-1].startswith(
+        "occupancy was 20% while it computed (gpm, whole run) and below 50% for 75% of the time (kineto), tensor"
     )
 
 

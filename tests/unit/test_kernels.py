@@ -220,7 +220,7 @@ def test_names_of_actions_tell_stage_micro_batch_and_phase() -> None:
         "hybridpar/tail/update",
         "hybridpar/front/load",
         "hybridpar/middle 0/micro-batch 1/wait send of activation",
-        "hybridpar/whole step/wait all_reduce of metrics",
+        "hybridpar/whole step/wait broadcast of metrics",
     ):
         assert said in names
     assert step_name(20) == "hybridpar/step/20"
