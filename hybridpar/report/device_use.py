@@ -52,7 +52,7 @@ class DeviceUse:
 UNKNOWN = DeviceUse()
 
 
-class Turns(NamedTuple):
+class Schedule(NamedTuple):
     """When a GPU worked for which stage, in seconds since the epoch."""
 
     recorded: tuple[tuple[float, float], ...]
@@ -67,20 +67,20 @@ def device_uses(run: Run, comparison: Comparison) -> dict[Stage, DeviceUse]:
     Raises HybridparError where a file of the monitor is malformed.
     """
     found: dict[Stage, list[DeviceUse]] = defaultdict(list)
-    turns = _turns(run, comparison)
-    for gpu, samples in _samples(run, turns).items():
-        for stage, use in unmixed(samples, turns[gpu]).items():
+    schedules = _schedules(run, comparison)
+    for gpu, samples in _samples(run, schedules).items():
+        for stage, use in unmixed(samples, schedules[gpu]).items():
             found[stage].append(use)
     return {stage: _together(uses) for stage, uses in found.items()}
 
 
-def unmixed(samples: Sequence[GpuSample], turns: Turns) -> dict[Stage, DeviceUse]:
+def unmixed(samples: Sequence[GpuSample], schedule: Schedule) -> dict[Stage, DeviceUse]:
     """Return the figures of every stage of one GPU, as far as its samples tell them apart."""
-    stages = sorted(turns.busy)
-    inside = [s for s in samples if _lies_in(s, turns.recorded)]
+    stages = sorted(schedule.busy)
+    inside = [s for s in samples if _lies_in(s, schedule.recorded)]
     if not inside and len(stages) == 1:
         return {stages[0]: _of_all(samples)}
-    shares = np.array([[_share(s, turns.busy[stage]) for stage in stages] for s in inside]).reshape(
+    shares = np.array([[_share(s, schedule.busy[stage]) for stage in stages] for s in inside]).reshape(
         -1, len(stages)
     )
     solved = {name: _solve(name, inside, shares) for name in FIGURES}
@@ -150,17 +150,17 @@ def _lies_in(sample: GpuSample, recorded: Sequence[tuple[float, float]]) -> bool
     return any(start <= begin_s and sample.time_s <= end for start, end in recorded)
 
 
-def _samples(run: Run, turns: Mapping[tuple[str, str], Turns]) -> dict[tuple[str, str], list[GpuSample]]:
+def _samples(run: Run, schedules: Mapping[tuple[str, str], Schedule]) -> dict[tuple[str, str], list[GpuSample]]:
     """Return the samples of the GPUs that are asked for, with a known window."""
-    found: dict[tuple[str, str], list[GpuSample]] = {gpu: [] for gpu in turns}
-    for path in sorted(run.folder.glob("monitor*.jsonl")) if turns else ():
+    found: dict[tuple[str, str], list[GpuSample]] = {gpu: [] for gpu in schedules}
+    for path in sorted(run.folder.glob("monitor*.jsonl")) if schedules else ():
         for record in read(path):
             if isinstance(record, GpuSample) and record.uuid is not None and record.window_s:
                 found.get((record.host, record.uuid), []).append(record)
     return found
 
 
-def _turns(run: Run, comparison: Comparison) -> dict[tuple[str, str], Turns]:
+def _schedules(run: Run, comparison: Comparison) -> dict[tuple[str, str], Schedule]:
     """Return what every GPU did, by host and UUID; ranks may share one."""
     recorded: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     busy: dict[tuple[str, str], dict[Stage, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -172,7 +172,7 @@ def _turns(run: Run, comparison: Comparison) -> dict[tuple[str, str], Turns]:
         for stage, start_s, end_s in _computations(record, comparison):
             busy[gpu][stage].append((start_s, end_s))
     return {
-        gpu: Turns(tuple(joined(times)), {stage: joined(own) for stage, own in busy[gpu].items()})
+        gpu: Schedule(tuple(joined(times)), {stage: joined(own) for stage, own in busy[gpu].items()})
         for gpu, times in recorded.items()
     }
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hybridpar.report.kernels import RankKernels, by_stage
 from hybridpar.report.palette import IDLE, INK, LINE, PALE_INK, tint
-from hybridpar.report.recording import BINS, GpuRecord, HostRecord
+from hybridpar.report.recording import GpuRecord, HostRecord
 from hybridpar.report.run import Run
 from hybridpar.report.small import COLOURS, finish, small_figure, split
 from hybridpar.report.thinning import Point
@@ -77,13 +78,30 @@ def distribution_figure(records: Sequence[GpuRecord]) -> Figure | None:
     known = [record for record in records if sum(record.while_busy)]
     if not known:
         return None
-    figure, axes = small_figure("% of the busy windows", "occupancy while busy, %")
-    edges = [100 * k / BINS for k in range(BINS + 1)]
+    rows = []
     for number, record in enumerate(known):
-        colour = COLOURS[number % len(COLOURS)]
-        total = sum(record.while_busy)
-        shares = [100 * count / total for count in record.while_busy]
         label = f"{gpu_name(record)}: {record.below_half:.0%} below 50 %"
+        rows.append((label, COLOURS[number % len(COLOURS)], record.while_busy))
+    return _distribution("% of the busy windows", rows)
+
+
+def kernel_figure(traces: Sequence[RankKernels], turns: Mapping[int, Turns]) -> Figure | None:
+    """Draw how long which occupancy lasted in traced steps, a line per stage; None: unknown of all kernels."""
+    colours = {turn.stage: turn.colour for own in turns.values() for turn in own.turns}
+    rows = []
+    for number, (stage, use) in enumerate(by_stage(traces).items()):
+        if use.below_half is not None:
+            colour = colours.get(stage, COLOURS[number % len(COLOURS)])
+            rows.append((f"{stage}: {use.below_half:.0%} below 50 %", colour, use.histogram_s))
+    return _distribution("% of the busy time", rows) if rows else None
+
+
+def _distribution(name: str, rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
+    """Draw how often which occupancy was: label, colour and counts in equal parts of 0..1 of every row."""
+    figure, axes = small_figure(name, "occupancy while busy, %")
+    for label, colour, counts in rows:
+        edges = [100 * k / len(counts) for k in range(len(counts) + 1)]
+        shares = [100 * count / sum(counts) for count in counts]
         axes.stairs(shares, edges, fill=True, color=tint(colour, 0.4), alpha=0.35)
         axes.stairs(shares, edges, color=colour, linewidth=1.2, label=label)
     axes.axvline(50, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))

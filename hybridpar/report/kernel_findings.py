@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from hybridpar.report.findings import Finding
-from hybridpar.report.kernels import KernelUse, together
+from hybridpar.report.kernels import KernelUse, by_stage, together
 from hybridpar.report.run import Run
 from hybridpar.report.text import plural, spans
 
@@ -13,6 +11,7 @@ _SOURCES = {
     "kineto": "occupancies are Kineto's estimates from how kernels were launched",
     "cpu": "on a CPU operators stand for kernels and waits for communication, and nothing has an occupancy",
 }
+TITLE = "kernels of the traced steps"
 COLUMNS = (
     "stage",
     "kernels",
@@ -29,11 +28,8 @@ def kernel_findings(run: Run) -> tuple[Finding, ...]:
     """Return the table of a run's traces, if it has any."""
     if not run.traces:
         return ()
-    stages = {name: None for trace in run.traces for name in trace.stages}
-    rows = [
-        _row(name, (trace.stages[name] for trace in run.traces if name in trace.stages)) for name in sorted(stages)
-    ]
-    rows.append(_row("all of the devices", (trace.device for trace in run.traces)))
+    rows = [_row(name, use) for name, use in by_stage(run.traces).items()]
+    rows.append(_row("all of the devices", together(trace.device for trace in run.traces)))
     steps = sorted({step for trace in run.traces for step in trace.steps})
     ranks = tuple(trace.rank for trace in run.traces)
     sources = "; ".join(_SOURCES[source] for source in sorted({trace.source for trace in run.traces}))
@@ -41,11 +37,10 @@ def kernel_findings(run: Run) -> tuple[Finding, ...]:
         f"steps {spans(tuple(steps))} of {plural(len(ranks), 'rank')} ({spans(ranks)}), as shares of the window; "
         f"kernels that run at once count once, and their occupancies add up; {sources}"
     )
-    return (Finding("kernels of the traced steps", COLUMNS, tuple(rows), (note,)),)
+    return (Finding(TITLE, COLUMNS, tuple(rows), (note,)),)
 
 
-def _row(name: str, uses: Iterable[KernelUse]) -> tuple[str, ...]:
-    use = together(uses)
+def _row(name: str, use: KernelUse) -> tuple[str, ...]:
     shares = (
         use.busy,
         use.occupancy,

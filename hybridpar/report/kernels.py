@@ -143,6 +143,12 @@ def together(uses: Iterable[KernelUse]) -> KernelUse:
     return result
 
 
+def by_stage(traces: Sequence[RankKernels]) -> dict[str, KernelUse]:
+    """Return what all ranks together did for every stage, by its name."""
+    names = sorted({name for trace in traces for name in trace.stages})
+    return {n: together(trace.stages[n] for trace in traces if n in trace.stages) for n in names}
+
+
 def swept(kernels: Iterable[Kernel], start_s: float, end_s: float) -> tuple[KernelUse, dict[str, KernelUse]]:
     """Return what a device did between two times: all of it, and by stage.
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from hybridpar.report.account import Account
 from hybridpar.report.curves import accuracy_figure, loss_figure, memory_figure, time_figure
-from hybridpar.report.devices import gpu_figures, host_figures
+from hybridpar.report.devices import gpu_figures, host_figures, kernel_figure
 from hybridpar.report.figure import svg_text
 from hybridpar.report.findings import Finding, beside
+from hybridpar.report.kernel_findings import TITLE
 from hybridpar.report.overlay import placement, timelines
 from hybridpar.report.palette import GRID, HEAVY, IDLE, INK, LINE, PALE_INK, PAPER
 from hybridpar.report.run import Run
@@ -146,9 +147,11 @@ def _run(account: Account, figures: _Figures, *, alone: bool) -> str:
 
 def _drawn(account: Account, figures: _Figures) -> dict[str, str]:
     """Return the small figures that stand below a table, by its title."""
+    traced = account.run.traces, account.turns
     drawn: dict[str, list[str]] = {
         "memory": [figures.svg(f, "memory per rank") for f in (memory_figure(account.run),) if f is not None],
         "GPUs": [figures.svg(figure, label) for label, figure in gpu_figures(account.run, account.turns)],
+        TITLE: [figures.svg(f, "occupancy kernel by kernel") for f in (kernel_figure(*traced),) if f is not None],
         "hosts": [figures.svg(figure, label) for label, figure in host_figures(account.run, account.turns)],
     }
     return {title: f'\n<div class="small">\n{"".join(own)}\n</div>' for title, own in drawn.items() if own}

@@ -13,7 +13,7 @@ from hybridpar.monitor.record import Gap, GpuSample, to_line
 from hybridpar.planning.timeline import Flight
 from hybridpar.report.attribution import attribute
 from hybridpar.report.comparison import compare
-from hybridpar.report.device_use import UNKNOWN, DeviceUse, Stage, Turns, unmixed
+from hybridpar.report.device_use import UNKNOWN, DeviceUse, Schedule, Stage, unmixed
 from hybridpar.report.kernels import Kernel, KernelUse, RankKernels, swept
 from hybridpar.report.parts import Parts, stage_parts, stages_of
 from tests.support.reports import SLOWER, run_of
@@ -123,19 +123,19 @@ def sample(start_s: float, end_s: float, **figures: float | None) -> GpuSample:
     return GpuSample(end_s, "a", 0, "GPU-1", **figures, window_s=end_s - start_s, sources=sources)  # type: ignore[arg-type]
 
 
-def turns(**busy: Sequence[tuple[float, float]]) -> Turns:
+def schedule(**busy: Sequence[tuple[float, float]]) -> Schedule:
     stages: Mapping[str, Stage] = {"front": FRONT, "tail": TAIL}
-    return Turns(((0.0, 100.0),), {stages[name]: times for name, times in busy.items()})
+    return Schedule(((0.0, 100.0),), {stages[name]: times for name, times in busy.items()})
 
 
-def test_stages_that_share_a_device_are_told_apart_by_their_turns() -> None:
+def test_stages_that_share_a_device_are_told_apart_by_their_schedule() -> None:
     """Window 1: front for 0.8 of it, tail for 0.2; window 2: 0.3 and 0.5. Front at 0.4, tail at 0.9."""
     samples = [
         sample(0.0, 10.0, occupancy=0.4 * 0.8 + 0.9 * 0.2, tensor_activity=0.1 * 0.8),
         sample(10.0, 20.0, occupancy=0.4 * 0.3 + 0.9 * 0.5, tensor_activity=0.1 * 0.3),
         sample(99.0, 109.0, occupancy=0.0, tensor_activity=1.0),  # reaches beyond the recorded steps
     ]
-    found = unmixed(samples, turns(front=[(0.0, 8.0), (10.0, 13.0)], tail=[(8.0, 10.0), (14.0, 19.0)]))
+    found = unmixed(samples, schedule(front=[(0.0, 8.0), (10.0, 13.0)], tail=[(8.0, 10.0), (14.0, 19.0)]))
     assert found[FRONT].occupancy == pytest.approx(0.4)
     assert found[TAIL].occupancy == pytest.approx(0.9)
     assert found[FRONT].tensor_activity == pytest.approx(0.1)
@@ -147,18 +147,18 @@ def test_stages_that_share_a_device_are_told_apart_by_their_turns() -> None:
 
 def test_windows_in_which_all_stages_had_the_same_share_tell_nothing() -> None:
     samples = [sample(0.0, 10.0, occupancy=0.5), sample(10.0, 20.0, occupancy=0.5)]
-    alike = turns(front=[(0.0, 4.0), (10.0, 14.0)], tail=[(4.0, 8.0), (14.0, 18.0)])
+    alike = schedule(front=[(0.0, 4.0), (10.0, 14.0)], tail=[(4.0, 8.0), (14.0, 18.0)])
     assert unmixed(samples, alike) == {FRONT: DeviceUse(), TAIL: DeviceUse()}
     assert unmixed(samples[:1], alike)[FRONT].occupancy is None
 
 
 def test_longer_windows_count_more_and_what_cannot_be_is_not_believed() -> None:
     long, short = sample(0.0, 30.0, occupancy=0.2), sample(30.0, 40.0, occupancy=0.6)
-    (found,) = unmixed([long, short], turns(front=[(0.0, 40.0)])).values()
+    (found,) = unmixed([long, short], schedule(front=[(0.0, 40.0)])).values()
     assert found.occupancy == pytest.approx((30 * 0.2 + 10 * 0.6) / 40)
-    (found,) = unmixed([sample(0.0, 10.0, occupancy=0.9)], turns(front=[(0.0, 5.0)])).values()
+    (found,) = unmixed([sample(0.0, 10.0, occupancy=0.9)], schedule(front=[(0.0, 5.0)])).values()
     assert found.occupancy is None, "1.8 while busy"
-    (found,) = unmixed([sample(0.0, 10.0, occupancy=0.51)], turns(front=[(0.0, 5.0)])).values()
+    (found,) = unmixed([sample(0.0, 10.0, occupancy=0.51)], schedule(front=[(0.0, 5.0)])).values()
     assert found.occupancy == 1.0, "1.02 is noise"
 
 
@@ -168,12 +168,12 @@ def test_a_device_with_one_stage_has_the_samples_of_the_whole_run() -> None:
         sample(210.0, 230.0, occupancy=0.2, graphics_activity=1.0, dram_activity=0.4),
         sample(230.0, 240.0, occupancy=0.0, graphics_activity=0.0),
     ]
-    (found,) = unmixed(outside, turns(front=[(0.0, 5.0)])).values()
+    (found,) = unmixed(outside, schedule(front=[(0.0, 5.0)])).values()
     assert found.occupancy == pytest.approx((0.3 * 10 + 0.2 * 20) / (5 + 20))
     assert found.dram_activity == pytest.approx(0.4)
     assert found.tensor_activity is None
     assert found.sources["occupancy"] == "gpm, whole run"
-    both = unmixed(outside, turns(front=[(0.0, 5.0)], tail=[(5.0, 9.0)]))
+    both = unmixed(outside, schedule(front=[(0.0, 5.0)], tail=[(5.0, 9.0)]))
     assert both == {FRONT: DeviceUse(), TAIL: DeviceUse()}
 
 

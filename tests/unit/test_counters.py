@@ -12,8 +12,10 @@ from hybridpar.monitor.record import Gap, GpuSample, HostSample, RankSample, Rec
 from hybridpar.report.account import Account
 from hybridpar.report.comparison import Comparison, compare
 from hybridpar.report.counters import STALE_S, counters
+from hybridpar.report.devices import kernel_figure
 from hybridpar.report.kernels import Kernel, KernelUse, RankKernels, swept
 from hybridpar.report.overlay import both_traces
+from hybridpar.report.page import page
 from hybridpar.report.run import Run
 from hybridpar.report.trace import PROCESSES
 from tests.support.reports import run_of
@@ -111,6 +113,18 @@ def test_traced_steps_are_told_by_stage() -> None:
     )
     assert table.notes[0].startswith("steps 21-22 of 2 ranks (0-1), as shares of the window")
     assert table.notes[0].endswith("Kineto's estimates from how kernels were launched")
+
+
+def test_the_page_draws_the_occupancy_of_traced_kernels_by_stage() -> None:
+    run = replace(run_of(), traces=tuple(traced()))
+    figure = kernel_figure(run.traces, Account.of(run).turns)
+    assert figure is not None
+    (legend,) = [axes.get_legend() for axes in figure.axes]
+    assert [text.get_text() for text in legend.get_texts()] == ["front: 50% below 50 %"]
+    heights = [patch.get_data().values for patch in figure.axes[0].patches]
+    assert list(heights[0]) == pytest.approx([0, 0, 50, 0, 0, 0, 50, 0, 0, 0])
+    assert "occupancy kernel by kernel" in page([Account.of(run)])
+    assert kernel_figure((), {}) is None
 
 
 def test_without_occupancies_the_table_says_unknown_and_without_traces_there_is_none() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hybridpar.planning.plan import Plan
 from hybridpar.profiling.analytic import estimate
 from hybridpar.report.comparison import compare
 from hybridpar.report.run import Run
+from hybridpar.runtime import feed
 
 BATCH = torch.randn(2, 1, 4, 4), torch.tensor([0, 2])
 
@@ -114,3 +116,17 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         hybridpar.recording(job, tmp_path / "run", monitor="required"),
     ):
         pass
+
+
+def test_a_feed_tells_how_long_a_batch_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for at 0 and 6, there at 5 and 9; at 20 there is no more."""
+    data = [
+        (torch.zeros(1, 4, 4), 0),
+        (torch.ones(1, 4, 4), 1),
+        (torch.ones(1, 4, 4), 2),
+        (torch.ones(1, 4, 4), 0),
+    ]
+    loader = wrapped().loader(data)
+    ticks = iter((0.0, 5.0, 6.0, 9.0, 20.0))
+    monkeypatch.setattr(feed, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert [batch.waited_s for batch in loader] == [5.0, 3.0]
