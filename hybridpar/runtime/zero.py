@@ -56,7 +56,7 @@ def make_engines(process: Process, optimizer: OptimizerFactory, recipe: Recipe) 
         check_offload(process.device.type)
     os.environ.setdefault("LOCAL_RANK", str(process.place.local_rank))
     os.environ.setdefault("DS_ACCELERATOR", process.device.type)
-    _import_deepspeed()  # before the job begins to measure its memory
+    import_deepspeed()  # before the job begins to measure its memory
 
     def make(position: Position, blocks: Sequence[BlockModules], groups: Sequence[ParameterGroup]) -> ZeroEngine:
         check_grouped(optimizer, groups)
@@ -218,7 +218,8 @@ def _mapping(parameter: Any) -> Any:
     return parameter._hp_mapping  # noqa: SLF001 - what its own public functions read
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """Return DeepSpeed, quiet and without what it would compile. Raises ImportError where it is missing."""
     import deepspeed  # noqa: PLC0415 - seconds, and an optional dependency
     from deepspeed.utils import logger  # noqa: PLC0415
 
@@ -232,7 +233,7 @@ def _make_sharded(
     module: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup, config: Mapping[str, Any]
 ) -> Any:
     """Return DeepSpeed's optimizer, which then leaves backwards alone."""
-    engine, *_ = _import_deepspeed().initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=module, optimizer=optimizer, config=dict(config), mpu=_Replicas(group), dist_init_required=False
     )
     for hook in engine.optimizer._grad_acc_hooks:  # noqa: SLF001 - they would reduce gradients by themselves

@@ -49,7 +49,7 @@ def measured(work: Work, micro_batch: int, micro_batches: int) -> list[float]:
 
 def _layer_s(work: Work, index: int, micro_batch: int, micro_batches: int) -> float:
     layer, own = work.part(index, index + 1), work.traced.chain.layers[index]
-    x = torch.randn(micro_batch, *own.in_shape, requires_grad=index > 0)
+    x = torch.randn(micro_batch, *own.in_shape, dtype=work.dtype, requires_grad=index > 0)
     parameters = list(layer.parameters())
 
     def passes() -> None:

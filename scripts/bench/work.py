@@ -24,7 +24,7 @@ UPDATES: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What everybody trains, on the same samples and from the same weights, in float32."""
+    """What everybody trains, on the same samples and from the same weights."""
 
     source: Source
     """The model with its dropouts as they are, and its initial weights, made by those who hold them."""
@@ -38,6 +38,8 @@ class Work:
     """Of weights and samples."""
     dropout: bool = False
     """Whether the model's dropouts drop: each contestant's own way, so that losses agree only without."""
+    dtype: torch.dtype = torch.float32
+    """Of parameters, samples and computation."""
 
     def channels_last(self) -> Work:
         """Return the same work for who has images and weights so in memory."""
@@ -46,7 +48,7 @@ class Work:
 
     def whole(self) -> nn.Module:
         """Return the model with its initial weights."""
-        module = blank(self.source.module, "cpu")
+        module = blank(self.source.module, "cpu").to(self.dtype)
         self._fill(module, {name: name for name in named_tensors(module)})
         return module
 
@@ -54,7 +56,7 @@ class Work:
         """Return the layers from ``first`` up to ``last`` with their initial weights, and torch's own dropouts."""
         layers = []
         for index in range(first, last):
-            layer = blank(self.traced.modules[index], "cpu")
+            layer = blank(self.traced.modules[index], "cpu").to(self.dtype)
             self._fill(layer, self.traced.names[index])
             layers.append(_unkeyed(layer))
         return nn.Sequential(*layers)
@@ -70,7 +72,7 @@ class Work:
         """Return all samples of a step, (samples, ...) and (samples,) int64; every rank makes the same ones."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chain = self.traced.chain
-        x = torch.randn(self.global_batch, *chain.in_shape, generator=generator)
+        x = torch.randn(self.global_batch, *chain.in_shape, generator=generator).to(self.dtype)
         return x, torch.randint(chain.classes, (self.global_batch,), generator=generator)
 
     def sgd(self, parameters: Iterable[Any], update: str = "fused") -> torch.optim.Optimizer:
@@ -81,7 +83,7 @@ class Work:
         """Give a module its initial weights; ``names`` are those in the model, by those in the module."""
         with torch.no_grad():
             for name, tensor in named_tensors(module).items():
-                tensor.copy_(self.source.materialize(names[name], self.seed))
+                tensor.copy_(self.source.materialize(names[name], self.seed, self.dtype))
         self.silence(module)
 
 

@@ -19,13 +19,13 @@ from scripts.bench.cluster.contestants.contestant import Options
 from scripts.bench.cluster.contestants.floor import Floor
 from scripts.bench.cluster.setting import Setting
 from scripts.bench.cluster.task import Seen, Task
-from scripts.bench.cluster.training import work_of
+from scripts.bench.cluster.training import comparable_work_of, work_of
 from scripts.bench.cluster.worker import run
 from tests.support.processes import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 VGG = Setting("small_vgg", images_per_rank=6, image=8, classes=10)
-NORMED = Setting("resnet18", images_per_rank=8, image=64, classes=10, hosts=2)
+NORMED = Setting("resnet18", images_per_rank=8, image=32, classes=10, hosts=2)
 CASES: dict[str, tuple[str, Setting, Options]] = {
     "floor": ("floor", VGG, {"micro_batch": 8, "channels_last": True, "update": "loop"}),
     "ddp": ("ddp", VGG, {"bucket_mb": 1}),
@@ -35,6 +35,17 @@ CASES: dict[str, tuple[str, Setting, Options]] = {
     "torch_gpipe": ("torch_gpipe", VGG, {"micro_batch": 4}),
     "torch_1f1b": ("torch_1f1b", VGG, {"micro_batch": 4, "replicas": 2, "channels_last": True}),
     "torch_interleaved": ("torch_interleaved", VGG, {"micro_batch": 6, "balance": "counted"}),
+    "ddp_bf16": ("ddp_bf16", VGG, {}),
+    "fsdp2": ("fsdp2", VGG, {"unit_mb": 1, "reshard": True}),
+    "fsdp2, whole": ("fsdp2", VGG, {"update": "foreach"}),
+}
+DEEPSPEED = Setting("small_vgg", images_per_rank=8, image=8, classes=10, hosts=2)
+DEEPSPEED_CASES: dict[str, tuple[str, Setting, Options]] = {
+    "deepspeed_zero1": ("deepspeed_zero1", DEEPSPEED, {}),
+    "deepspeed_zero1, micro-batches": ("deepspeed_zero1", DEEPSPEED, {"overlap": False, "micro_batch": 4}),
+    "deepspeed_zero2": ("deepspeed_zero2", DEEPSPEED, {"bucket_mb": 1}),
+    "deepspeed_zero2, micro-batches": ("deepspeed_zero2", DEEPSPEED, {"micro_batch": 4, "update": "foreach"}),
+    "deepspeed_pipeline": ("deepspeed_pipeline", DEEPSPEED, {"micro_batch": 2}),
 }
 NORMED_CASES: dict[str, tuple[str, Setting, Options]] = {
     "ddp": ("ddp", NORMED, {}),
@@ -55,7 +66,7 @@ def stages(kind: str, chain: Chain, world: int) -> tuple[Stage, ...]:
 
 
 def write_plan(kind: str, setting: Setting, folder: Path) -> str:
-    chain, path = work_of(setting, dropout=False).traced.chain, folder / f"{kind}.json"
+    chain, path = work_of(setting).traced.chain, folder / f"{kind}.json"
     own = stages(kind, chain, setting.world)
     plan = Plan(chain.model, chain.fingerprint, setting.world, setting.global_batch, "float32", own)
     validate(plan, chain)
@@ -82,7 +93,7 @@ def difference(task: Task, losses: list[float]) -> float:
     """How far losses are from those of one process that normalises over the same samples."""
     single = parity.reference(task, task.out)
     assert single is not None
-    work = work_of(single.setting, dropout=False)
+    work = comparable_work_of(single.setting)
     loop = Floor(work, **single.options)
     return parity.difference(losses, [loop.step(*work.samples(step)) for step in range(parity.STEPS)])
 
@@ -105,6 +116,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Task, l
 
 
 @pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Task, list[Seen]]]:
+    return train(DEEPSPEED_CASES, tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.fixture(scope="module")
 def normed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Task, list[Seen]]]:
     return train(NORMED_CASES, tmp_path_factory.mktemp("normed"))
 
@@ -114,7 +130,10 @@ def check(task: Task, seen: list[Seen]) -> None:
     assert all(s.losses == seen[0].losses for s in seen)
     assert len(seen[0].losses) == parity.STEPS
     assert len(set(seen[0].losses)) == parity.STEPS
-    assert difference(task, seen[0].losses) < parity.AGREEMENT
+    if find(task.contestant).lossy:
+        assert parity.AGREEMENT / 10 < difference(task, seen[0].losses) < 1e-3
+    else:
+        assert difference(task, seen[0].losses) < parity.AGREEMENT
     for s in seen:
         assert len(s.step_s) == len(s.cpu_s) == task.steps
         assert s.bytes["lo"][0] > 0
@@ -127,6 +146,14 @@ def test_losses_are_those_of_one_process(name: str, trained: dict[str, tuple[Tas
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", DEEPSPEED_CASES)
+def test_losses_under_deepspeed_are_those_of_one_process(
+    name: str, deepspeed: dict[str, tuple[Task, list[Seen]]]
+) -> None:
+    check(*deepspeed[name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMED_CASES)
 def test_batch_norms_see_the_samples_of_a_micro_batch(
     name: str, normed: dict[str, tuple[Task, list[Seen]]]
@@ -136,7 +163,7 @@ def test_batch_norms_see_the_samples_of_a_micro_batch(
 
 def test_a_loop_over_micro_batches_does_what_one_over_the_batch_does(tmp_path: Path) -> None:
     task = task_of(*CASES["floor"], tmp_path)
-    work = work_of(VGG, dropout=False)
+    work = comparable_work_of(VGG)
     loop = Floor(work, **task.options)
     losses = [loop.step(*work.samples(step)) for step in range(parity.STEPS)]
     single = replace(task, options={})
@@ -145,7 +172,7 @@ def test_a_loop_over_micro_batches_does_what_one_over_the_batch_does(tmp_path: P
 
 def test_another_learning_rate_is_other_work(tmp_path: Path) -> None:
     """The agreement that is asked for sees an error of a tenth in the gradients."""
-    work = work_of(VGG, dropout=False)
+    work = comparable_work_of(VGG)
     loop = Floor(replace(work, rate=1.1 * work.rate))
     losses = [loop.step(*work.samples(step)) for step in range(parity.STEPS)]
     assert difference(task_of("floor", VGG, {}, tmp_path), losses) > 10 * parity.AGREEMENT

@@ -10,7 +10,7 @@ from scripts.bench.cluster.task import Task
 
 STEPS = 5
 AGREEMENT = 1e-5
-"""By what share the losses of the first steps may differ: float32, summed in another order."""
+"""By what share the losses of the first steps may differ: roundings of float32, summed in another order."""
 
 
 def reference(task: Task, out: str) -> Task | None:

@@ -23,7 +23,7 @@ from hybridpar.runtime.process import Place
 from scripts.bench.cgroups import join_own
 from scripts.bench.cluster.contestants import find
 from scripts.bench.cluster.task import Seen, Task
-from scripts.bench.cluster.training import work_of
+from scripts.bench.cluster.training import comparable_work_of, work_of
 
 _COUNTERS = Path("/proc/self/net/dev")
 """Of the interfaces in this process's network namespace: proc(5)."""
@@ -47,7 +47,7 @@ def main() -> None:
 def run(task: Task, seen: Seen) -> None:
     """Join the other ranks and train; notes in ``seen`` what is known so far."""
     process().join()
-    work = work_of(task.setting, dropout=not task.losses)
+    work = comparable_work_of(task.setting) if task.losses else work_of(task.setting)
     meter = MemoryMeter(torch.device("cpu"))
     contestant = find(task.contestant)(work, **task.options)  # type: ignore[call-arg]
     join_own()  # starting up is not measured, and need not be slow

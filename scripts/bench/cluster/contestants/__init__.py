@@ -10,6 +10,11 @@ from scripts.bench.cluster.contestants.contestant import Contestant
 CONTESTANTS = {
     "hybridpar": "ours.Hybridpar",
     "ddp": "ddp.DataParallel",
+    "ddp_bf16": "ddp.RoundedDataParallel",
+    "fsdp2": "fsdp.FullySharded",
+    "deepspeed_zero1": "deep_speed.ZeroOne",
+    "deepspeed_zero2": "deep_speed.ZeroTwo",
+    "deepspeed_pipeline": "deep_speed.Pipeline",
     "torch_gpipe": "torch_pipeline.GPipe",
     "torch_1f1b": "torch_pipeline.OneForwardOneBackward",
     "torch_interleaved": "torch_pipeline.Interleaved",

@@ -40,6 +40,11 @@ class Contestant(ABC):
         """
 
 
+def own_micro_batches(setting: Setting) -> list[int | None]:
+    """Return micro-batches that divide a rank's samples: all of them at once, a half and a quarter."""
+    return [None, *(setting.images_per_rank // n for n in (2, 4) if setting.images_per_rank % n == 0)]
+
+
 def product(**choices: list[Any]) -> list[Options]:
     """Return every combination of some choices; the last choice varies fastest."""
     return [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]

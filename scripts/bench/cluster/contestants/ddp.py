@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from scripts.bench.cluster.contestants.contestant import Contestant, Options, product
+from scripts.bench.cluster.contestants.contestant import Contestant, Options, own_micro_batches, product
 from scripts.bench.cluster.setting import Setting
 from scripts.bench.work import Work
 
@@ -50,9 +52,13 @@ class DataParallel(Contestant):
 
     @classmethod
     def grid(cls, setting: Setting) -> list[Options]:
-        """Return sizes of buckets, memory formats and ways to update."""
-        del setting
-        return product(bucket_mb=[25, 8, 100], channels_last=[False, True], update=["fused", "foreach"])
+        """Return sizes of buckets and micro-batches, memory formats and ways to update."""
+        return product(
+            bucket_mb=[25, 8, 100],
+            micro_batch=own_micro_batches(setting),
+            channels_last=[False, True],
+            update=["fused", "foreach"],
+        )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Train; gradients of all micro-batches but the last stay here."""
@@ -66,6 +72,16 @@ class DataParallel(Contestant):
             share += loss.item()
         self._optimizer.step()
         return share
+
+
+class RoundedDataParallel(DataParallel):
+    """DistributedDataParallel that sums gradients in bfloat16."""
+
+    lossy: ClassVar[bool] = True
+
+    def __init__(self, work: Work, **options: Any) -> None:
+        super().__init__(work, **options)
+        self._model.register_comm_hook(None, bf16_compress_hook)
 
 
 def own(whole: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 from hybridpar.api import process
 from hybridpar.planning.blocks import positions
 from hybridpar.planning.layout import chunks
-from hybridpar.planning.plan import Plan
+from hybridpar.planning.plan import Plan, Precision
 from hybridpar.runtime.job import Job
 from scripts.bench.cluster.contestants.contestant import Contestant, Options, product
 from scripts.bench.cluster.setting import Setting
 from scripts.bench.cluster.training import work_of
 from scripts.bench.work import Work
+
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class Hybridpar(Contestant):
@@ -33,6 +36,7 @@ class Hybridpar(Contestant):
         if channels_last:
             work = work.channels_last()
         place, loaded = process(), Plan.load(Path(plan), work.traced.chain)
+        loaded = replace(loaded, precision=_PRECISIONS[work.dtype])
         self._job = Job(
             loaded,
             work.traced,
@@ -54,7 +58,7 @@ class Hybridpar(Contestant):
     @classmethod
     def norm_samples(cls, setting: Setting, options: Options) -> int | None:
         """Return how many samples a rank with batch norms has at a time, if that is one number under the plan."""
-        work = work_of(setting, dropout=True)
+        work = work_of(setting)
         chain = (work.channels_last() if options.get("channels_last") else work).traced.chain
         plan = Plan.load(Path(options["plan"]), chain)
         normed = [p for p in positions(plan) if any(chain.layers[i].batch_norm for i in range(*p.layers))]

@@ -28,16 +28,16 @@ def cuts(work: Work, stages: int, micro_batch: int, micro_batches: int, balance:
     return bounds
 
 
-def pipeline_grid(setting: Setting) -> list[Options]:
-    """Return micro-batches, numbers of replicas of the pipeline, memory formats, and what balances the cuts."""
-    sizes = [n for n in (setting.images_per_rank // 2, setting.images_per_rank, setting.images_per_rank // 4) if n]
-    replicas = [1] + [2] * (setting.world % 2 == 0 and setting.world > 2)
-    return [
-        {"micro_batch": size, **other}
-        for other in product(replicas=replicas, channels_last=[False, True], balance=["measured", "counted"])
-        for size in sizes
-        if other["balance"] == "measured" or not other["channels_last"]
-    ]
+def pipeline_grid(setting: Setting, **more: list[Any]) -> list[Options]:
+    """Return micro-batches, replicas of the pipeline, balances of the cuts, ways to update, and ``more``."""
+    images = setting.images_per_rank
+    return product(
+        micro_batch=[images // 2, images, images // 4] if images % 4 == 0 else [images],
+        replicas=[1, 2] if setting.world % 2 == 0 and setting.world > 2 else [1],
+        **more,
+        balance=["measured", "counted"],
+        update=["fused", "foreach"],
+    )
 
 
 class Stage(nn.Module):

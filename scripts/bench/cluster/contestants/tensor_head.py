@@ -84,17 +84,15 @@ def _head_start(work: Work) -> int:
 
 def _head(work: Work, start: int) -> tuple[nn.Sequential, int]:
     """Return this rank's share of the layers from ``start`` on, and the first of its classes."""
-    layers: list[nn.Module] = []
+    make, layers = work.source.materialize, list[nn.Module]()
     columns, shared, first = False, torch.Generator().manual_seed(work.seed), 0
     for index in range(start, len(work.traced.modules)):
         module, names = work.traced.modules[index], work.traced.names[index]
         if isinstance(module, nn.Linear):
             columns = not columns
             first, last = _share(module.out_features if columns else module.in_features)
-            weight = work.source.materialize(names["weight"], work.seed, part=Part(int(not columns), first, last))
-            bias = work.source.materialize(
-                names["bias"], work.seed, part=Part(0, first, last) if columns else None
-            )
+            weight = make(names["weight"], work.seed, work.dtype, Part(int(not columns), first, last))
+            bias = make(names["bias"], work.seed, work.dtype, Part(0, first, last) if columns else None)
             if columns:
                 layers.append(_Columns(weight, bias, copies=any(isinstance(layer, _Rows) for layer in layers)))
             else:

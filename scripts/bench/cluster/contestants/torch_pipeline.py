@@ -75,7 +75,7 @@ class TorchPipeline(Contestant):
     @classmethod
     def grid(cls, setting: Setting) -> list[Options]:
         """Return micro-batches, replicas, memory formats and balances."""
-        return pipeline_grid(setting)
+        return pipeline_grid(setting, channels_last=[False, True])
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Train; the last rank of a pipeline knows its loss."""
