@@ -45,15 +45,15 @@ class Child:
         """Process id."""
         return self._process.pid
 
-    def first(self, timeout_s: float) -> Answer:
-        """Wait for the first answer, and make one where the process ends without, or takes too long."""
+    def first(self, timeout_s: float) -> Answer | None:
+        """Wait for the first answer, and make one where the process ends without; None: there is none in time."""
         deadline_s = time.monotonic() + timeout_s
         while (open_ := self._receive(max(0.0, deadline_s - time.monotonic()))) is not None:
             if self._new:
                 return self._new.pop(0)
             if not open_:
                 return self._note(self._last_words())
-        return self._note(f"the sampler did not answer within {timeout_s:g} s")
+        return None
 
     def news(self) -> list[Answer]:
         """Return the answers since the last call, without waiting; that the process is gone is one, once."""

@@ -22,6 +22,8 @@ Mode = Literal["auto", "off", "required"]
 
 START_TIMEOUT_S = 30.0
 """For the driver to initialise all GPUs of a node, which takes seconds where persistence mode is off."""
+PATIENCE_S = 5.0
+"""Of a training that goes on without GPU data as well, and then hears later that there is some."""
 CLOSE_TIMEOUT_S = 5.0
 """For the sampler to end by itself."""
 
@@ -63,9 +65,9 @@ class Monitor:
 
     def _hear(self, answers: Sequence[Answer]) -> list[str]:
         for answer in answers:
-            if answer.kind == "ended":
+            if answer.kind != "gap":
                 self.reason = answer.reason
-        return [str(answer.reason) for answer in answers]
+        return [answer.reason or "there is data of GPUs from now on" for answer in answers]
 
     def __enter__(self) -> Monitor:
         return self
@@ -85,7 +87,8 @@ def start(
 ) -> Monitor:
     """Start sampling this node and its GPUs into a file; call it in one process per node.
 
-    Returns once the sampler answers. What happens to it later reaches the caller by ``Monitor.news`` only.
+    Returns once the sampler answers, or where it is not "required" after ``PATIENCE_S``. What happens to it later
+    reaches the caller by ``Monitor.news`` only.
 
     Args:
         path: file of JSON lines (``hybridpar.monitor.record``), appended to; its folder is made where missing.
@@ -133,8 +136,10 @@ def _launch(settings: Settings, *, required: bool) -> Monitor:
         child = Child(settings)
     except OSError as e:
         return Monitor(None, f"the sampler cannot start: {e}")
-    answer = child.first(START_TIMEOUT_S)
-    if answer.kind == "started":
+    answer = child.first(START_TIMEOUT_S if required else PATIENCE_S)
+    if answer is None and not required:
+        return Monitor(child, f"the sampler did not answer within {PATIENCE_S:g} s, and may do so yet")
+    if answer is not None and answer.kind == "started":
         return Monitor(child, answer.reason, required=required)
     child.end(grace_s=1.0)
-    return Monitor(None, answer.reason)
+    return Monitor(None, answer.reason if answer else f"the sampler did not answer within {START_TIMEOUT_S:g} s")

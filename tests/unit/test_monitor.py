@@ -86,8 +86,32 @@ def test_a_path_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("nvml")
 def test_a_driver_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVML_STUB", "hang")
-    monkeypatch.setattr(sampler, "START_TIMEOUT_S", 0.5)
-    assert "did not answer" in (start(tmp_path / "m.jsonl").reason or "")
+    monkeypatch.setattr(sampler, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(sampler, "CLOSE_TIMEOUT_S", 0.1)
+    monitor = start(tmp_path / "m.jsonl")
+    assert "did not answer within 0.2 s" in (monitor.reason or "")
+    assert monitor.news() == []
+    (told,) = monitor.close()
+    assert told == monitor.reason == "the sampler hung and did not end within 0.1 s"
+    assert gaps(tmp_path / "m.jsonl") == [told]
+
+
+@pytest.mark.usefixtures("nvml")
+def test_required_waits_for_a_driver_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVML_STUB", "hang")
+    monkeypatch.setattr(sampler, "START_TIMEOUT_S", 0.2)
+    with pytest.raises(MonitorError, match="required, but the sampler did not answer within 0"):
+        start(tmp_path / "m.jsonl", mode="required")
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_driver_that_takes_its_time_is_heard_of_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "PATIENCE_S", 0.0)
+    with start(tmp_path / "m.jsonl", FAST, uuids=UUIDS[:1]) as monitor:
+        assert "may do so yet" in (monitor.reason or "")
+        assert wait_for(monitor.news) == ["there is data of GPUs from now on"]
+        assert monitor.reason is None
+        wait_for(lambda: samples(tmp_path / "m.jsonl"))
 
 
 @pytest.mark.usefixtures("nvml")
