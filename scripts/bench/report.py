@@ -22,7 +22,6 @@ from pathlib import Path
 
 from hybridpar.monitor.record import GpuSample, HostSample, RankSample, Record, Traffic, to_line
 from hybridpar.monitor.settings import DEFAULT_MAX_BYTES
-from scripts.bench.about import machine, software
 
 BEGIN_S, STEP_S = 1_800_000_000.0, 0.1
 EVALUATIONS = 1000
@@ -132,11 +131,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10**6)
     parser.add_argument("--gpus", type=int, default=8)
     given = parser.parse_args()
+    measure(given.run, given.steps, given.gpus)
+    from scripts.bench.about import machine, software  # noqa: PLC0415 - its torch would count as the child's memory
+
+    print(f"{machine()}; {software()}")
+
+
+def measure(run: Path, steps: int, gpus: int) -> None:
+    """Print sizes and what the report took; a child's peak begins at its parent's memory."""
     with tempfile.TemporaryDirectory() as made:
         folder, page = Path(made, "run"), Path(made, "report.html")
-        lengthen(given.run, folder, given.steps, DEFAULT_MAX_BYTES, given.gpus)
+        lengthen(run, folder, steps, DEFAULT_MAX_BYTES, gpus)
         sizes = {p.name: p.stat().st_size / 2**20 for p in sorted(folder.glob("*.jsonl"))}
-        print(f"{machine()}; {software()}")
         print(", ".join(f"{name} {size:.1f} MiB" for name, size in sizes.items()))
         began_s = time.monotonic()
         subprocess.run(
@@ -146,7 +152,7 @@ def main() -> None:
         )
         took_s, used = time.monotonic() - began_s, resource.getrusage(resource.RUSAGE_CHILDREN)
         print(
-            f"report of {given.steps} steps: {took_s:.1f} s ({used.ru_utime + used.ru_stime:.1f} s of CPU), "
+            f"report of {steps} steps: {took_s:.1f} s ({used.ru_utime + used.ru_stime:.1f} s of CPU), "
             f"at most {used.ru_maxrss / 2**10:.0f} MiB resident, page {page.stat().st_size / 1e6:.2f} MB"
         )
 
