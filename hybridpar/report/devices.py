@@ -23,8 +23,8 @@ MOST_GPUS = 16
 MOST_HOSTS = 8
 MOST_LINES = 8
 """Ranks or interfaces in one figure."""
-LEAST_BYTES_PER_S = 1e3
-"""An interface that never moved more is not drawn."""
+LEAST_BYTES_PER_S, LEAST_SHARE = 1e3, 0.01
+"""An interface that never moved so much, nor such a share of the busiest one's peak, is not drawn."""
 _STRIP = 1.03, 0.045
 """Where the strip of stages lies above the axes, and how high it is, of their height."""
 _UNITS = (("s", 1.0, 300.0), ("min", 60.0, 18_000.0), ("h", 3600.0, math.inf))
@@ -131,11 +131,14 @@ def cpu_figure(record: HostRecord, turns: Mapping[int, Turns]) -> Figure:
 
 def network_figure(record: HostRecord) -> Figure | None:
     """Draw what went through a host's interfaces; None where nothing worth drawing did."""
+    both = {name: (record.sent[name], record.received[name]) for name in record.sent}
+    highest = {name: max(_highest(points) for points in own) for name, own in both.items()}
+    least = max(LEAST_BYTES_PER_S, LEAST_SHARE * max(highest.values(), default=0.0))
     lines = [
         (f"{name} {way}", points)
-        for name in record.sent
-        for way, points in (("sent", record.sent[name]), ("received", record.received[name]))
-        if max((y for _, y in points if not math.isnan(y)), default=0.0) > LEAST_BYTES_PER_S
+        for name, own in both.items()
+        if highest[name] >= least
+        for way, points in zip(("sent", "received"), own, strict=True)
     ]
     if not lines:
         return None
@@ -162,6 +165,10 @@ def _over_time(curves: Iterable[Sequence[Point]], name: str) -> tuple[Figure, Ax
     unit, unit_s = next((unit, seconds) for unit, seconds, most_s in _UNITS if length_s <= most_s)
     figure, axes = small_figure(name, unit, whole=False)
     return figure, axes, unit_s
+
+
+def _highest(points: Sequence[Point]) -> float:
+    return max((y for _, y in points if not math.isnan(y)), default=0.0)
 
 
 def _scaled(points: Sequence[Point], unit_s: float) -> tuple[list[float], list[float]]:

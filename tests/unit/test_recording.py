@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hybridpar.monitor.record import to_line
+from hybridpar.monitor.record import Traffic, to_line
 from hybridpar.planning.costs import wire_bytes
 from hybridpar.planning.program import Program
 from hybridpar.report.account import Account
 from hybridpar.report.comparison import programs_of
+from hybridpar.report.devices import network_figure
 from hybridpar.report.findings import Finding
 from hybridpar.report.recording import BINS, Recording
 from hybridpar.report.traffic import crossings, flows_of
@@ -130,6 +131,18 @@ def test_on_cpus_the_network_is_laid_beside_the_program() -> None:
     assert told(account, "hosts").rows[0][:3] == ("node0", "0-3", "2.16 of 4 (54%)")
     assert account.lacking == ()
     assert not [f for f in account.findings if f.title == "GPUs"]
+
+
+def test_an_interface_that_carries_next_to_nothing_is_not_drawn() -> None:
+    samples = [
+        replace(s, network={**s.network, "eth0": Traffic(9, 9, 5e4, 5e4)}) if s.network else s
+        for s in host_samples(9, (0,))
+    ]
+    figure = network_figure(recorded(samples).hosts[0])
+    assert figure is not None
+    assert [line.get_label() for line in figure.axes[0].lines] == ["lo sent", "lo received"]
+    quiet = [replace(s, network={name: Traffic(9, 9, 9.0, 9.0) for name in s.network}) for s in samples]
+    assert network_figure(recorded(quiet).hosts[0]) is None
 
 
 def test_what_is_missing_is_said_once() -> None:
