@@ -89,7 +89,7 @@ def _render(setting: Setting, arguments: argparse.Namespace, world: int, found: 
         theirs = [turn["step_s"] for turn in own]
         ratio = compare(theirs, ours) if options else compare(ours, theirs)
         lines.append(f"{row} {ratio.median:.3f} | {ratio.low:.3f} to {ratio.high:.3f} |")
-    if setting.model == CHAIN_OF_LINEARS:
+    if setting.model == CHAIN_OF_LINEARS and not options:
         other = next(own for name, own in turns.items() if name != Ours.name)
         pairs = zip(turns[Ours.name], other, strict=True)
         each_s = statistics.median(a["cpu_s"] - b["cpu_s"] for a, b in pairs) / found["actions"]

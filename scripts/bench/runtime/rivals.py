@@ -39,7 +39,7 @@ class Ours:
     name = "hybridpar"
 
     def __init__(self, work: Work, plan: Plan, **settings: Any) -> None:
-        given = {"optimizer": work.sgd, "in_shape": work.in_shape, **settings}
+        given = {"optimizer": work.sgd, "in_shape": work.traced.chain.in_shape, **settings}
         self.job = hybridpar.wrap(work.whole(), plan, **given)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
