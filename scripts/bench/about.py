@@ -41,6 +41,11 @@ def code() -> str:
     return found.hexdigest()[:12]
 
 
+def versions() -> str:
+    """Return the versions of Python and torch."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}"
+
+
 def software() -> str:
     """Return the commit of this tree, and the versions of Python and torch."""
-    return f"hybridpar {commit()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"hybridpar {commit()}, {versions()}"

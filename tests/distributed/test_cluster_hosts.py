@@ -70,7 +70,7 @@ def test_the_command_makes_a_table_and_goes_on_where_it_was(tmp_path: Path) -> N
     page = tmp_path / "page.md"
     page.write_text("<!-- cluster:small -->\n<!-- /cluster:small -->\n")
     short = ["--rounds", "1", "--profile-s", "4", "--probe-s", "4", "--tuning-s", "1"]
-    names = ["--contestants", "ddp", "hybridpar", "floor", "--candidates"]
+    names = ["--contestants", "ddp", "hybridpar", "floor"]
     command = [sys.executable, "-m", "scripts.bench.cluster", "small", *short, *names, "--out", str(tmp_path)]
     for launches in (True, False):
         done = subprocess.run(

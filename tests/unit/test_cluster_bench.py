@@ -14,6 +14,7 @@ from scripts.bench.beat import Beat
 from scripts.bench.cluster.agreement import Agreement
 from scripts.bench.cluster.cell import Cell, Conditions, Entry, Round, resumed
 from scripts.bench.cluster.folder import Folder
+from scripts.bench.cluster.plots import draw, draw_links
 from scripts.bench.cluster.rounds import Rounds
 from scripts.bench.cluster.runner import Runner, Steps
 from scripts.bench.cluster.setting import Setting
@@ -226,6 +227,29 @@ def test_other_work_and_a_bad_choice_are_told() -> None:
     assert found["vgg16-16-4x1-1g: the planner's choice over our best plan"].found == "1.2"
     assert found["our plans ranked as predicted"].holds is False
     assert held(compared(cell("ddp", 1.0)))["vgg16-16-4x1-1g: our step over that of ddp"].holds is None
+
+
+@pytest.mark.parametrize("error", ["killed: rank 0 took more memory than 1500 MB (see a.log)", None])
+def test_a_memory_limit_is_to_kill_data_parallelism_only(error: str | None) -> None:
+    setting = replace(VGG16, memory_mb=1500)
+    ddp = cell("ddp", setting=setting, problem=error) if error else cell("ddp", 3.0, setting=setting)
+    found = held(compared(cell("hybridpar", 1.0, setting=setting), ddp, setting=setting))
+    verdict = found["vgg16-16-4x1-3.3g-1500mb: DDP is killed for its memory, and our plan trains"]
+    assert verdict.holds is (error is not None)
+    assert "ours trains" in verdict.found
+
+
+def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
+    settings = [replace(VGG16, gbit_per_s=g) for g in (1.0, 3.3)]
+    results = [
+        compared(cell("hybridpar", 1.0, setting=s, predicted_s=0.9), cell("ddp", 2.0, setting=s), setting=s)
+        for s in settings
+    ]
+    draw(results, tmp_path / "bars.svg")
+    assert "vgg16-16-4x1-3.3g" in (tmp_path / "bars.svg").read_text()
+    assert draw_links(results, tmp_path / "links.svg")
+    assert not draw_links(results[:1], tmp_path / "none.svg")
+    assert {p.name for p in tmp_path.iterdir()} == {"bars.svg", "links.svg"}
 
 
 def test_the_table_has_everybody() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hybridpar.errors import ConfigError, HybridparError
 from hybridpar.schema import to_data
-from scripts.bench.about import code, commit, machine, software
+from scripts.bench.about import code, commit, machine, versions
 from scripts.bench.beat import Beat
 from scripts.bench.cgroups import CgroupError, Cgroups
 from scripts.bench.children import ROOT
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--only {arguments.only}: no setting of {arguments.table} has this in its name ({names})"
         )
-    conditions = Conditions(commit(), code(), machine(), software(), arguments.warm_up, arguments.steps)
+    conditions = Conditions(commit(), code(), machine(), versions(), arguments.warm_up, arguments.steps)
     folder = Folder(arguments.out / conditions.code)
     if not arguments.render:
         Hosts(1).close()  # refused before any work is done
@@ -129,6 +129,7 @@ def _about(arguments: argparse.Namespace, conditions: Conditions, results: list[
     """Return when, where and how the tables were made."""
     rounds = [r for result in results for row in result.rows for r in row.cell.rounds]
     dates = sorted(r.date for r in rounds)
+    commits = {row.cell.conditions.commit for result in results for row in result.rows}
     beats = [r.beat_s for r in rounds if r.beat_s is not None]
     speed = (
         f"the slowest launch's beat took {max(beats) / min(beats):.2f} times the fastest one's" if beats else ""
@@ -137,7 +138,7 @@ def _about(arguments: argparse.Namespace, conditions: Conditions, results: list[
         "command": f"`python -m scripts.bench.cluster {arguments.table}`",
         "taken": f"{dates[0]} to {dates[-1]} UTC" if dates else "never",
         "machine": conditions.machine,
-        "software": conditions.software,
+        "software": f"hybridpar {', '.join(sorted(commits)) or conditions.commit}, {conditions.versions}",
         "a launch": f"{conditions.warm_up} step(s) of warm-up, {conditions.steps} timed",
         "machine's speed": speed or "not known",
     }

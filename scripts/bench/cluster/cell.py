@@ -23,7 +23,8 @@ class Conditions:
     code: str
     """Digest of all that is measured and measures, so that a changed document makes nothing stale."""
     machine: str
-    software: str
+    versions: str
+    """Of Python and torch."""
     warm_up: int
     """Steps of a launch that are not timed."""
     steps: int
@@ -31,7 +32,7 @@ class Conditions:
 
     def same(self, other: Conditions) -> bool:
         """Whether what was measured under ``other`` need not be measured again."""
-        return replace(self, commit="", software="") == replace(other, commit="", software="")
+        return replace(self, commit=other.commit) == other
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ PORT = 29500
 """Of the store on the first host, whose ports nobody else has."""
 GRACE_S = 5.0
 """Where a rank failed, the others get so long to tell what they saw of it."""
+KILLED = "killed"
+"""What an error begins with, of a rank that took more memory than its device has."""
 PAUSE_S = 0.05
 """Between two looks at the ranks."""
 
@@ -50,7 +52,7 @@ def on_hosts(
             hungry = cgroups.out_of_memory()
         if hungry:
             rank, limit = hungry[0], setting.memory_mb
-            raise LaunchFailedError(f"killed: rank {rank} took more memory than {limit} MB (see {logs[rank]})")
+            raise LaunchFailedError(f"{KILLED}: rank {rank} took more memory than {limit} MB (see {logs[rank]})")
         if failed is not None:
             code = ranks[failed].returncode
             why = f"no end after {timeout_s:.0f} s" if code is None else f"rank {failed} ended with {code}"

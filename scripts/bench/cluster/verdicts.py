@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from scripts.bench.cluster.field import OURS
+from scripts.bench.cluster.launch import KILLED
 from scripts.bench.cluster.summary import DDP, Result, Row
 from scripts.bench.cluster.tables import VGG16
 
@@ -40,6 +41,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
         found.append(_as_fast(result))
         found += _of_vgg16(result)
         found += _choice(result)
+        found += _memory(result)
     return found + _predictions(results)
 
 
@@ -80,6 +82,19 @@ def _of_vgg16(result: Result) -> list[Verdict]:
         what = f"{result.setting.name}: the best pipeline's step over ours"
         found.append(_at_least(what, TO_PIPELINE, min(ratios, default=None)))
     return found
+
+
+def _memory(result: Result) -> list[Verdict]:
+    """Return whether a memory limit is one that data parallelism exceeds and our plan keeps."""
+    if result.setting.memory_mb is None:
+        return []
+    row = next((row for row in result.rows if row.name == DDP), None)
+    what = f"{result.setting.name}: DDP is killed for its memory, and our plan trains"
+    if row is None:
+        return [Verdict(what, "so", "not measured", None)]
+    killed, trains = KILLED in (row.cell.error or ""), result.of(OURS) is not None
+    found = f"DDP {row.cell.error or 'trains'}; ours {'trains' if trains else 'does not'}"
+    return [Verdict(what, "so", found, killed and trains)]
 
 
 def _over(result: Result, name: str) -> float | None:
