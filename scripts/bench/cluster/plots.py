@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,13 @@ from scripts.bench.cluster.setting import Setting
 from scripts.bench.cluster.summary import FLOOR, Result, Row
 
 OURS_COLOUR, PEER_COLOUR, FLOOR_COLOUR = "#1f6feb", "#8c959f", "#2da44e"
+LINES: dict[str, dict[str, Any]] = {
+    OURS: {"color": OURS_COLOUR, "linewidth": 2.4},
+    FLOOR: {"color": FLOOR_COLOUR, "linestyle": "--"},
+}
+"""How lines look that are not a peer's."""
+ABREAST = 4
+"""Panels next to each other."""
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -23,18 +31,22 @@ def draw(results: Sequence[Result], path: Path) -> None:
     if not shown:
         return
     most = max(len(r.rows) for r in shown)
-    panels = len(shown) + 1
-    figure = Figure(figsize=(4.6 * panels, 1.4 + 0.32 * most), layout="constrained")
-    axes = figure.subplots(1, panels)
+    columns = min(ABREAST, len(shown) + 1)
+    rows = math.ceil((len(shown) + 1) / columns)
+    figure = Figure(figsize=(4.6 * columns, rows * (1.4 + 0.32 * most)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, result in zip(axes, shown, strict=False):
         _bars(axis, result)
-    _predictions(axes[-1], shown)
+    _predictions(axes[len(shown)], shown)
+    for axis in axes[len(shown) + 1 :]:
+        axis.set_axis_off()
     figure.savefig(path)
 
 
 def draw_links(results: Sequence[Result], path: Path) -> bool:
     """Draw the step over the links' rate, where settings differ in nothing else; return whether there are such."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
+    from matplotlib.ticker import NullLocator  # noqa: PLC0415
 
     groups = [group for group in _by_links(results).values() if len(group) > 1]
     if not groups:
@@ -44,10 +56,15 @@ def draw_links(results: Sequence[Result], path: Path) -> bool:
         names = dict.fromkeys(row.name for result in group for row in result.rows)
         for name in names:
             points = [(r.setting.gbit_per_s, row.step_s) for r in group if (row := r.of(name)) is not None]
-            wide = 2.4 if name == OURS else 1.0
-            style = "--" if name == FLOOR else "-"
-            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, linewidth=wide, label=name)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **LINES.get(name, {}))
         axis.set(xscale="log", yscale="log", xlabel="Gbit/s", ylabel="s per step", title=_title(group[0].setting))
+        axis.set_xticks([r.setting.gbit_per_s for r in group])
+        axis.xaxis.set_minor_locator(NullLocator())
+        for part in (axis.xaxis, axis.yaxis):
+            part.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(visible=True, which="both", alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path)
