@@ -20,7 +20,7 @@ from hybridpar.planning.plan import Plan, Segment, Stage, validate
 from hybridpar.runtime import verify
 from hybridpar.runtime.job import Job
 from tests.support.counting import CountingExecutor, run_once
-from tests.support.runs import small, train_here
+from tests.support.runs import by_command, small, train_here
 from tests.support.threads import run_ranks
 from tests.support.training import SEED, Case, assemble, make_executor
 
@@ -254,6 +254,16 @@ CUSTOM = (
 def test_a_configured_training(tmp_path):
     summary = train_here(tmp_path, *CUSTOM, "train.epochs=1")
     assert (summary.steps, summary.test_samples) == (4, SIZE)
+
+
+def test_two_ranks_agree_with_one_process_under_a_plan_on_measured_times():
+    """The command measures layers, of which the first one takes a row of several tensors, plans, and verifies."""
+    measured = ("profile=measured", "profile.micro_batches=[1,8]", "profile.fractions=[1.0,0.5]")
+    brief = ("profile.budget_s=2", "profile.cache=false", f"train.global_batch={BATCH}", "train.device=cpu")
+    done = by_command(2, "verify", *CUSTOM, *measured, *brief, "plan=front_tail")
+    assert done.returncode == 0, done.stderr
+    assert "product on 2 ranks against a single process, float64: 2 steps of 13" in done.stdout
+    assert done.stdout.splitlines()[-1] == "all agree"
 
 
 @pytest.mark.parametrize(

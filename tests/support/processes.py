@@ -28,6 +28,9 @@ COMMON_IMPORTS = (
     "hybridpar.report.basis",
     "hybridpar.report.dry_run",
     "tests.support.trainer_worker",
+    "hydra.core.override_parser.overrides_parser",  # the rest is imported when a training begins
+    "torch._dynamo",
+    "torch.utils.tensorboard",
 )
 _zygotes: list[subprocess.Popen[str]] = []
 
