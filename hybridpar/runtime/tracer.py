@@ -104,10 +104,10 @@ class Tracer:
             return
         try:
             _, said = child.communicate(timeout=PATIENCE_S)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as e:
             child.kill()
             child.communicate()
-            raise
+            raise RuntimeError(f"that took more than {PATIENCE_S:g} s") from e
         if child.returncode:
             lines = said.decode(errors="replace").strip().splitlines()
             raise RuntimeError(lines[-1] if lines else f"exit code {child.returncode}")

@@ -67,12 +67,25 @@ def test_a_profiler_that_fails_ends_no_training(
     assert f"the profiler of rank 0 {failure}: broken on purpose" in capsys.readouterr().out
 
 
-def test_sums_that_fail_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("does", "patience_s", "said"),
+    [
+        ("echo no space left >&2; exit 1", 60.0, "no space left"),
+        ("exec sleep 99", 0.1, "that took more than 0.1 s"),
+    ],
+)
+def test_sums_that_fail_or_hang_are_told(
+    does: str,
+    patience_s: float,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tracer, "command", lambda _: ["sh", "-c", "echo no space left >&2; exit 1"])
+    monkeypatch.setattr(tracer, "command", lambda _: ["sh", "-c", does])
+    monkeypatch.setattr(tracer, "PATIENCE_S", patience_s)
     assert train_here(tmp_path, *TRACED).steps == 4
-    assert "left a trace that is not summed up: no space left" in capsys.readouterr().out
+    assert f"left a trace that is not summed up: {said}" in capsys.readouterr().out
 
 
 def test_a_training_that_ends_within_the_window_leaves_its_trace(tmp_path: Path) -> None:

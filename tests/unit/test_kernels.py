@@ -137,9 +137,10 @@ def ranged(
 
 
 def launched(number: int, at_us: float, start_us: float, dur_us: float, **args: Any) -> list[dict[str, Any]]:
+    """A kernel that another thread launches, as autograd's does in a backward."""
     name = args.pop("name", "gemm")
     return [
-        ranged("cudaLaunchKernel", at_us, 1.0, "cuda_runtime", correlation=number),
+        {**ranged("cudaLaunchKernel", at_us, 1.0, "cuda_runtime", correlation=number), "tid": 2},
         ranged(name, start_us, dur_us, "kernel", correlation=number, **args),
     ]
 
