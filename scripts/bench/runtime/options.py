@@ -19,6 +19,8 @@ from scripts.bench.runtime.rivals import AGREEMENT, Ours, Rival
 
 LOWERED = 2.0**-5
 """Agreement of a lowered dtype: its roundings, of which batch norm makes more where samples are few."""
+REORDERED = 1e-3
+"""Agreement of compiled layers, which sum in another order; 5e-4 was seen with batch norms over two samples."""
 LOSSY = 0.5
 """Agreement of gradients of low rank, which go another way from the first step on."""
 SGD: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, lr=RATE, momentum=0.9)
@@ -49,7 +51,7 @@ OPTIONS = {
     "recomputation": Option(recompute=True),
     "foreach optimizer": Option(optimizer=partial(SGD, foreach=True)),
     "optimizer that loops": Option(optimizer=partial(SGD, foreach=False)),
-    "compiled": Option(compiling=Compiling()),
+    "compiled": Option(compiling=Compiling(), agreement=REORDERED),
     "bfloat16 gradients": Option(compression=Compression("bfloat16"), agreement=LOWERED),
     "PowerSGD": Option(compression=Compression("power_sgd", warmup_steps=0), agreement=LOSSY),
 }
