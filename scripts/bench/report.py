@@ -44,8 +44,8 @@ def lengthen(run: Path, to: Path, steps: int, monitor_bytes: int, gpus: int) -> 
     for name in ("plan.json", "profile.json", "cluster.yaml", "summary.json"):
         if (run / name).exists():
             shutil.copy(run / name, to)
-    if (run / "timeline").exists():
-        shutil.copytree(run / "timeline", to / "timeline", dirs_exist_ok=True)
+    for path in (run / "timeline").glob("rank*.json"):
+        _place(path, to / "timeline" / path.name, gpus)
     plan = json.loads((run / "plan.json").read_text())
     extremes = Extremes(step=steps * 2 // 3, loss=123.0, step_s=7.5, occupancy=0.015625)
     with (to / "metrics.jsonl").open("w") as file:
@@ -56,6 +56,15 @@ def lengthen(run: Path, to: Path, steps: int, monitor_bytes: int, gpus: int) -> 
             file.write(json.dumps({"step": step, "epoch": 0, "loss": 1.0, "top1": reached, "top5": 1.0}) + "\n")
     _write_monitor(to / "monitor.jsonl", steps * STEP_S, monitor_bytes, gpus, plan["world"], extremes)
     return extremes
+
+
+def _place(timeline: Path, to: Path, gpus: int) -> None:
+    """Copy a rank's timeline as that of one on a GPU which the monitor samples."""
+    data = json.loads(timeline.read_text())
+    placed = {**data, "host": "node0", "gpu": f"GPU-{data['rank'] % gpus}"}
+    placed["epoch_s"] = BEGIN_S - data["steps"][0]["start_s"]
+    to.parent.mkdir(exist_ok=True)
+    to.write_text(json.dumps(placed))
 
 
 def _steps(steps: int, samples: int, extremes: Extremes) -> Iterator[str]:
