@@ -13,7 +13,7 @@ commands
   probe     measure the links between the processes of a job and write the cluster to probe.out;
             torchrun --nproc-per-node 4 -m hybridpar probe
   report    lay what was predicted of runs over what was measured, action by action, and advise what to change:
-            report RUN [RUN2 ...] [out=report.html] [pictures=FOLDER]
+            report RUN [RUN2 ...] [out=report.html] [pictures=FOLDER] [advice=false]
   monitor   show what a run does until it ends: stages, busy and occupancy bars, step time, advice:
             monitor RUN [every=SECONDS] [once=true]
   export    write a checkpoint as a plain state dict: export RUN_OR_CHECKPOINT out=model.safetensors (or .pt)

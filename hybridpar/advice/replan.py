@@ -8,7 +8,7 @@ from hybridpar.config import Config
 from hybridpar.errors import PlanError
 from hybridpar.planning.compression import Compression
 from hybridpar.planning.plan import Kind, Plan, Prediction
-from hybridpar.planning.request import STAGES_OF, Pin, Request, Shape
+from hybridpar.planning.request import STAGES_OF, Effort, Pin, Request, Shape
 from hybridpar.planning.search import search
 from hybridpar.planning.trial import Trials
 from hybridpar.report.advice import Forecast
@@ -16,6 +16,8 @@ from hybridpar.report.basis import Basis
 
 LEAST_GAIN = 0.02
 """Of the throughput; what gains less is not advised."""
+MOST_EFFORT: Effort = "normal"
+"""A plan that was searched for long is compared with one of this effort, as several are searched for."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class Replanner:
 def _asked(config: Config | None, plan: Plan) -> Change:
     """Return the request behind a plan; where it is unknown, or a file, the request for a plan of its shape."""
     if config is not None and config.plan.shape != "from_file":
-        return Change(replace(config.request(), global_batch=plan.global_batch), ())
+        request = config.request()
+        effort = MOST_EFFORT if request.effort in {"long", "exact"} else request.effort
+        return Change(replace(request, global_batch=plan.global_batch, effort=effort), ())
     kinds = tuple(stage.kind for stage in plan.stages)
     shape: Shape = next((s for s, own in STAGES_OF.items() if own == kinds), "auto")
     if config is None:

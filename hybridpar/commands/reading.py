@@ -13,20 +13,28 @@ from hybridpar.errors import ConfigError
 if TYPE_CHECKING:
     from hybridpar.report.account import Account
 
+OPTIONS = ("out=", "pictures=", "advice=")
+
 
 def report(arguments: Sequence[str]) -> None:
-    """Lay predicted over measured, and advise: ``report RUN [RUN2 ...] [out=FILE.html] [pictures=FOLDER]``."""
+    """Lay predicted over measured, and advise: ``report RUN [RUN2 ...] [out=FILE.html] [pictures=FOLDER]``.
+
+    ``advice=false`` leaves the advice out.
+    """
     from hybridpar.report import run_text  # noqa: PLC0415
     from hybridpar.report.account import Account  # noqa: PLC0415
 
-    options = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "pictures=")))
-    folders = [Path(a).expanduser() for a in arguments if not a.startswith(("out=", "pictures="))]
-    if not folders or any("=" in str(folder) and not folder.exists() for folder in folders):
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(OPTIONS))
+    folders = [Path(a).expanduser() for a in arguments if not a.startswith(OPTIONS)]
+    named = any("=" in str(folder) and not folder.exists() for folder in folders)
+    if not folders or named or options.get("advice", "true") not in {"true", "false"}:
         raise ConfigError(
-            f"report {' '.join(arguments)}: takes the folders of one or more runs, out=FILE.html for a page, and "
-            "pictures=FOLDER for pictures of one run's step"
+            f"report {' '.join(arguments)}: takes the folders of one or more runs, out=FILE.html for a page, "
+            "pictures=FOLDER for pictures of one run's step, and advice=false to leave the advice out"
         )
-    accounts = [_advised(Account.load(folder)) for folder in folders]
+    accounts = [Account.load(folder) for folder in folders]
+    if options.get("advice") != "false":
+        accounts = [_advised(account) for account in accounts]
     _report_files(accounts, options.get("out"), options.get("pictures"))
     run_text.show(accounts, console())
 

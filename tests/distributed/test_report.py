@@ -97,6 +97,10 @@ def test_what_cannot_be_drawn_or_written_is_refused(
     assert "are of one run's step; ask for them run by run" in err
     _, err = run(capsys, "report", str(folder), f"out={tmp_path / 'no' / 'page.html'}", code=2)
     assert err.startswith(f"hybridpar: out: cannot write {tmp_path / 'no' / 'page.html'}")
+    out, _ = run(capsys, "report", str(folder), "advice=false")
+    assert "\nadvice " not in out
+    _, err = run(capsys, "report", str(folder), "advice=perhaps", code=2)
+    assert "advice=false to leave the advice out" in err
     _, err = run(capsys, "report", str(folder), "colour=red", code=2)
     assert err.startswith("hybridpar: report ")
     assert "takes the folders of one or more runs, out=FILE.html for a page" in err

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybridpar.advice.advise import advise
+from hybridpar.advice.replan import Replanner
 from hybridpar.config import compose, load
 from hybridpar.errors import ConfigError
 from hybridpar.planning.search import assess
@@ -105,6 +106,15 @@ def test_a_run_that_went_otherwise_than_predicted_is_told_beside_the_advice(tmp_
     (remark,) = told(slow).remarks
     assert "believe in which direction predictions point, not how far" in remark
     assert not told(replace(slow, timings=())).remarks, "nothing is advised"
+
+
+def test_a_plan_that_was_searched_for_long_is_not_searched_for_as_long_again(tmp_path: Path) -> None:
+    _, _, plan = planned("plan=front_tail", "plan.tail.micro_batch=4")
+    run = simulated_run(tmp_path, "plan=front_tail", "plan.tail.micro_batch=4")
+    assert run.basis is not None
+    for asked, searched in (("quick", "quick"), ("normal", "normal"), ("long", "normal"), ("exact", "normal")):
+        config = compose([*ASKED, "plan=front_tail", f"plan.effort={asked}"])
+        assert Replanner(plan, run.basis, config).asked.request.effort == searched
 
 
 # Evidence that is missing
