@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from hybridpar.advice.evidence import Evidence
 from hybridpar.planning.layout import length
@@ -29,14 +30,28 @@ def feeding(known: Evidence) -> Advised:
     rate = _samples_per_s(known)
     cores, config = math.ceil(rate / read_s), known.planner.config
     workers = 0 if config is None else config.data.workers
+    readers = len(_reading(known)) * known.plan.replicas
     needed = (
         f"a reading rank uses {rate:.4g} samples/s in the predicted step, and a core reads {read_s:.4g} "
-        f"({known.basis.profile.data}): {plural(cores, 'core')} for each of {plural(_readers(known), 'rank')}"
+        f"({known.basis.profile.data}): {plural(cores, 'core')} for each of {plural(readers, 'rank')}"
     )
     if workers >= cores:
         slower = "fewer cores are free, or the disk is slower, than when the profile was taken"
         return Advised(remarks=(f"input: {measured}; {needed}, and {plural(workers, 'worker')} read: {slower}",))
+    if not _spare(known, cores):
+        return Advised(remarks=(f"input: {measured}; {needed}, and a node's cores are busy with computing",))
     return Advised((_advice(known, cores, waited_s, (measured, needed)),))
+
+
+def _spare(known: Evidence, cores: int) -> bool:
+    """Whether so many cores are left for every reading rank; of GPUs' hosts, which nobody counted, they are."""
+    cluster = known.basis.cluster
+    readers = Counter(cluster.node_of[rank] for rank in known.plan.everywhere(_reading(known)))
+    computing = cluster.device.kind == "cpu"
+    return all(
+        not computing or node.cores is None or node.devices + cores * readers[number] <= node.cores
+        for number, node in enumerate(cluster.nodes)
+    )
 
 
 def _advice(known: Evidence, cores: int, waited_s: float, evidence: tuple[str, ...]) -> Advice:
@@ -62,6 +77,7 @@ def _samples_per_s(known: Evidence) -> float:
     return most / known.planner.now.step_s
 
 
-def _readers(known: Evidence) -> int:
+def _reading(known: Evidence) -> tuple[int, ...]:
+    """Return the ranks of a plan replica that read."""
     program = known.planner.program
-    return sum(bool(program.reads(rank)) for rank in range(len(program.actions))) * known.plan.replicas
+    return tuple(rank for rank in range(len(program.actions)) if program.reads(rank))

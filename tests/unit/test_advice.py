@@ -236,6 +236,17 @@ def test_who_waits_for_samples_is_told_how_many_cores_read_fast_enough(tmp_path:
     assert not of_kind(told(waiting_for_samples(run, share=0.05, read_s=rate / 2.5)), "input")
 
 
+def test_cores_that_compute_are_not_advised_to_read(tmp_path: Path) -> None:
+    """Two ranks per host compute on CPUs and need three cores each for reading."""
+    asked = ("plan=data_parallel", "cluster.device.kind=cpu")
+    for cores, spare in ((2, False), (7, False), (8, True)):
+        run = simulated_run(tmp_path, *asked, f"cluster.nodes=[{{devices: 2, count: 2, cores: {cores}}}]")
+        assert run.step_s is not None
+        advised = told(waiting_for_samples(run, share=0.5, read_s=16 / run.step_s / 2.5))
+        assert bool(of_kind(advised, "input")) == spare
+        assert any("a node's cores are busy with computing" in text for text in advised.remarks) != spare
+
+
 def test_without_the_speed_of_the_loader_no_number_of_cores_is_named(tmp_path: Path) -> None:
     run = waiting_for_samples(simulated_run(tmp_path, "plan=data_parallel"), share=0.5, read_s=None)
     advised = told(run)
