@@ -150,30 +150,46 @@ class Job:
         self._metrics = OwnMetrics(metrics or {}, self.chain)
         self.scaler = None if scaling is None else Scaler(scaling)
         """Of the loss: its scale, and how many steps were skipped; None: the loss is not scaled."""
-        check_agreement(plan, self.chain, max_norm, scaled=self.scaler is not None, sharding=engines is not None)
-        check_sampling(plan, self._loss, optimizer)
-        check_trained(self.chain)
-        self._loss.check_plan(plan, self.chain)
-        self._metrics.check_plan(plan)
-        check_groups(groups, self.chain)
-        if compiling is not None:
-            check_for(compiling, plan, self.device.type)
+        self._check(optimizer, max_norm, groups, compiling, sharding=engines is not None)
         self._meter = MemoryMeter(self.device)
         self._positions = tuple(p for p in positions(plan) if self.place in p.ranks)
-        dtype = DTYPES[plan.precision]
-        self._blocks = self._make(ModuleFactory(traced, source, seed, dtype, self.device))
+        self._blocks = self._make(ModuleFactory(traced, source, seed, DTYPES[plan.precision], self.device))
         self._statistics = RunningStatistics(self.place, self.chain, self._positions, self._blocks, communicators)
         self._updater = self._make_updater(optimizer, max_norm, engines, groups, decay)
         if compiling is not None:
             own = [b for p in self._positions if compiling.has(p.kind) for b in self._blocks_of(p)]
             compile_blocks(own, self.chain, compiling.backend)
-        self.state = State(
+        self.state = self._make_state(traced)
+        """What a checkpoint of this rank holds."""
+        self._executor = self._make_executor()
+
+    def _check(
+        self,
+        optimizer: OptimizerFactory,
+        max_norm: float | None,
+        groups: Sequence[ParameterGroup],
+        compiling: Compiling | None,
+        *,
+        sharding: bool,
+    ) -> None:
+        """Raise the error that says so where the plan, the model and what the user wants do not go together."""
+        check_agreement(self.plan, self.chain, max_norm, scaled=self.scaler is not None, sharding=sharding)
+        check_sampling(self.plan, self._loss, optimizer)
+        check_trained(self.chain)
+        self._loss.check_plan(self.plan, self.chain)
+        self._metrics.check_plan(self.plan)
+        check_groups(groups, self.chain)
+        if compiling is not None:
+            check_for(compiling, self.plan, self.device.type)
+
+    def _make_state(self, traced: Traced) -> State:
+        return State(
             traced,
             self._positions,
             self._blocks,
             self._updater.optimizers,
             self._updater.engines,
-            rank,
+            self.rank,
             self.place,
             self.replica,
             self.device,
@@ -181,19 +197,20 @@ class Job:
             self.scaler,
             self._updater.compressors,
         )
-        """What a checkpoint of this rank holds."""
-        self._executor = Executor(
+
+    def _make_executor(self) -> Executor:
+        return Executor(
             self.place,
             self._blocks,
-            communicators,
+            self._communicators,
             self._updater,
-            seed=seed,
-            dtype=dtype,
+            seed=self.seed,
+            dtype=DTYPES[self.plan.precision],
             device=self.device,
-            name=f"rank {rank}",
-            watch=Watch(rank),
+            name=f"rank {self.rank}",
+            watch=Watch(self.rank),
             loss=self._loss,
-            own=self._metrics if metrics else None,
+            own=self._metrics if self._metrics.metrics else None,
         )
 
     def _make(self, factory: ModuleFactory) -> dict[int, BlockModules]:
