@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -19,18 +20,21 @@ PORT = 6000
 
 
 def main() -> None:
-    """Do a task, whose options may say ``fail`` (a rank) or ``hog`` (bytes)."""
+    """Do a task, whose options may say ``fail``, ``die`` (a rank) or ``hog`` (bytes)."""
     task = json.loads(Path(sys.argv[1]).read_text())
     rank, options = int(os.environ["RANK"]), task["options"]
     if rank == options.get("fail"):
         raise ValueError("told to fail")
+    if rank == options.get("die"):
+        os.kill(os.getpid(), signal.SIGKILL)
     hog = bytearray(options.get("hog", 0))
     before = Path("/proc/self/cgroup").read_text()
     join_own()
     counters = _counters()
+    _meet(Path(task["out"]), rank, "ready")
     if int(os.environ["WORLD_SIZE"]) > 1:
         _exchange(rank)
-        _meet(Path(task["out"]), rank)
+    _meet(Path(task["out"]), rank, "through")
     moved = {name: [b - a for a, b in zip(counters[name], now, strict=True)] for name, now in _counters().items()}
     seen = {
         "step_s": [options["step_s"] + rank] * task["steps"],
@@ -63,10 +67,10 @@ def _exchange(rank: int) -> None:
     sender.join()
 
 
-def _meet(folder: Path, rank: int) -> None:
+def _meet(folder: Path, rank: int, word: str) -> None:
     """Wait for all ranks: a host's counters have the bytes of them all."""
-    (folder / f"through{rank}").touch()
-    while len(list(folder.glob("through*"))) < int(os.environ["WORLD_SIZE"]):
+    (folder / f"{word}{rank}").touch()
+    while len(list(folder.glob(f"{word}*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)
 
 

@@ -75,6 +75,13 @@ def test_a_rank_that_fails_ends_the_launch_with_its_error(runner: Runner) -> Non
 
 
 @needs_hosts
+def test_a_rank_that_is_killed_by_others_is_told(runner: Runner) -> None:
+    taken = launched(runner, SETTING, die=0)
+    assert taken.error is not None
+    assert "rank 0 was ended by SIGKILL" in taken.error
+
+
+@needs_hosts
 def test_a_rank_that_takes_too_much_memory_is_told(runner: Runner) -> None:
     taken = launched(runner, replace(SETTING, ranks_per_host=1, memory_mb=100), hog=2**28)
     assert taken.error is not None

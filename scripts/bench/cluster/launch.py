@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -54,9 +55,7 @@ def on_hosts(
             rank, limit = hungry[0], setting.memory_mb
             raise LaunchFailedError(f"{KILLED}: rank {rank} took more memory than {limit} MB (see {logs[rank]})")
         if failed is not None:
-            code = ranks[failed].returncode
-            why = f"no end after {timeout_s:.0f} s" if code is None else f"rank {failed} ended with {code}"
-            raise LaunchFailedError(f"{why}; {told(logs[failed])}")
+            raise LaunchFailedError(_why(failed, ranks[failed].returncode, logs[failed], timeout_s))
 
 
 @contextmanager
@@ -122,6 +121,18 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline_s: float) -> int | 
         if time.monotonic() > deadline_s:
             return left[0] if failed is None else failed
         time.sleep(PAUSE_S)
+
+
+def _why(rank: int, code: int | None, log: Path, timeout_s: float) -> str:
+    """Say what a rank failed with."""
+    if code is None:
+        return f"no end after {timeout_s:.0f} s; {told(log)}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return (
+            f"rank {rank} was ended by {name} (SIGKILL: mostly the machine's memory does not suffice; see {log})"
+        )
+    return f"rank {rank} ended with {code}; {told(log)}"
 
 
 def _rate(gbit_per_s: float | None) -> str | None:
