@@ -24,7 +24,7 @@ from scripts.bench.cluster.contestants.floor import Floor
 from scripts.bench.cluster.folder import Folder
 from scripts.bench.cluster.runner import Runner, Steps
 from scripts.bench.cluster.tables import TABLES
-from scripts.bench.cluster.training import work_of
+from scripts.bench.cluster.training import comparable_work_of
 from tests.support.hosts import needs_hosts
 from tests.support.runs import ROOT
 
@@ -43,7 +43,7 @@ def front_tail(chain: Chain) -> Plan:
 
 @needs_hosts
 def test_contestants_do_the_same_work_with_the_bytes_that_were_told(tmp_path: Path) -> None:
-    work = work_of(SETTING, dropout=False)
+    work = comparable_work_of(SETTING)
     chain, loop = work.traced.chain, Floor(work, micro_batch=4)
     plan = front_tail(chain)
     plan.save(tmp_path / "plan.json")

@@ -301,11 +301,15 @@ def test_a_real_terminal_is_left_as_it_was(going: Path) -> None:
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "50"},
     )
     os.close(theirs)
-    text = until(ours, lambda text: text.count(b"step 1 ") >= 2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    text += until(ours, lambda _: False)
-    os.close(ours)
+    try:
+        text = until(ours, lambda text: text.count(b"step 1 ") >= 2)
+        process.send_signal(signal.SIGINT)
+        text += until(ours, lambda _: False)  # who is not read from cannot end
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
     assert text.rindex(b"\x1b[?25h") > text.rindex(b"\x1b[?25l")
     assert b"Traceback" not in text
 
