@@ -67,6 +67,9 @@ class ProcessGroups:
 
     def __init__(self, groups: Mapping[str, tuple[dist.ProcessGroup, tuple[int, ...]]], first: int = 0) -> None:
         self._groups, self._first = dict(groups), first
+        shared = sum(len(members) > 1 for _, members in self._groups.values())
+        # A step's labels and metrics may be on their way at the same time; more than two sums make further ones.
+        self._spare = [_buffer() for _ in range(2 * shared)]
         self.completed: Callable[[Operation], None] | None = None
         """Called by any thread when a collective is complete, on CUDA with a stream that waits for it."""
 
@@ -91,8 +94,10 @@ class ProcessGroups:
         """Start summing ``tensor`` in place over the communicator."""
         group, members = self._groups[operation.communicator]
         if tensor.device.type == "cpu" and len(members) * tensor.nbytes <= GATHERED_BYTES:
-            parts = [torch.empty_like(tensor) for _ in members]
-            return _Gathered(self._followed(operation, group.allgather([parts], [tensor])), parts, tensor)
+            buffer = self._spare.pop() if self._spare else _buffer()
+            parts = buffer[: len(members) * tensor.nbytes].view(tensor.dtype).view(len(members), *tensor.shape)
+            pending = self._followed(operation, group.allgather([list(parts)], [tensor]))
+            return _Gathered(pending, parts, tensor, lambda: self._spare.append(buffer))
         return self._followed(operation, group.allreduce([tensor]))
 
     def reduce_scatter(self, operation: Operation, messages: Sequence[Message]) -> Pending:
@@ -118,15 +123,23 @@ class ProcessGroups:
         return work
 
 
+def _buffer() -> torch.Tensor:
+    """Return the bytes of one sum's parts: kept, so that they are no part of what a step needs."""
+    return torch.empty(GATHERED_BYTES, dtype=torch.uint8)
+
+
 class _Gathered:
     """A sum whose parts are gathered; they are added in the order of the ranks, so that all have the same sum."""
 
-    def __init__(self, pending: Pending, parts: Sequence[torch.Tensor], target: torch.Tensor) -> None:
-        self._pending, self._parts, self._target = pending, parts, target
+    def __init__(
+        self, pending: Pending, parts: torch.Tensor, target: torch.Tensor, done: Callable[[], None]
+    ) -> None:
+        self._pending, self._parts, self._target, self._done = pending, parts, target, done
 
     def wait(self) -> None:
         self._pending.wait()
-        torch.sum(torch.stack([*self._parts]), 0, out=self._target)
+        torch.sum(self._parts, 0, out=self._target)
+        self._done()
 
 
 class _All:

@@ -50,3 +50,26 @@ def test_small_sums_are_gathered_and_the_same_everywhere(elements: int, way: str
         assert asked == [way]
         assert torch.equal(total, found[0][0])
         assert torch.allclose(total, torch.full_like(total, 0.6), rtol=1e-15)
+
+
+def overlapping(communicators: ProcessGroups, rank: int) -> tuple[list[torch.Tensor], list[int]]:
+    """Three sums on their way at the same time, twice; and the buffers that are spare after each round."""
+    _, members = communicators._groups["control"]
+    spare, own = [len(communicators._spare)], list[torch.Tensor]()
+    for _ in range(2):
+        own = [torch.full((2,), float(scale * (rank + 1)), dtype=torch.float64) for scale in (1, 10, 100)]
+        operation = Operation(0, "all_reduce", "norm", "control", members, own[0].nbytes)
+        for pending in [communicators.all_reduce(operation, tensor) for tensor in own]:
+            pending.wait()
+        spare.append(len(communicators._spare))
+    return own, spare
+
+
+def test_sums_on_their_way_at_the_same_time_have_buffers_of_their_own_which_are_kept() -> None:
+    chain = make_case().traced.chain
+    front = Stage("front", 1, (Segment((0, len(chain.layers)), tuple(range(WORLD))),))
+    plan = make_plan(chain, front, world=WORLD, global_batch=WORLD)
+    for own, spare in run_ranks(plan, lambda rank, communicators: overlapping(communicators, rank)):
+        assert [tensor.tolist() for tensor in own] == [[6.0, 6.0], [60.0, 60.0], [600.0, 600.0]]
+        first, second, third = spare
+        assert second == third == max(first, 3)
