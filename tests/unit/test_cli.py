@@ -192,8 +192,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["paln"], "unknown command paln; did you mean plan?"),
     (
         ["zebra"],
-        "unknown command zebra; there are plan, train, verify, profile, probe, export, report, monitor, doctor, "
-        "config",
+        "zebra; there are plan, train, verify, profile, probe, export, report, monitor, doctor, config",
     ),
     (["plan", "train.global_bach=64"], "unknown override train.global_bach; did you mean train.global_batch?"),
     (["train", "train.epoch=1"], "did you mean train.epochs?"),
