@@ -29,7 +29,7 @@ from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_memory import Unseen, lasting
 from tests.support.checkpoints import make_job
 from tests.support.checkpoints import plan_of as plan_of_job
-from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.counting import Counting, counting_executor, expected_log, run_once
 from tests.support.parity import BEFORE_POOL, MAX_NORM, PLACEMENTS, assert_same, reference, shape
 from tests.support.parity import case_of as usual_case_of
 from tests.support.parity import plan_of as usual_plan_of
@@ -100,9 +100,7 @@ def test_execution_is_the_program(number, before_pool) -> None:
 
     def body(rank, endpoint):
         communicators = Counting(endpoint)
-        executor = make_executor(case, plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        executor.start_counting()
+        executor = counting_executor(case, plan, rank, communicators)
         run_once(executor, case, program, rank)
         return executor.actions, communicators.log, tuple(executor.alive)
 

@@ -19,10 +19,10 @@ from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Segment, Stage, validate
 from hybridpar.runtime import verify
 from hybridpar.runtime.job import Job
-from tests.support.counting import CountingExecutor, run_once
+from tests.support.counting import counting_executor, run_once
 from tests.support.runs import by_command, small, train_here
 from tests.support.threads import run_ranks
-from tests.support.training import SEED, Case, assemble, make_executor
+from tests.support.training import SEED, Case, assemble
 
 SHAPES, KINDS = ((2, 6, 6), (3,), (5,), ()), ("float", "int", "bool", "float")
 BATCH, CLASSES, SIZE = 13, 7, 30
@@ -219,9 +219,7 @@ def test_bytes_that_are_kept_are_counted(number):
     def body(rank, groups):
         replica, place = plan.locate(rank)
         program = compile_program(plan, chain, BATCH, "train", replica)
-        executor = make_executor(trained, plan, rank, groups)
-        executor.__class__ = CountingExecutor
-        executor.start_counting()
+        executor = counting_executor(trained, plan, rank, groups)
         run_once(executor, trained, program, place)
         return executor.alive, list(memory(program, place).saved)
 

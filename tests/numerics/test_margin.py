@@ -23,7 +23,7 @@ from hybridpar.runtime.cross_entropy import CrossEntropy, torch_loss
 from hybridpar.runtime.loss import Logits, check_mixes
 from hybridpar.runtime.margin import ArcFace, CosFace, Margin
 from hybridpar.sections import LossConfig, MarginConfig
-from tests.support.counting import CountingExecutor, run_once
+from tests.support.counting import counting_executor, run_once
 from tests.support.parity import (
     BATCH,
     assert_same,
@@ -137,10 +137,7 @@ def test_saved_bytes_are_exact(degrees: tuple[int, int, int]) -> None:
     program = compile_program(plan, case.traced.chain, BATCH, "train")
 
     def count(rank: int, groups: Any) -> list[int]:
-        executor = make_executor(case, plan, rank, groups)
-        executor.__class__ = CountingExecutor
-        assert isinstance(executor, CountingExecutor)
-        executor.start_counting()
+        executor = counting_executor(case, plan, rank, groups)
         run_once(executor, case, program, rank)
         return executor.alive
 

@@ -21,8 +21,8 @@ from hybridpar.runtime.executor import Executor
 from hybridpar.train_section import LossScale
 from scripts.bench.accuracy.live import LiveBytes
 from tests.support.counting import (
-    CountingExecutor,
     assert_execution_is_the_program,
+    counting_executor,
     run_once,
 )
 from tests.support.parity import COMBINED, PLACEMENTS, case_of, plan_of, shape
@@ -69,10 +69,7 @@ def test_saved_bytes_are_exact(name: str, stages: tuple[Stage, ...], world: int,
 
 
 def _count(case: Case, plan: Plan, program: Program, rank: int, groups: ProcessGroups) -> list[int]:
-    executor = make_executor(case, plan, rank, groups)
-    executor.__class__ = CountingExecutor
-    assert isinstance(executor, CountingExecutor)
-    executor.start_counting()
+    executor = counting_executor(case, plan, rank, groups)
     run_once(executor, case, program, rank)
     return executor.alive
 

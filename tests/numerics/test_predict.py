@@ -22,7 +22,7 @@ from hybridpar.runtime.job import Best, Job
 from hybridpar.runtime.own_loss import OwnLoss
 from scripts.bench.accuracy.live import LiveBytes
 from tests.numerics.test_memory import Unseen, lasting
-from tests.support.counting import Counting, CountingExecutor
+from tests.support.counting import Counting, counting_executor
 from tests.support.parity import BATCH, overlapping_ranks, own_ranks, shape, shared_ranks
 from tests.support.plans import make_plan
 from tests.support.rendezvous import run_strictly
@@ -122,10 +122,7 @@ def test_the_program_tells_all_that_is_exchanged(degrees: tuple[int, int, int]) 
     assert best.bytes == 2 * k * 8 * BATCH
 
     def body(rank: int, endpoint: Any) -> list[Action]:
-        executor = make_executor(case(), plan, rank, Counting(endpoint))
-        executor.__class__ = CountingExecutor
-        assert isinstance(executor, CountingExecutor)
-        executor.start_counting()
+        executor = counting_executor(case(), plan, rank, Counting(endpoint))
         reads = [case().data[0][0][a:b] for a, b in program.reads(rank)]
         executor.predict(program, 0, 0, torch.cat(reads) if reads else None)
         return executor.actions

@@ -15,7 +15,7 @@ from hybridpar.planning.memory import memory
 from hybridpar.planning.plan import Plan, Recipe, Segment, Stage
 from hybridpar.planning.program import Program
 from hybridpar.runtime.executor import ActionError
-from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.counting import Counting, counting_executor, expected_log, run_once
 from tests.support.parity import (
     BATCH,
     LAYERS,
@@ -185,10 +185,7 @@ def test_execution_is_the_program(degrees: tuple[int, int, int]) -> None:
 
     def body(rank: int, endpoint: Endpoint) -> tuple[object, ...]:
         communicators = Counting(endpoint)
-        executor = make_executor(case, plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        assert isinstance(executor, CountingExecutor)
-        executor.start_counting()
+        executor = counting_executor(case, plan, rank, communicators)
         replica, place = plan.locate(rank)
         run_once(executor, case, programs[replica], place)
         return executor.actions, communicators.log, executor.alive

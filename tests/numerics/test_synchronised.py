@@ -21,7 +21,7 @@ from hybridpar.planning.plan import Plan, Recipe, Segment, Stage
 from hybridpar.planning.program import Action, Program
 from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.job import Job
-from tests.support.counting import Counting, CountingExecutor, expected_log, run_once
+from tests.support.counting import Counting, counting_executor, expected_log, run_once
 from tests.support.norms import BATCH, STEPS, assert_chunks, case_of, near, plan_for
 from tests.support.parity import RULES
 from tests.support.plans import mutate, random_plan, random_replicated, random_samples
@@ -306,10 +306,7 @@ def test_execution_is_the_program(number: int, name: str, shape: str) -> None:
 
     def body(rank: int, endpoint: Endpoint) -> tuple[list[Action], list[object], list[int]]:
         communicators = Counting(endpoint)
-        executor = make_executor(case, plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        assert isinstance(executor, CountingExecutor)
-        executor.start_counting()
+        executor = counting_executor(case, plan, rank, communicators)
         run_once(executor, case, program, rank)
         return executor.actions, communicators.log, executor.alive
 

@@ -14,6 +14,7 @@ from hybridpar.planning.compile import compile as compile_program
 from hybridpar.planning.memory import Memory, memory
 from hybridpar.planning.plan import Plan
 from hybridpar.planning.program import Action, Program
+from hybridpar.runtime.communicators import Communicators
 from hybridpar.runtime.executor import Executor
 from hybridpar.runtime.lookup import Key
 from hybridpar.runtime.step import StepState
@@ -146,16 +147,22 @@ def run_once(executor: Executor, case: Case, program: Program, rank: int) -> Non
     executor.run(program, 0, 0, x[index] if index else None, y[index] if index else None)
 
 
+def counting_executor(case: Case, plan: Plan, rank: int, communicators: Communicators) -> CountingExecutor:
+    """Make a rank's executor, which counts from now on."""
+    executor = make_executor(case, plan, rank, communicators)
+    executor.__class__ = CountingExecutor
+    assert isinstance(executor, CountingExecutor)
+    executor.start_counting()
+    return executor
+
+
 def assert_execution_is_the_program(case: Case, plan: Plan, samples: int) -> None:
     """One training step: actions in order, bytes of every message, bytes kept after and within every action."""
     program = compile_program(plan, case.traced.chain, samples, "train")
 
     def body(rank: int, endpoint: Endpoint) -> tuple[list[Action], list[object], Memory]:
         communicators = Counting(endpoint)
-        executor = make_executor(case, plan, rank, communicators)
-        executor.__class__ = CountingExecutor
-        assert isinstance(executor, CountingExecutor)
-        executor.start_counting()
+        executor = counting_executor(case, plan, rank, communicators)
         run_once(executor, case, program, rank)
         counted = replace(memory(program, rank), saved=tuple(executor.alive), transient=tuple(executor.within))
         return executor.actions, communicators.log, counted
