@@ -262,7 +262,9 @@ def recording(
     settings = MonitorConfig(mode=monitor, interval_s=interval_s, trace=TraceConfig(trace))
     check_apart(timeline, trace)
     basis = _bases.get(job.plan.fingerprint)
-    if profile is not None and cluster is not None:
+    if basis is not None:
+        basis = Basis(job.chain, profile or basis.profile, cluster or basis.cluster)
+    elif profile is not None and cluster is not None:
         basis = Basis(job.chain, profile, cluster)
     return OwnLoop(job, process(), Path(folder), timeline, settings, basis)
 

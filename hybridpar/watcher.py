@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hybridpar.monitor.nvml import open_nvml
 from hybridpar.monitor.record import GpuSample
 from hybridpar.monitor.source import Unavailable
 from hybridpar.profiling.bench import Mark
+from hybridpar.profiling.study import DeviceUse
 from hybridpar.profiling.watch import CpuWatch, Pass, Seen, Spans, Watch, number_of
 from hybridpar.report.kernels import swept
 from hybridpar.report.kineto import PREFIX, Range, gpu_kernels
@@ -25,7 +27,7 @@ from hybridpar.runtime.process import gpu_uuid
 _MARK = f"{PREFIX}/mark/"
 COUNTED_S = 2 * MIN_WINDOW_S
 """So long passes run for the device's counters."""
-COUNTERS = ("graphics_activity", "occupancy_while_busy", "tensor_activity", "dram_activity")
+COUNTERS = tuple(field.name for field in fields(DeviceUse))
 
 
 def watch_on(device: torch.device) -> Watch:

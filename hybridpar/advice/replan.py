@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hybridpar.config import Config
 from hybridpar.errors import PlanError
@@ -38,11 +38,10 @@ class Change:
 
     def free(self) -> Change | None:
         """Return the change to a plan of any shape with nothing pinned; None where it is none."""
-        fields = ("layers", "degree", "ranks", "micro_batch", "shares", "sharding", "in_flight", "recompute")
         dropped = [
             f"plan.{kind}.{name}=null"
             for kind, pin in self.request.pins.items()
-            for name in fields
+            for name in (field.name for field in fields(Pin))
             if getattr(pin, name) is not None
         ]
         rules = [f"plan.{n}=null" for n in ("order", "bucket_bytes", "replicas") if getattr(self.request, n)]

@@ -74,17 +74,20 @@ class Stream:
         """Begin anew, for the given time from 0; with a ``state`` of that opening go on from there."""
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(opening)
-        if state is not None and isinstance(self.source, Stateful):
-            self.source.load_state_dict(copy.deepcopy(state))
+        of_iterator, kept = (None, None) if state is None else copy.deepcopy(state)
+        if of_iterator is False and isinstance(self.source, Stateful):
+            self.source.load_state_dict(kept)
         iterator = iter(self.source if isinstance(self.source, Iterable) else self.source())
-        if state is not None and isinstance(iterator, Stateful):
-            iterator.load_state_dict(copy.deepcopy(state))
+        if of_iterator and isinstance(iterator, Stateful):
+            iterator.load_state_dict(kept)
         return iterator
 
     def state(self, iterator: Iterator[Any]) -> Any:
-        """Return where an iterator of the source is, None where neither can tell."""
-        keeper = iterator if isinstance(iterator, Stateful) else self.source
-        return copy.deepcopy(keeper.state_dict()) if isinstance(keeper, Stateful) else None
+        """Return whether the iterator or its source tells where it is, and the state; None where neither can."""
+        for of_iterator, keeper in ((True, iterator), (False, self.source)):
+            if isinstance(keeper, Stateful):
+                return of_iterator, copy.deepcopy(keeper.state_dict())
+        return None
 
 
 @dataclass(frozen=True)

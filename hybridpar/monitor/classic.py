@@ -45,7 +45,7 @@ class Classic:
 
         """
         self._device, self._traffic, self._turn = device, traffic, turn
-        self._refused: set[Callable[..., Any]] = set()
+        self._refused: set[tuple[Callable[..., Any], str]] = set()
         self._rates = {name: Rate() for name in _COUNTERS}
         self._counted_s: float | None = None
         self._ticks = self._answers = 0
@@ -120,14 +120,15 @@ class Classic:
 
     def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Return what an NVML call returns, None where it fails, which is not tried again where it is for good."""
-        if call in self._refused:
+        asked = call, str(arguments)  # one clock may be refused, and another one known
+        if asked in self._refused:
             return None
         try:
             value = call(self._device, *arguments)
         except pynvml.NVMLError as e:
             self._error = self._error or e
             if e.value in _FOR_GOOD:
-                self._refused.add(call)
+                self._refused.add(asked)
             return None
         self._answers += 1
         return value

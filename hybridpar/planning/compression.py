@@ -174,8 +174,7 @@ class Reduction:
         side = [m.columns if kind == "compress" else m.rows for m in self.matrices]
         turned = ORTHOGONALISE * sum(n * m.rank**2 for n, m in zip(side, self.matrices, strict=True))
         feedback = self.compression is not None and self.compression.error_feedback
-        if (
-            kind == "compress"
-        ):  # the gradient is added to the error, which may be copied before, and the sum is read
+        if kind == "compress":
+            # The gradient is added to the error, which may be copied before, and the sum is read.
             return product + turned, float((1 + (3 + 2 * self.undone) * feedback) * inside * itemsize)
         return (1 + feedback) * product + turned, float((1 + 2 * feedback) * inside * itemsize)

@@ -50,7 +50,7 @@ class Trials:
         Of the ranks that correspond to ``rank`` in other plan replicas it is the slowest, which hurts most.
         """
         slowest = min(program.plan.everywhere((rank,)), key=self.cluster.speed)
-        return self._period_s(program, with_speeds(self.cluster, {slowest: speed}))
+        return self.step_with_speeds_s(program, {slowest: speed})
 
     def step_with_speeds_s(self, program: Program, factors: Mapping[int, float]) -> float:
         """Return the step time where some ranks' devices have a factor times their speed."""

@@ -54,10 +54,6 @@ class Attribution:
     stages: tuple[StageAttribution, ...]
     """By replica, then by position."""
 
-    def of(self, stage: str) -> tuple[StageAttribution, ...]:
-        """Return a stage, by its name, in every plan replica."""
-        return tuple(s for s in self.stages if s.stage == stage)
-
 
 def attribute(run: Run, comparison: Comparison) -> Attribution:
     """Return what a run's time went to. Raises HybridparError where a file of the monitor is malformed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
+from hybridpar.monitor.summary import Summary
 from hybridpar.report.attribution import Attribution, StageAttribution
 from hybridpar.report.comparison import programs_of
 from hybridpar.report.devices import gpu_name
@@ -111,7 +113,18 @@ def _gpus(run: Run, places: Places, turns: Mapping[int, Turns]) -> Finding | Non
         "means over the recording; below 50%: share of the monitor's windows with kernels in which the occupancy "
         "while busy is below a half; memory is that of all processes"
     )
-    return Finding("GPUs", columns, tuple(rows), (note, *_left_out(len(run.recording.gpus), "GPU")), texts=2)
+    notes = (note, *_errors(run.recording.summary), *_left_out(len(run.recording.gpus), "GPU"))
+    return Finding("GPUs", columns, tuple(rows), notes, texts=2)
+
+
+def _errors(summary: Summary) -> Iterator[str]:
+    """Tell the errors that drivers reported, by GPU."""
+    numbers: dict[tuple[str, int | None], list[int]] = defaultdict(list)
+    for event in summary.events:
+        numbers[event.host, event.gpu].append(event.xid)
+    for (host, gpu), found in numbers.items():
+        told = ", ".join(f"{xid} ({count} times)" for xid, count in sorted(Counter(found).items()))
+        yield f"Xid errors of GPU {'unknown' if gpu is None else gpu} of {host}, by NVIDIA's list: {told}"
 
 
 def gpu_stages(gpu: GpuRecord, places: Places, turns: Mapping[int, Turns]) -> str:

@@ -10,7 +10,12 @@ from statistics import median
 from hybridpar.report.thinning import Point, Thinned
 
 WARM_UP_STEPS = 5
-"""Left out of the measured step time, or a fifth of the steps where that is less; as in the run's own summary."""
+"""Left out of the measured step time, or a fifth of the steps where that is less."""
+
+
+def warm_up(steps: int) -> int:
+    """Return how many of a run's steps are left out of its measured step time."""
+    return min(WARM_UP_STEPS, steps // 5)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Steps:
                 times.append(last.step_s)
             if last.time_s is not None and count > WARM_UP_STEPS:
                 ends.add(last.time_s, last.step + 1)
-        measured = times[min(WARM_UP_STEPS, len(times) // 5) :]
+        measured = times[warm_up(len(times)) :]
         typical = median(measured) if measured else None
         return Steps(count, last, losses.points, seconds.points, ends.points, typical)
 

@@ -176,6 +176,7 @@ def _advice(advised: Advised) -> Iterator[RenderableType]:
     for number, advice in enumerate(advised.advices, 1):
         yield Text(f"{number}. {advice.what} {' '.join(advice.overrides)}".rstrip())
         yield Text(f"   predicted: {effect_text(advice.effect)}", style="dim")
+    yield from (Text(text, style="dim") for text in advised.remarks)
     yield from (Text(f"not judged: {text}", style="dim") for text in advised.lacking)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 MOST_POINTS = 2000
@@ -81,11 +80,3 @@ class Thinned:
         if len(whole) % 2:
             self._open, self._inside = whole[-1], self._width
         self._width *= 2
-
-
-def thinned(points: Iterable[tuple[float, float | None]], most: int = MOST_POINTS) -> tuple[Point, ...]:
-    """Return a curve of some points, thinned."""
-    curve = Thinned(most)
-    for x, y in points:
-        curve.add(x, y)
-    return curve.points

@@ -8,7 +8,9 @@ from torch import nn
 from hybridpar.errors import ConfigError
 from hybridpar.runtime.update import OptimizerFactory
 
-_SIDE, _STEPS, _CUT = 8, 2, 20
+_SIDE, _STEPS = 8, 2
+_CUT = 20
+"""Elements of a run: no multiple of a row of ``_SIDE``, so that runs end within rows."""
 _RATE = 0.1
 """Learning rate of the steps that are compared: with the job's own, which may be 0, they might not differ."""
 _LOOSE = 1e-5

@@ -13,11 +13,9 @@ from hybridpar.errors import HybridparError
 from hybridpar.monitor import summary as recording
 from hybridpar.monitor.sampler import Monitor
 from hybridpar.planning.plan import Plan
+from hybridpar.report.history import warm_up
 from hybridpar.report.summary import GpuUse, StageSummary, Summary
 from hybridpar.runtime.evaluation import Evaluation
-
-WARM_UP_STEPS = 5
-"""Left out of the measured step time, or a fifth of the steps where that is less."""
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Log:
             return None
         full = max(samples for samples, _ in self.steps)
         times = [seconds for samples, seconds in self.steps if samples == full]
-        return full, statistics.median(times[min(WARM_UP_STEPS, len(times) // 5) :])
+        return full, statistics.median(times[warm_up(len(times)) :])
 
 
 def summarise(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from hybridpar.errors import DivergenceError
 from hybridpar.monitor.sampler import Monitor
+from hybridpar.report.history import warm_up
 from hybridpar.runtime.callback import Callbacks
 from hybridpar.runtime.early_stop import EarlyStop
 from hybridpar.runtime.evaluation import Evaluation
@@ -17,7 +18,7 @@ from hybridpar.runtime.feed import Feed, StepBatch
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.journal import Journal, step_record
 from hybridpar.runtime.keeper import Keeper
-from hybridpar.runtime.log import WARM_UP_STEPS, Log
+from hybridpar.runtime.log import Log
 from hybridpar.runtime.manifest import Position
 from hybridpar.runtime.origin import Origin
 from hybridpar.runtime.process import Process
@@ -145,7 +146,7 @@ class Loop:
         self.log.loss = loss
         self.log.steps.append((samples, step_s))
         first = self.begin.step
-        if step < first + min(WARM_UP_STEPS, max(1, (self.steps - first) // 5)):
+        if step < first + max(1, warm_up(self.steps - first)):
             self.log.measured_since_s = time.time()
         record = step_record(self.job, step, epoch, loss, rate, samples, step_s)
         scaler = self.job.scaler

@@ -69,8 +69,12 @@ class OwnLoop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Write what is not written yet."""
-        self._stack.close()
+        """Write what is not written yet, and tell what the monitor has not told."""
+        try:
+            for sentence in self._monitor.close():
+                _say(f"monitor: {sentence}")
+        finally:
+            self._stack.close()
         if self._tracer is not None and self._tracer.reason is not None:
             _say(self._tracer.reason)
 

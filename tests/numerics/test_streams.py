@@ -21,7 +21,7 @@ from hybridpar.errors import CheckpointError, ConfigError, DamageError, DataErro
 from hybridpar.runtime.job import Job
 from hybridpar.runtime.pieces import Piece, Stored, write
 from hybridpar.runtime.stream_state import mark_from, piece_of
-from tests.support.own_code import Numbers, Resumable, ResumableIterators, noisy
+from tests.support.own_code import Numbers, Resumable, ResumableBoth, ResumableIterators, noisy
 from tests.support.parity import near, overlapping_ranks, own_ranks, plan_of, shape, shared_ranks
 from tests.support.runs import run, train_here
 from tests.support.threads import run_ranks
@@ -129,7 +129,7 @@ def test_an_evaluation_goes_through_the_first_opening_in_order():
         assert found.tolist() == [i % CLASSES for i in range(28)]
 
 
-@pytest.mark.parametrize("source", [Resumable, ResumableIterators])
+@pytest.mark.parametrize("source", [Resumable, ResumableIterators, ResumableBoth])
 @pytest.mark.parametrize("shuffle", [1, 5, 40])
 @pytest.mark.parametrize("size", [None, 28])
 def test_a_stream_with_a_state_goes_on_from_it(size, shuffle, source):

@@ -125,6 +125,13 @@ class ResumableIterators(Numbers):
         return _Position(self)
 
 
+class ResumableBoth(Resumable):
+    """One that has a state too, in another form than its iterators'; theirs is the one that counts."""
+
+    def __iter__(self):
+        return _Position(self)
+
+
 class _Position:
     def __init__(self, numbers):
         self.numbers, self.epoch, self.at = numbers, numbers.epoch, 0

@@ -138,6 +138,7 @@ int nvmlDeviceGetMaxClockInfo(Device *device, int type, unsigned *mhz) {
 
 int nvmlDeviceGetClockInfo(Device *device, int type, unsigned *mhz) {
     ENTER(device->index);
+    if (type == 2 && variation("no_memory_clock")) return NOT_SUPPORTED;
     *mhz = type == 1 ? 1400 : type == 2 ? 2600 : 0;
     return SUCCESS;
 }

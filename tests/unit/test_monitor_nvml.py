@@ -162,7 +162,17 @@ def test_every_call_may_be_refused_and_is_not_repeated_then(
     assert set(CLASSIC) - set(figures(known)) == unknown
     assert known.sources["utilisation"] == ("gpm" if "Rates" in call else "nvml")
     assert gaps(tmp_path / "m.jsonl") == []
-    assert json.loads(nvml.read_text())[call] == 1
+    asked = 2 if call == "nvmlDeviceGetClockInfo" else 1  # each of two clocks, once
+    assert json.loads(nvml.read_text())[call] == asked
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_clock_that_is_refused_says_nothing_of_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVML_STUB", "no_memory_clock")
+    last = record(tmp_path / "m.jsonl", 3, uuids=UUIDS[:1])[-1][0]
+    assert (last.sm_clock_hz, last.memory_clock_hz) == (1.4e9, None)
 
 
 def test_another_refusal_is_for_the_moment_only(

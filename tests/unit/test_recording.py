@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridpar.monitor.record import Traffic, to_line
+from hybridpar.monitor.record import Event, Traffic, to_line
 from hybridpar.planning.costs import wire_bytes
 from hybridpar.planning.program import Program
 from hybridpar.report.account import Account
@@ -116,6 +116,20 @@ def test_gpus_are_told_with_their_ranks_and_stages() -> None:
     assert [row[0] for row in rows] == ["rank 0", "rank 1", "rank 2", "rank 3", "node0 lo (inside)"]
     assert rows[-1][1] == "unknown", "NCCL sends nothing over the loopback interface"
     assert account.lacking == ()
+
+
+def test_errors_that_a_driver_reported_are_told() -> None:
+    run = on_gpus(run_of())
+    assert run.recording is not None
+    errors = (
+        Event(1.0, "node0", 1, "GPU-1", 79),
+        Event(2.0, "node0", 1, "GPU-1", 31),
+        Event(3.0, "node0", 1, None, 31),
+    )
+    summary = replace(run.recording.summary, events=errors)
+    account = Account.of(replace(run, recording=replace(run.recording, summary=summary)))
+    told_errors = [note for note in told(account, "GPUs").notes if "Xid" in note]
+    assert told_errors == ["Xid errors of GPU 1 of node0, by NVIDIA's list: 31 (2 times), 79 (1 times)"]
 
 
 def test_on_cpus_the_network_is_laid_beside_the_program() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import tracemalloc
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridpar.report.history import WARM_UP_STEPS, Evaluated, Evaluations, Step, Steps
-from hybridpar.report.thinning import Thinned, thinned
+from hybridpar.report.thinning import MOST_POINTS, Point, Thinned
+
+
+def thinned(points: Iterable[tuple[float, float | None]], most: int = MOST_POINTS) -> tuple[Point, ...]:
+    curve = Thinned(most)
+    for x, y in points:
+        curve.add(x, y)
+    return curve.points
 
 
 def test_extremes_stay_and_order_too() -> None:

@@ -57,12 +57,12 @@ class Agreements:
         before = known(path, entry)
         if before is not None and before.conditions.same(self.conditions):
             return before
-        found = self._measured(setting.work, entry, path)
+        found = self._measured(setting.work, entry)
         write_json(path, to_data(found))
         self.say(f"losses of {entry.name}: {found.note or f'{found.difference:.1e} from one process'}")
         return found
 
-    def _measured(self, work: Setting, entry: Entry, path: Path) -> Agreement:
+    def _measured(self, work: Setting, entry: Entry) -> Agreement:
         lossy = find(entry.contestant).lossy
         task = Task(entry.contestant, work, entry.options, "")
         alone = parity.reference(task, "")
@@ -71,13 +71,13 @@ class Agreements:
         losses, error = self._losses(f"losses-{work.name}-{entry.slug}", work, entry)
         if error is not None:
             return Agreement(entry, self.conditions, lossy=lossy, note=error)
-        single, error = self._single(work, Entry("floor", alone.contestant, alone.options), path.parent)
+        single, error = self._single(work, Entry("floor", alone.contestant, alone.options))
         return Agreement(entry, self.conditions, losses, single, lossy, error)
 
-    def _single(self, work: Setting, entry: Entry, folder: Path) -> tuple[tuple[float, ...], str | None]:
+    def _single(self, work: Setting, entry: Entry) -> tuple[tuple[float, ...], str | None]:
         """Return one process's losses, which all entries with the same micro-batches share."""
         name = "-".join(["single", work.name, *(f"{k}={v}" for k, v in sorted(entry.options.items()))])
-        path = folder / f"{name}.json"
+        path = self.folder.parity(work, entry).with_name(f"{name}.json")
         before = known(path, entry)
         if before is not None and before.conditions.same(self.conditions):
             return before.losses, before.note

@@ -37,8 +37,12 @@ class Folder:
         return self.path / "tuning" / setting.name / f"{contestant}.json"
 
     def parity(self, setting: Setting, entry: Entry) -> Path:
-        """An entry's first losses beside those of one process."""
-        return self.path / "parity" / setting.name / f"{entry.slug}.json"
+        """An entry's first losses beside those of one process: for all links alike, but for our own plans.
+
+        Those are made for a setting, and another one has others of the same name.
+        """
+        where = setting if entry.shape else setting.work
+        return self.path / "parity" / where.name / f"{entry.slug}.json"
 
     def cell(self, setting: Setting, entry: Entry) -> Path:
         """What an entry took in a setting."""

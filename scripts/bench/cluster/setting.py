@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 from hybridpar.errors import ConfigError
 
@@ -102,7 +101,3 @@ class Setting:
             f"train.global_batch={self.global_batch}",
             f"train.seed={self.seed}",
         ]
-
-    def data(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return asdict(self)

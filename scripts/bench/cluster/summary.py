@@ -42,7 +42,7 @@ class Row:
 
     @property
     def error(self) -> float | None:
-        """How much longer the step takes than predicted, as a share of what it takes; negative: shorter."""
+        """By what share of the step the prediction is too long; negative: too short."""
         predicted = self.cell.entry.predicted_s
         return None if predicted is None or self.step_s is None else predicted / self.step_s - 1
 

@@ -6,11 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scripts.bench.cluster.cell import Conditions, Round
-
-Options = dict[str, Any]
+from scripts.bench.cluster.contestants.contestant import Options
 
 
 @dataclass(frozen=True)
