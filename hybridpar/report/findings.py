@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hybridpar.planning.blocks import positions
 from hybridpar.report.comparison import HOW_TO_RECORD, Comparison
 from hybridpar.report.overlap import Hidden, Overlap
 from hybridpar.report.palette import stage_name
@@ -131,12 +132,10 @@ def _overview(run: Run, comparison: Comparison | None) -> Finding:
 def _placement(run: Run) -> Finding:
     rows = []
     names = [layer.name for layer in run.basis.chain.layers] if run.basis else []
-    for stage in run.plan.stages:
-        for number, segment in enumerate(stage.segments):
-            first, last = segment.layers
-            layers = f"{names[first]} .. {names[last - 1]}" if names else f"{first}..{last - 1}"
-            name = stage.kind if stage.kind != "middle" else f"middle {number}"
-            rows.append((name, layers, spans(segment.ranks), str(stage.micro_batch)))
+    for position in positions(run.plan):
+        first, last = position.layers
+        ends = [names[i] if names else str(i) for i in sorted({first, last - 1})]
+        rows.append((stage_name(position), " .. ".join(ends), spans(position.ranks), str(position.micro_batch)))
     notes = (f"in each of {plural(run.plan.replicas, 'plan replica')}",) if run.plan.replicas > 1 else ()
     return Finding("what ran where", ("stage", "layers", "ranks", "micro-batch"), tuple(rows), notes, texts=3)
 

@@ -11,10 +11,12 @@ from statistics import median
 
 from hybridpar.errors import RecordError
 from hybridpar.monitor.record import Gap, GpuSample, HostSample, from_line
+from hybridpar.planning.blocks import positions
 from hybridpar.planning.plan import Plan
 from hybridpar.report import timing
 from hybridpar.report.follow import Followed
 from hybridpar.report.history import Evaluated, Step
+from hybridpar.report.palette import stage_name
 from hybridpar.report.run import Line, check_folder, evaluated_of, step_of
 from hybridpar.report.turns import Places
 from hybridpar.schema import read_json
@@ -61,12 +63,7 @@ class Moment:
     def stages_of(self, rank: int) -> str:
         """Return the stages that a rank works for: ``front, tail``."""
         local = rank % self.plan.replica_world
-        return ", ".join(
-            stage.kind if stage.kind != "middle" else f"middle {number}"
-            for stage in self.plan.stages
-            for number, segment in enumerate(stage.segments)
-            if local in segment.ranks
-        )
+        return ", ".join(stage_name(position) for position in positions(self.plan) if local in position.ranks)
 
 
 class Watch:

@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hybridpar.monitor.record import HostSample
+from hybridpar.planning.blocks import positions
 from hybridpar.report.advice import Advised, effect_text
 from hybridpar.report.live import Moment
+from hybridpar.report.palette import stage_name
 from hybridpar.report.text import in_bytes, in_time, spans, titled
 
 MOST_GPUS, MOST_RANKS = 16, 32
@@ -98,22 +100,20 @@ def _stages(moment: Moment) -> Table:
         table.add_column("occupancy")
     cores = {rank.rank: rank.cpu_cores for host in moment.hosts for rank in host.ranks}
     samples = {(gpu.host, gpu.uuid): gpu for gpu in moment.gpus}
-    width = moment.plan.replica_world
-    for stage in moment.plan.stages:
-        for number, segment in enumerate(stage.segments):
-            ranks = tuple(k * width + r for k in range(moment.plan.replicas) for r in segment.ranks)
-            used = [cores.get(rank) for rank in ranks]
-            row: list[RenderableType] = [
-                stage.kind if stage.kind != "middle" else f"middle {number}",
-                spans(ranks),
-                str(stage.micro_batch),
-                _sum(used),
-            ]
-            if on_gpus:
-                own = [samples.get(moment.places.gpu_of[r]) for r in ranks if r in moment.places.gpu_of]
-                row += [_bar(_mean(gpu.utilisation for gpu in own if gpu is not None))]
-                row += [_bar(_mean(gpu.occupancy for gpu in own if gpu is not None))]
-            table.add_row(*row)
+    for position in positions(moment.plan):
+        ranks = moment.plan.everywhere(position.ranks)
+        used = [cores.get(rank) for rank in ranks]
+        row: list[RenderableType] = [
+            stage_name(position),
+            spans(ranks),
+            str(position.micro_batch),
+            _sum(used),
+        ]
+        if on_gpus:
+            own = [samples.get(moment.places.gpu_of[r]) for r in ranks if r in moment.places.gpu_of]
+            row += [_bar(_mean(gpu.utilisation for gpu in own if gpu is not None))]
+            row += [_bar(_mean(gpu.occupancy for gpu in own if gpu is not None))]
+        table.add_row(*row)
     return table
 
 
