@@ -26,7 +26,7 @@ class GpuSample:
     """NVML's index on the host, of the parent GPU for a MIG slice."""
     uuid: str | None
     window_s: float | None = None
-    """What activities and occupancy of GPM are averaged over, up to ``time_s``; None where they are none of GPM's."""
+    """What GPM's activities and occupancy are averaged over, up to ``time_s``; None where there are none."""
     utilisation: float | None = None
     """Part of the time in which any kernel ran (what nvidia-smi shows)."""
     memory_utilisation: float | None = None
