@@ -290,11 +290,19 @@ def test_on_a_terminal_the_view_is_drawn_again_until_the_end(going: Path, monkey
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
 
 
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("hybridpar", run_name="__main__", alter_sys=True)
+"""
+"""As started from a terminal; a shell has what it starts in the background ignore interrupts."""
+
+
 def test_a_real_terminal_is_left_as_it_was(going: Path) -> None:
     add_steps(going, 0)
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "hybridpar", "monitor", str(going), "every=0.2"],
+        [sys.executable, "-c", INTERRUPTIBLE, "monitor", str(going), "every=0.2"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
